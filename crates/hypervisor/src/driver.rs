@@ -1,0 +1,108 @@
+//! The contract of a driver.
+
+use highwater_model::SessionId;
+use serde::{Deserialize, Serialize};
+
+use crate::{BeginOrder, Begun, Ended, MarkOrder, VmFacts, VmRef};
+
+/// Talks to what runs the VMs.
+///
+/// One value belongs to one process (the guard) and one thread. No method may
+/// wait without a limit for anything but the hypervisor's own reply, and none
+/// touches the repository.
+pub trait Driver {
+    /// Returns all VMs of this connection, sorted by name.
+    fn list(&mut self) -> Result<Vec<VmRef>, HypervisorError>;
+
+    /// Finds a VM by name or UUID.
+    fn find(&mut self, name_or_uuid: &str) -> Result<VmRef, HypervisorError>;
+
+    /// Reports everything about a VM. Changes nothing.
+    fn observe(&mut self, vm: &VmRef) -> Result<VmFacts, HypervisorError>;
+
+    /// Takes the point in time: all disks, and the new mark, or nothing.
+    ///
+    /// Asks for running jobs *before* it freezes. When it returns an error, no
+    /// job, scratch file, directory, new mark or frozen file system of this
+    /// order is left, or the error says which is.
+    fn begin(&mut self, order: &BeginOrder) -> Result<Begun, HypervisorError>;
+
+    /// Looks whether the session still stands: its job runs and no trouble
+    /// (I/O error at the scratch file, guest stopped by it) was reported.
+    fn check(&mut self, vm: &VmRef, session: SessionId) -> Result<(), HypervisorError>;
+
+    /// Ends the session's job if, and only if, it is this session's, waits
+    /// until it is gone, and removes its scratch and socket directories.
+    /// May be called again; a session that is gone is no error.
+    fn end(&mut self, order: &BeginOrder) -> Result<Ended, HypervisorError>;
+
+    /// Ends a job that an earlier, dead session of Highwater left behind, and
+    /// whatever of its files can be found from it.
+    fn end_leftover(&mut self, vm: &VmRef, session: SessionId) -> Result<Ended, HypervisorError>;
+
+    /// Changes one mark. Removing one that is not there is no error.
+    fn mark(&mut self, vm: &VmRef, order: &MarkOrder) -> Result<(), HypervisorError>;
+}
+
+/// What kind of trouble a driver met; callers branch on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum ErrorKind {
+    /// The hypervisor cannot be reached, or its library is not there.
+    Unreachable,
+    /// No such VM.
+    NoSuchVm,
+    /// No such disk.
+    NoSuchDisk,
+    /// The VM is not in a state for this (off, crashed).
+    WrongState,
+    /// Another job runs on the VM.
+    Busy,
+    /// The exact mark cannot be used (missing or broken bitmap).
+    BadMark,
+    /// The hypervisor does not know the mark's record.
+    UnknownMark,
+    /// Freezing was required and failed.
+    CannotFreeze,
+    /// Scratch or socket directory trouble (space, permission).
+    Scratch,
+    /// The running session broke (I/O error, job gone).
+    SessionLost,
+    /// Anything else.
+    Other,
+}
+
+/// Why a driver could not do what it was asked to. One level of message per
+/// value; causes are in `because`, outermost first.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
+#[error("{message}")]
+pub struct HypervisorError {
+    /// For control flow.
+    pub kind: ErrorKind,
+    /// *cannot ‹verb› ‹named thing›*.
+    pub message: String,
+    /// The causes, outermost first (the hypervisor's own words last).
+    pub because: Vec<String>,
+    /// What the user can do, if there is something.
+    pub hint: Option<String>,
+}
+
+impl HypervisorError {
+    /// Makes an error without causes.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), because: Vec::new(), hint: None }
+    }
+
+    /// Adds the next deeper cause.
+    #[must_use]
+    pub fn because(mut self, cause: impl Into<String>) -> Self {
+        self.because.push(cause.into());
+        self
+    }
+
+    /// Says what the user can do.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}

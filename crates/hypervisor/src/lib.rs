@@ -1,0 +1,25 @@
+//! The seam between the engine and whatever runs the VMs.
+//!
+//! A driver (libvirt, later QMP and powered-off images) reports [`VmFacts`] and
+//! carries out a [`BeginOrder`]; it decides nothing. The engine decides from
+//! facts with pure plans and never learns which driver it talks to.
+//!
+//! These types also travel between the two processes of one backup (the guard,
+//! which owns the session at the VM, and the mover, which touches the
+//! repository). Both are the same binary, so the `serde` forms here are no
+//! promise to anybody else and need no version.
+
+mod driver;
+mod facts;
+mod order;
+
+pub use driver::{Driver, ErrorKind, HypervisorError};
+pub use facts::{
+    BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile, FirmwareRole,
+    JobFacts, MarkSupport, NoMarks, ProcessIdentity, RootNode, RunState, SkipReason, SkippedDisk,
+    VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
+};
+pub use order::{
+    BeginOrder, Begun, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder, NewMark, Quiesce,
+    ReadMode, Redefinition,
+};

@@ -1,0 +1,155 @@
+//! What the engine asks of a driver, and what the driver answers.
+
+use std::path::PathBuf;
+
+use highwater_model::{MarkName, Nonce, SessionId, Timestamp};
+use serde::{Deserialize, Serialize};
+
+use crate::VmRef;
+
+/// Freeze a point in time over all listed disks and export it for reading.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BeginOrder {
+    /// Which VM.
+    pub vm: VmRef,
+    /// Names the session; every export's name carries it.
+    pub session: SessionId,
+    /// The disks, each with what is to be read.
+    pub disks: Vec<DiskOrder>,
+    /// The mark to create at the very same point in time; `None` leaves none.
+    pub new_mark: Option<NewMark>,
+    /// Whether to freeze the guest's file systems.
+    pub quiesce: Quiesce,
+    /// File systems to freeze; empty means all.
+    pub freeze_mountpoints: Vec<String>,
+    /// Private directory (0700, or 0770 with the hypervisor's group) for the
+    /// socket; the driver creates it and removes it at the end.
+    pub socket_dir: PathBuf,
+    /// Private directory for scratch files, likewise created and removed.
+    pub scratch_dir: PathBuf,
+}
+
+/// One disk of a [`BeginOrder`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DiskOrder {
+    /// Target name.
+    pub target: String,
+    /// What is to be read.
+    pub mode: ReadMode,
+}
+
+/// What is to be read of a disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ReadMode {
+    /// Everything; no bitmap is exported.
+    All,
+    /// What changed since a mark; its bitmap is exported.
+    Since(MarkName),
+}
+
+/// A mark to create with the point in time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NewMark {
+    /// Its name.
+    pub name: MarkName,
+    /// Its nonce, kept where the hypervisor keeps it (libvirt: description).
+    pub nonce: Nonce,
+    /// Targets of the disks that get it; never empty.
+    pub disks: Vec<String>,
+}
+
+/// Whether to freeze the guest's file systems around the point in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Quiesce {
+    /// Never.
+    Off,
+    /// If the agent answers; otherwise go on without.
+    Try,
+    /// Or fail.
+    Require,
+}
+
+/// A session that has begun.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Begun {
+    /// One export per ordered disk, in the same order.
+    pub exports: Vec<Export>,
+    /// How consistent the point in time is.
+    pub consistency: Consistency,
+    /// Wall clock just before the point in time was taken.
+    pub taken_at: Timestamp,
+    /// How long the guest was frozen, milliseconds; `None` if it was not.
+    pub frozen_ms: Option<u64>,
+    /// Creation time of the new mark as the hypervisor records it, seconds.
+    pub mark_created_s: Option<i64>,
+    /// What the user should know (an agent that did not answer, …).
+    pub warnings: Vec<String>,
+}
+
+/// Where a disk of the point in time can be read.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Export {
+    /// Target name.
+    pub target: String,
+    /// Address of the NBD server.
+    pub address: ExportAddress,
+    /// NBD export name.
+    pub name: String,
+    /// Full meta context of the exported bitmap
+    /// (`qemu:dirty-bitmap:…`), if one was ordered.
+    pub dirty_context: Option<String>,
+}
+
+/// Address of an NBD server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExportAddress {
+    /// A unix socket.
+    Unix(PathBuf),
+    /// A TCP address.
+    Tcp(String, u16),
+}
+
+/// How consistent a point in time is for the guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Consistency {
+    /// File systems were frozen, proven by asking after the start call returned.
+    Filesystem,
+    /// As after a power cut.
+    Crash,
+    /// The VM was off.
+    Offline,
+    /// The VM was paused before and after.
+    Paused,
+}
+
+/// How a session ended.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Ended {
+    /// Whether a job of this session was found and ended.
+    pub ended_job: bool,
+    /// What could not be tidied; the next run repairs it.
+    pub warnings: Vec<String>,
+}
+
+/// Something to do to a mark outside a session.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MarkOrder {
+    /// Give the whole mark up: its record and its bitmaps, on all disks.
+    Remove(MarkName),
+    /// Tell the hypervisor about a mark that is on the disks but not in its records.
+    Redefine(Redefinition),
+}
+
+/// A mark as it has to be told to a hypervisor that forgot it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Redefinition {
+    /// Its name.
+    pub name: MarkName,
+    /// Its nonce.
+    pub nonce: Nonce,
+    /// Its creation time as first recorded, seconds since the epoch.
+    pub created_s: i64,
+    /// Targets of its disks; validated against the bitmaps on them.
+    pub disks: Vec<String>,
+}
