@@ -1,1 +1,55 @@
-//! TODO
+//! The NBD protocol: wire format, negotiation, pipelined client.
+//!
+//! QEMU hands out the content of disks and their dirty bitmaps over the
+//! [Network Block Device protocol]; this crate is Highwater's own client for
+//! it. Threads, no async: one [`Connection`] per socket, used by one thread at
+//! a time, with several requests in flight.
+//!
+//! ```text
+//!   Endpoint --connect--> Transport --negotiate--> Connection
+//!                            |  ^                    | submit_*      next_completion
+//!                   TlsUpgrade (seam)                v                    ^
+//!                                                 request ... chunk chunk chunk
+//! ```
+//!
+//! What a caller may rely on:
+//!
+//! * A read is complete only if chunks covered each of its bytes exactly once.
+//!   Holes are filled with zeroes here, whatever the buffer held before.
+//! * The server's errors are per request ([`RequestError`]) and leave the
+//!   connection usable; anything the protocol forbids ([`ProtocolError`])
+//!   ends the connection.
+//! * The coverage of each metadata context is tracked on its own: a reply may
+//!   stop early for one context and not for another.
+//! * Nothing waits for ever: connecting, the whole handshake and each wait for
+//!   a completion have a total deadline that a dripping peer cannot stretch.
+//! * Memory is bounded by the buffers the caller submits, one fixed input
+//!   buffer, and a fixed number of extents; a length from the peer is checked
+//!   before anything is allocated for it.
+//!
+//! Section names in the documentation are those of the protocol's `proto.md`;
+//! extended headers are its `extension-ext-header` branch.
+//!
+//! [Network Block Device protocol]: https://github.com/NetworkBlockDevice/nbd/blob/master/doc/proto.md
+
+#![cfg_attr(
+    not(test),
+    warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)
+)]
+
+mod channel;
+mod client;
+mod error;
+mod negotiate;
+mod options;
+mod transport;
+pub mod wire;
+
+pub use client::{
+    Completion, Connection, ContextExtents, Extent, Fragments, Holes, list_exports,
+    list_meta_contexts,
+};
+pub use error::{Errno, NbdError, ProtocolError, RequestError, UsageError};
+pub use negotiate::{BlockSizes, ExportInfo, ListedExport, MetaContext};
+pub use options::ConnectOptions;
+pub use transport::{Canceller, Endpoint, Sent, TlsUpgrade, Transport};
