@@ -1,0 +1,303 @@
+//! A store in a directory, also on NFS and CIFS mounts.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::io::{self, IoSlice, Read, Write};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
+
+use crate::durable::{self, DurableError, Stage};
+use crate::error::kind_of;
+use crate::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErrorKind};
+
+const FILE_MODE: u32 = 0o600;
+const FOLDER_MODE: u32 = 0o700;
+const TEMP_FOLDER: &str = "tmp";
+
+/// Keeps objects as files under one directory.
+///
+/// Unfinished files lie in `tmp/` and are named nowhere; those of dead writers
+/// are harmless. After a failed sync nothing the kernel says about the disk can
+/// be trusted, so the store refuses every further change.
+#[derive(Debug)]
+pub struct LocalStore {
+    root: PathBuf,
+    poisoned: AtomicBool,
+    /// Folders whose own entry this process has seen durable.
+    durable_folders: Mutex<HashSet<PathBuf>>,
+}
+
+impl LocalStore {
+    /// Names the directory; touches nothing yet.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        Self {
+            root: root.into(),
+            poisoned: AtomicBool::new(false),
+            durable_folders: Mutex::default(),
+        }
+    }
+
+    /// Returns the directory.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    fn error(&self, verb: &'static str, object: String, cause: io::Error) -> StoreError {
+        StoreError::new(kind_of(&cause), verb, object, self.location()).because(cause)
+    }
+
+    fn read_error(&self, key: &ObjectKey) -> impl FnOnce(io::Error) -> StoreError {
+        move |cause| self.error("read", key.path(), cause).not_done()
+    }
+
+    /// Translates how far a durable change came, and stops the store where
+    /// the disk did not take what it was given.
+    fn change_error(&self, verb: &'static str, key: &ObjectKey, cause: DurableError) -> StoreError {
+        if matches!(cause.stage, Stage::SyncFile | Stage::SyncDirectory) {
+            self.poisoned.store(true, Ordering::SeqCst);
+        }
+        let error = self.error(verb, key.path(), cause.error);
+        match cause.stage {
+            Stage::Prepare | Stage::SyncFile | Stage::Exists => error.not_done(),
+            Stage::SyncDirectory => error.perhaps_done(),
+        }
+    }
+
+    fn refuse_if_poisoned(&self, verb: &'static str, key: &ObjectKey) -> Result<(), StoreError> {
+        if !self.poisoned.load(Ordering::SeqCst) {
+            return Ok(());
+        }
+        let why = "an earlier write could not be synced to the disk";
+        Err(
+            StoreError::new(StoreErrorKind::Poisoned, verb, key.path(), self.location())
+                .because(why)
+                .not_done(),
+        )
+    }
+
+    /// Makes sure that the folder of `path` exists and that its own entry is
+    /// durable, once per process and folder.
+    fn ensure_folder(&self, path: &Path) -> Result<(), DurableError> {
+        let Some(folder) = path.parent().filter(|folder| *folder != self.root) else {
+            return Ok(());
+        };
+        let known = |set: &HashSet<PathBuf>| set.contains(folder);
+        if known(
+            &self
+                .durable_folders
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        ) {
+            return Ok(());
+        }
+        durable::create_directories(folder, FOLDER_MODE)?;
+        self.durable_folders
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(folder.to_owned());
+        Ok(())
+    }
+
+    fn create(&self, path: &Path, parts: &[&[u8]]) -> Result<(), DurableError> {
+        let prepare = |error| DurableError {
+            stage: Stage::Prepare,
+            error,
+        };
+        // Created before any folder, and only where `prepare` made its folder:
+        // below a mount point without its mount this must fail.
+        let (temp, mut file) =
+            durable::create_temporary(&self.root.join(TEMP_FOLDER), FILE_MODE).map_err(prepare)?;
+        let outcome = write_all_parts(&mut file, parts)
+            .map_err(prepare)
+            .and_then(|()| self.ensure_folder(path))
+            .and_then(|()| durable::publish(&file, &temp, path));
+        if outcome.is_err() {
+            durable::discard(&temp);
+        }
+        outcome
+    }
+
+    fn list_folder(
+        &self,
+        kind: ObjectKind,
+        folder: &Path,
+        name_prefix: &str,
+        prefix: &str,
+        found: &mut Vec<Listed>,
+    ) -> io::Result<()> {
+        for entry in entries(folder)? {
+            let entry = entry?;
+            let Some(name) = entry
+                .file_name()
+                .to_str()
+                .map(|name| format!("{name_prefix}{name}"))
+            else {
+                continue;
+            };
+            let Ok(key) = ObjectKey::new(kind, name) else {
+                continue;
+            };
+            if !key.name().starts_with(prefix) || self.root.join(key.path()) != entry.path() {
+                continue;
+            }
+            match entry.metadata() {
+                Ok(meta) if meta.is_file() => found.push(Listed {
+                    key,
+                    len: meta.len(),
+                }),
+                Ok(_) => {}
+                // Deleted since the folder was read.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    fn list_kind(&self, kind: ObjectKind, prefix: &str) -> io::Result<Vec<Listed>> {
+        let mut found = Vec::new();
+        // Tells an empty repository from one that is not there.
+        fs::metadata(&self.root)?;
+        match kind {
+            ObjectKind::Config => self.list_folder(kind, &self.root, "", prefix, &mut found)?,
+            ObjectKind::Pack | ObjectKind::Point => {
+                let top = self.root.join(kind.folder());
+                for entry in entries(&top)? {
+                    let entry = entry?;
+                    let Ok(name) = entry.file_name().into_string() else {
+                        continue;
+                    };
+                    if !entry.file_type()?.is_dir() {
+                        continue;
+                    }
+                    let above = if kind == ObjectKind::Point {
+                        format!("{name}/")
+                    } else {
+                        String::new()
+                    };
+                    self.list_folder(kind, &entry.path(), &above, prefix, &mut found)?;
+                }
+            }
+            _ => {
+                let folder = self.root.join(kind.folder());
+                self.list_folder(kind, &folder, "", prefix, &mut found)?;
+            }
+        }
+        found.sort_unstable();
+        Ok(found)
+    }
+}
+
+impl Store for LocalStore {
+    fn prepare(&self) -> Result<(), StoreError> {
+        let failed =
+            |cause: DurableError| self.error("prepare", "repository".to_owned(), cause.error);
+        durable::create_directories(&self.root, FOLDER_MODE).map_err(failed)?;
+        let folder = |name: &str| durable::create_directories(&self.root.join(name), FOLDER_MODE);
+        folder(TEMP_FOLDER).map_err(failed)?;
+        ObjectKind::FOLDERS
+            .iter()
+            .try_for_each(|kind| folder(kind.folder()))
+            .map_err(failed)
+    }
+
+    fn put(&self, key: &ObjectKey, parts: &[&[u8]]) -> Result<(), StoreError> {
+        self.refuse_if_poisoned("write", key)?;
+        let path = self.root.join(key.path());
+        let Err(cause) = self.create(&path, parts) else {
+            return Ok(());
+        };
+        if cause.stage == Stage::Exists {
+            // Whoever made it may not have synced its folder yet, but our
+            // caller will rely on it.
+            let folder = path.parent().unwrap_or(&self.root);
+            durable::sync_directory(folder).map_err(|error| {
+                self.change_error(
+                    "write",
+                    key,
+                    DurableError {
+                        stage: Stage::SyncDirectory,
+                        error,
+                    },
+                )
+            })?;
+        }
+        Err(self.change_error("write", key, cause))
+    }
+
+    fn get(&self, key: &ObjectKey, max_bytes: u64) -> Result<Vec<u8>, StoreError> {
+        let file = File::open(self.root.join(key.path())).map_err(self.read_error(key))?;
+        let len = file.metadata().map_err(self.read_error(key))?.len();
+        let too_large = || {
+            StoreError::new(
+                StoreErrorKind::TooLarge,
+                "read",
+                key.path(),
+                self.location(),
+            )
+        };
+        if len > max_bytes {
+            return Err(too_large().because(format!("{len} bytes are more than {max_bytes}")));
+        }
+        let mut bytes = Vec::with_capacity(usize::try_from(len).map_err(|_| too_large())?);
+        file.take(max_bytes)
+            .read_to_end(&mut bytes)
+            .map_err(self.read_error(key))?;
+        Ok(bytes)
+    }
+
+    fn get_range(&self, key: &ObjectKey, offset: u64, into: &mut [u8]) -> Result<(), StoreError> {
+        let file = File::open(self.root.join(key.path())).map_err(self.read_error(key))?;
+        file.read_exact_at(into, offset)
+            .map_err(self.read_error(key))
+    }
+
+    fn list(&self, kind: ObjectKind, prefix: &str) -> Result<Vec<Listed>, StoreError> {
+        self.list_kind(kind, prefix).map_err(|cause| {
+            self.error("list", kind.folder().to_owned(), cause)
+                .not_done()
+        })
+    }
+
+    fn size(&self, key: &ObjectKey) -> Result<u64, StoreError> {
+        let meta = fs::metadata(self.root.join(key.path())).map_err(self.read_error(key))?;
+        Ok(meta.len())
+    }
+
+    fn delete(&self, key: &ObjectKey) -> Result<(), StoreError> {
+        self.refuse_if_poisoned("delete", key)?;
+        durable::remove(&self.root.join(key.path()))
+            .map_err(|cause| self.change_error("delete", key, cause))
+    }
+
+    fn location(&self) -> String {
+        self.root.display().to_string()
+    }
+}
+
+/// Returns the entries of a folder; a missing folder has none.
+fn entries(folder: &Path) -> io::Result<impl Iterator<Item = io::Result<fs::DirEntry>>> {
+    match fs::read_dir(folder) {
+        Ok(entries) => Ok(Some(entries).into_iter().flatten()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None.into_iter().flatten()),
+        Err(error) => Err(error),
+    }
+}
+
+fn write_all_parts(file: &mut File, parts: &[&[u8]]) -> io::Result<()> {
+    let mut slices: Vec<IoSlice<'_>> = parts.iter().map(|part| IoSlice::new(part)).collect();
+    let mut rest = slices.as_mut_slice();
+    // Empty parts first, or a write of nothing would look like a full disk.
+    IoSlice::advance_slices(&mut rest, 0);
+    while !rest.is_empty() {
+        match file.write_vectored(rest) {
+            Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+            Ok(written) => IoSlice::advance_slices(&mut rest, written),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
