@@ -1,1 +1,32 @@
-//! TODO
+//! The jobs: backup, restore, and finding restore points.
+//!
+//! Start reading at [`backup`]. The engine names no driver, prints nothing and
+//! reads no environment; what happens is told to an [`Observer`].
+
+mod backup;
+mod cancel;
+mod events;
+mod guard;
+mod points;
+mod restore;
+
+pub use backup::{
+    BackupContext, BackupError, BackupOptions, CopyError, DiskReport, Report, Status, Tuning, backup,
+};
+pub use cancel::Cancel;
+pub use events::{DiskProgress, Event, Observer};
+pub use guard::{Guard, GuardError, Outcome, lock_path, serve};
+pub use points::{PointError, PointRef, resolve, select_vm};
+pub use restore::{
+    Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,
+};
+
+pub use highwater_plan::Level;
+
+/// The repository, as far as whoever wires the jobs up needs it.
+pub mod repository {
+    pub use highwater_repo::{
+        Compression, DamagedPoint, ImageRoot, InitOptions, Manifest, PointList, RepoError,
+        RepoErrorKind, Repository, Secret, SecretKind, VmIdentity,
+    };
+}

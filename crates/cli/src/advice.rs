@@ -1,0 +1,286 @@
+//! What a person does about an error, and the exit code. The only place that
+//! knows both library errors and command names.
+
+use std::error::Error;
+use std::path::PathBuf;
+
+use highwater_engine::repository::{RepoError, RepoErrorKind};
+use highwater_engine::{BackupError, PointError, RestoreError};
+use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts};
+use highwater_store::{StoreError, StoreErrorKind};
+
+pub(crate) const DONE: u8 = 0;
+pub(crate) const FAILED: u8 = 1;
+pub(crate) const USAGE: u8 = 2;
+pub(crate) const SOME_FAILED: u8 = 3;
+pub(crate) const NO_REPOSITORY: u8 = 10;
+pub(crate) const BUSY: u8 = 11;
+pub(crate) const WRONG_KEY: u8 = 12;
+pub(crate) const DAMAGE: u8 = 20;
+pub(crate) const INTERRUPTED: u8 = 130;
+
+/// Why a command did not do what it was asked to.
+#[derive(Debug)]
+pub(crate) enum CliError {
+    Usage { message: String, hint: String },
+    Read { path: PathBuf, source: std::io::Error },
+    PasswordCommand { reason: String },
+    Output { source: std::io::Error },
+    Init(RepoError),
+    Backup(Box<BackupError>),
+    Restore(Box<RestoreError>),
+    Repo(RepoError),
+    Store(StoreError),
+    Point(PointError),
+    Hypervisor(HypervisorError),
+}
+
+impl CliError {
+    /// Returns whether the reader of our output went away, which is no error.
+    pub(crate) fn is_broken_pipe(&self) -> bool {
+        matches!(self, Self::Output { source } if source.kind() == std::io::ErrorKind::BrokenPipe)
+    }
+
+    /// Returns the message and its causes, outermost first.
+    pub(crate) fn chain(&self) -> Vec<String> {
+        let one = |message: String, source: &dyn Error| vec![message, source.to_string()];
+        match self {
+            Self::Usage { message, .. } => vec![message.clone()],
+            Self::Read { path, source } => one(format!("cannot read {}", path.display()), source),
+            Self::PasswordCommand { reason } => {
+                vec!["cannot get the passphrase from its command".to_owned(), reason.clone()]
+            }
+            Self::Output { source } => one("cannot write the output".to_owned(), source),
+            Self::Init(error) | Self::Repo(error) => chain(error),
+            Self::Backup(error) => chain(error.as_ref()),
+            Self::Restore(error) => chain(error.as_ref()),
+            Self::Store(error) => chain(error),
+            Self::Point(error) => chain(error),
+            Self::Hypervisor(error) => chain(error),
+        }
+    }
+}
+
+/// Returns an error and its causes, outermost first. A hypervisor's error
+/// crossed a process boundary and carries its causes as text.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> Vec<String> {
+    let mut lines = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        lines.push(error.to_string());
+        if let Some(error) = error.downcast_ref::<HypervisorError>() {
+            lines.extend(error.because.iter().cloned());
+        }
+        next = error.source();
+    }
+    lines.dedup();
+    lines
+}
+
+macro_rules! from {
+    ($($source:ty => $variant:ident),*) => {
+        $(impl From<$source> for CliError {
+            fn from(error: $source) -> Self {
+                Self::$variant(error.into())
+            }
+        })*
+    };
+}
+from!(
+    BackupError => Backup, RestoreError => Restore, RepoError => Repo, StoreError => Store,
+    PointError => Point, HypervisorError => Hypervisor
+);
+
+/// What the person is told beside the error.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Advice {
+    /// What is intact and what was left; for jobs that can fail half way.
+    pub(crate) state: Option<String>,
+    /// What to do.
+    pub(crate) hint: Option<String>,
+    /// Exit code.
+    pub(crate) code: u8,
+}
+
+impl Advice {
+    const fn code(code: u8) -> Self {
+        Self { state: None, hint: None, code }
+    }
+
+    fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    fn state(mut self, state: impl Into<String>) -> Self {
+        self.state = Some(state.into());
+        self
+    }
+}
+
+/// Returns what to do about an error.
+pub(crate) fn advise(error: &CliError) -> Advice {
+    match error {
+        CliError::Usage { hint, .. } => Advice::code(USAGE).hint(hint),
+        CliError::Read { .. } | CliError::PasswordCommand { .. } | CliError::Output { .. } => {
+            Advice::code(FAILED)
+        }
+        CliError::Init(error) => of_init(error),
+        CliError::Backup(error) => of_backup(error),
+        CliError::Restore(error) => of_restore(error),
+        CliError::Repo(error) => of_repo(error),
+        CliError::Store(error) => of_store(error),
+        CliError::Point(error) => of_point(error),
+        CliError::Hypervisor(error) => of_hypervisor(error),
+    }
+}
+
+fn of_init(error: &RepoError) -> Advice {
+    let untouched = "nothing that was there before has been changed";
+    match error.kind() {
+        RepoErrorKind::AlreadyExists => Advice::code(FAILED)
+            .state(untouched)
+            .hint("a repository is there already: use it, or choose another place"),
+        _ => of_repo(error).state(untouched),
+    }
+}
+
+fn of_repo(error: &RepoError) -> Advice {
+    match error.kind() {
+        RepoErrorKind::NoRepository => Advice::code(NO_REPOSITORY)
+            .hint("check the path, or create one with `highwater init --encryption ...`"),
+        RepoErrorKind::WrongKey => {
+            Advice::code(WRONG_KEY).hint("check the passphrase or the key file")
+        }
+        RepoErrorKind::Damaged => {
+            Advice::code(DAMAGE).hint("other restore points may be intact: try them")
+        }
+        RepoErrorKind::NewerFormat => {
+            Advice::code(FAILED).hint("use the version of highwater that made it, or a newer one")
+        }
+        RepoErrorKind::NoSpace => Advice::code(FAILED).hint("free some space in the repository"),
+        _ => Advice::code(FAILED),
+    }
+}
+
+fn of_store(error: &StoreError) -> Advice {
+    match error.kind() {
+        StoreErrorKind::NotFound => {
+            Advice::code(NO_REPOSITORY).hint("check the path of the repository")
+        }
+        _ => Advice::code(FAILED),
+    }
+}
+
+fn of_point(error: &PointError) -> Advice {
+    let code = if error.is_usage() { USAGE } else { FAILED };
+    let hint = match error {
+        PointError::Unreadable(_) => {
+            "write VM, VM@ID, VM@latest, VM@2026-11-20T03:00, VM~2 or id:ID".to_owned()
+        }
+        PointError::NoSuchVm(_) => "see `highwater list` for VMs with restore points".to_owned(),
+        PointError::NoSuchPoint(_) => "see `highwater list --all` for what there is".to_owned(),
+        PointError::Ambiguous { candidates, .. } => {
+            let shown: Vec<&str> = candidates.iter().take(8).map(String::as_str).collect();
+            format!("name one of them: {}", shown.join(", "))
+        }
+    };
+    Advice::code(code).hint(hint)
+}
+
+fn of_hypervisor(error: &HypervisorError) -> Advice {
+    let code = match error.kind {
+        ErrorKind::Busy => BUSY,
+        _ => FAILED,
+    };
+    let mut advice = Advice::code(code);
+    advice.hint.clone_from(&error.hint);
+    advice
+}
+
+const NO_POINT: &str = "no restore point was added; earlier ones are untouched";
+const TIDIED: &str =
+    "no restore point was added; earlier ones are untouched; the session at the VM was ended";
+
+fn of_backup(error: &BackupError) -> Advice {
+    match error {
+        BackupError::Observe { source, .. } => of_hypervisor(source).state(NO_POINT),
+        BackupError::Busy { job, .. } => {
+            let hint = match job {
+                Some(JobFacts::ForeignBackup) => "another program backs this VM up: wait for it",
+                _ => "wait until it has ended",
+            };
+            Advice::code(BUSY).state(NO_POINT).hint(hint)
+        }
+        BackupError::WrongState { .. } => {
+            Advice::code(FAILED).state(NO_POINT).hint("only running or paused VMs can be backed up")
+        }
+        BackupError::NoSuchDisk { known, .. } => Advice::code(USAGE)
+            .state(NO_POINT)
+            .hint(format!("its disks are: {}", known.join(", "))),
+        BackupError::DiskCannot { .. } => Advice::code(USAGE).state(NO_POINT),
+        BackupError::NoDisks { .. } => {
+            Advice::code(FAILED).state(NO_POINT).hint("see `virsh domblklist` for its disks")
+        }
+        BackupError::Refused { refusal, vm, disk } => {
+            Advice::code(FAILED).state(NO_POINT).hint(refusal_hint(*refusal, vm, disk))
+        }
+        BackupError::Tidy { source, .. } => of_hypervisor(source).state(NO_POINT),
+        BackupError::Begin { source, .. } => of_hypervisor(source).state(TIDIED),
+        BackupError::NoExport { .. } => Advice::code(FAILED).state(TIDIED),
+        BackupError::Copy { vm, .. } | BackupError::AllDisksFailed { vm, .. } => {
+            Advice::code(FAILED)
+                .state(TIDIED)
+                .hint(format!("see why, then run `highwater backup {vm}` again"))
+        }
+        BackupError::Store { vm, source } => {
+            let advice = of_repo(source).state(TIDIED);
+            match source.kind() {
+                RepoErrorKind::NoSpace => advice.hint(format!(
+                    "free some space in the repository, then run `highwater backup {vm}` again"
+                )),
+                _ => advice,
+            }
+        }
+        BackupError::CommitUnknown { vm, .. } => Advice::code(FAILED)
+            .state("the restore point may or may not exist; both marks were kept")
+            .hint(format!("the next `highwater backup {vm}` finds out and goes on")),
+        BackupError::Interrupted { .. } => Advice::code(INTERRUPTED).state(TIDIED),
+    }
+}
+
+fn refusal_hint(refusal: highwater_engine::Refusal, vm: &str, disk: &str) -> String {
+    use highwater_engine::Refusal;
+    match refusal {
+        Refusal::GraphChanged => format!(
+            "a snapshot was taken behind libvirt's back: shut `{vm}` down, merge it, start it again; \
+             or leave the disk out with `-x {disk}`"
+        ),
+        Refusal::GraphUnknown => format!("leave the disk out with `-x {disk}`"),
+        Refusal::WriteErrorsReachTheGuest => {
+            format!("set error_policy='stop' for the disk, or leave it out with `-x {disk}`")
+        }
+        Refusal::BitmapBusy => "end the job that uses it".to_owned(),
+        Refusal::NoIncrement(_) => format!("`highwater backup {vm}` reads all of it and goes on"),
+    }
+}
+
+fn of_restore(error: &RestoreError) -> Advice {
+    let partial = "disks restored before are complete; the one under way was removed";
+    match error {
+        RestoreError::NoSuchDisk { known, .. } => {
+            Advice::code(USAGE).hint(format!("its disks are: {}", known.join(", ")))
+        }
+        RestoreError::NeedsOneDisk { known, .. } => Advice::code(USAGE)
+            .hint(format!("choose one with -d: {}; or name a directory", known.join(", "))),
+        RestoreError::Exists { .. } => Advice::code(FAILED)
+            .state("nothing was overwritten")
+            .hint("choose another place, or move what is there away"),
+        RestoreError::Read { source, .. } | RestoreError::ReadFile { source, .. } => {
+            of_repo(source).state(partial)
+        }
+        RestoreError::Write { .. } => Advice::code(FAILED).state(partial),
+        RestoreError::Output { .. } => Advice::code(FAILED),
+        RestoreError::Interrupted => Advice::code(INTERRUPTED).state(partial),
+    }
+}

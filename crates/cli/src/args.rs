@@ -1,0 +1,216 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// Backup, recovery and instant restore for QEMU/KVM virtual machines.
+#[derive(Debug, Parser)]
+#[command(name = "highwater", version, max_term_width = 100, disable_help_subcommand = true)]
+pub(crate) struct Args {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Global {
+    /// Repository: a path or file:// URL [env: HIGHWATER_REPO]
+    #[arg(short, long, global = true, value_name = "URL")]
+    pub(crate) repo: Option<String>,
+    /// Hypervisor: a libvirt URI [default: qemu:///system as root, else qemu:///session]
+    #[arg(short, long, global = true, value_name = "URI")]
+    pub(crate) connect: Option<String>,
+    /// Read the passphrase from the first line of a file [env: HIGHWATER_PASSWORD_FILE]
+    #[arg(long, global = true, value_name = "FILE", conflicts_with = "password_command")]
+    pub(crate) password_file: Option<PathBuf>,
+    /// Read the passphrase from the first line a shell command prints [env: HIGHWATER_PASSWORD_COMMAND]
+    #[arg(long, global = true, value_name = "COMMAND")]
+    pub(crate) password_command: Option<String>,
+    /// Key file of a repository made with --encryption keyfile [env: HIGHWATER_KEY_FILE]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) key_file: Option<PathBuf>,
+    /// Print one JSON document instead of text
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Print errors and warnings only
+    #[arg(short, long, global = true)]
+    pub(crate) quiet: bool,
+    /// Show plain lines instead of progress bars
+    #[arg(long, global = true)]
+    pub(crate) no_progress: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Create a repository
+    Init(Init),
+    /// Back up running VMs
+    Backup(Backup),
+    /// List VMs and their restore points
+    #[command(visible_alias = "snapshots")]
+    List(List),
+    /// Show one restore point
+    Show(Show),
+    /// Restore disks of a restore point
+    Restore(Restore),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Init {
+    /// How the repository is encrypted; must be said, there is no silent plain text
+    #[arg(long, value_enum)]
+    pub(crate) encryption: Option<Encryption>,
+    /// Chunk size, a power of two from 64KiB to 4MiB
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = chunk_size)]
+    pub(crate) chunk_size: highwater_model::ChunkSize,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Encryption {
+    /// Not at all
+    None,
+    /// With a passphrase
+    Passphrase,
+    /// With the content of --key-file
+    Keyfile,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Backup {
+    /// VMs, by name or UUID
+    #[arg(value_name = "VM", required_unless_present = "all", conflicts_with = "all")]
+    pub(crate) vms: Vec<String>,
+    /// Back up every running VM of the connection
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// What to read
+    #[arg(short, long, value_enum, default_value_t = Level::Auto)]
+    pub(crate) level: Level,
+    /// Back up only this disk (may be repeated)
+    #[arg(short = 'd', long = "disk", short_alias = 'i', value_name = "DISK")]
+    pub(crate) disks: Vec<String>,
+    /// Leave this disk out (may be repeated)
+    #[arg(short = 'x', long = "exclude", value_name = "DISK")]
+    pub(crate) exclude: Vec<String>,
+    /// Freeze the guest's file systems through its agent
+    #[arg(long, value_enum, default_value_t = Quiesce::Try)]
+    pub(crate) quiesce: Quiesce,
+    /// Freeze only this mount point (may be repeated)
+    #[arg(long = "freeze-mountpoint", value_name = "PATH")]
+    pub(crate) freeze_mountpoints: Vec<String>,
+    /// Directory for scratch files, on local storage with room for what the guest writes meanwhile
+    #[arg(long, value_name = "DIR")]
+    pub(crate) scratch_dir: Option<PathBuf>,
+    /// Threads that hash and compress [default: number of cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) workers: Option<u16>,
+    /// Compression: zstd[:N], lz4 or none
+    #[arg(long, value_name = "METHOD", default_value = "zstd", value_parser = compression)]
+    pub(crate) compression: highwater_engine::repository::Compression,
+    /// Tag to keep with the restore point (may be repeated)
+    #[arg(long = "tag", value_name = "TAG")]
+    pub(crate) tags: Vec<String>,
+    /// Group to keep with the restore point
+    #[arg(long, value_name = "NAME")]
+    pub(crate) group: Option<String>,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Level {
+    /// Incremental where it is safe, else everything
+    Auto,
+    /// Everything, and a new mark
+    Full,
+    /// Incremental, or fail
+    Incremental,
+    /// What changed since the mark, without moving it
+    Differential,
+    /// Everything, without touching any mark
+    Copy,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub(crate) enum Quiesce {
+    /// Never
+    Off,
+    /// If the agent answers
+    Try,
+    /// Or fail
+    Require,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct List {
+    /// List the restore points of this VM
+    pub(crate) vm: Option<String>,
+    /// List the restore points of all VMs
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Show {
+    /// VM, VM@ID, VM@latest, VM@2026-11-20T03:00, VM~2 or id:ID
+    #[arg(value_name = "POINT")]
+    pub(crate) point: String,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Restore {
+    /// VM, VM@ID, VM@latest, VM@2026-11-20T03:00, VM~2 or id:ID
+    #[arg(value_name = "POINT")]
+    pub(crate) point: String,
+    /// Directory; or with one -d a new file, or - for stdout
+    #[arg(long, value_name = "DIR|FILE|-")]
+    pub(crate) to: PathBuf,
+    /// Restore only this disk (may be repeated)
+    #[arg(short = 'd', long = "disk", short_alias = 'i', value_name = "DISK")]
+    pub(crate) disks: Vec<String>,
+    /// Image format [default: the source's]
+    #[arg(long, value_enum)]
+    pub(crate) format: Option<Format>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// qcow2 version 3
+    Qcow2,
+    /// Raw, sparse
+    Raw,
+}
+
+fn chunk_size(text: &str) -> Result<highwater_model::ChunkSize, String> {
+    let bytes = highwater_model::parse_size(text).ok_or_else(|| "not a size".to_owned())?;
+    highwater_model::ChunkSize::new(bytes).map_err(|error| error.to_string())
+}
+
+fn compression(text: &str) -> Result<highwater_engine::repository::Compression, String> {
+    use highwater_engine::repository::Compression;
+    match text {
+        "none" => Ok(Compression::None),
+        "lz4" => Ok(Compression::Lz4),
+        // Level 3 is zstd's own default; here level 1 keeps up with a disk.
+        "zstd" => Ok(Compression::Zstd(1)),
+        _ => {
+            let level = text.strip_prefix("zstd:").and_then(|level| level.parse().ok());
+            level
+                .filter(|level| (1..=19).contains(level))
+                .map(Compression::Zstd)
+                .ok_or_else(|| "use zstd, zstd:1 to zstd:19, lz4 or none".to_owned())
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_of_arguments_is_sound() {
+        Args::command().debug_assert();
+    }
+}

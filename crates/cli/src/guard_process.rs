@@ -1,0 +1,69 @@
+//! The guard as a process: how it is started, and what it does.
+//!
+//! It is this very binary, started again with a socket as its stdin and a name
+//! nobody types. It leaves our unix session at once, so that Ctrl-C at the
+//! terminal ends the mover and never the one that tidies up.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, ExitCode, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use highwater_engine::{Guard, GuardError, serve};
+use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
+use rustix::fd::AsFd as _;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+use crate::settings;
+
+/// The name under which the guard is started.
+const NAME: &str = "highwater-guard";
+
+/// Starts a guard and connects it to a hypervisor.
+pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
+    let (ours, theirs) = UnixStream::pair().map_err(|source| cannot_start(&source))?;
+    Command::new("/proc/self/exe")
+        .arg0(NAME)
+        .stdin(Stdio::from(OwnedFd::from(theirs)))
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(|source| cannot_start(&source))?;
+    Guard::connect(ours, uri, &settings::runtime_dir())
+}
+
+fn cannot_start(source: &std::io::Error) -> GuardError {
+    HypervisorError::new(ErrorKind::Other, "cannot start the guard process")
+        .because(source.to_string())
+}
+
+/// Returns whether this process was started as a guard.
+pub(crate) fn is_wanted() -> bool {
+    std::env::args_os().next().is_some_and(|name| name == NAME)
+}
+
+/// Is the guard, until its mover is gone.
+pub(crate) fn run() -> ExitCode {
+    // Fails only if we lead a session already: then nobody's Ctrl-C reaches us.
+    drop(rustix::process::setsid());
+    // Ends with its mover and for no other reason: whoever asks the whole
+    // process group to end wants the VM tidied up.
+    let ignored = Arc::new(AtomicBool::new(false));
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        if signal_hook::flag::register(signal, Arc::clone(&ignored)).is_err() {
+            return ExitCode::FAILURE;
+        }
+    }
+    let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else {
+        return ExitCode::FAILURE;
+    };
+    serve(UnixStream::from(socket), &connect);
+    ExitCode::SUCCESS
+}
+
+fn connect(uri: &str) -> Result<Box<dyn Driver>, HypervisorError> {
+    let driver = highwater_drivers::libvirt::LibvirtDriver::connect(uri)?;
+    Ok(Box::new(driver))
+}

@@ -1,0 +1,67 @@
+//! stdout is data, stderr is talk.
+
+use std::io::Write as _;
+
+use crate::advice::{Advice, CliError};
+use crate::json;
+
+/// Writes data; a text ends with its line end.
+pub(crate) fn data(text: &str) -> Result<(), CliError> {
+    let mut stdout = std::io::stdout().lock();
+    stdout
+        .write_all(text.as_bytes())
+        .and_then(|()| stdout.flush())
+        .map_err(|source| CliError::Output { source })
+}
+
+/// Writes a JSON document as data.
+pub(crate) fn document(document: &impl serde::Serialize) -> Result<(), CliError> {
+    let mut text = serde_json::to_string(document)
+        .map_err(|error| CliError::Output { source: std::io::Error::other(error) })?;
+    text.push('\n');
+    data(&text)
+}
+
+/// Writes a line of talk. Nobody to talk to is no error.
+pub(crate) fn talk(line: &str) {
+    drop(writeln!(std::io::stderr().lock(), "{line}"));
+}
+
+/// Writes an error: what, why, what is intact, what to do.
+pub(crate) fn print_error(error: &CliError, advice: &Advice, as_json: bool) {
+    let chain = error.chain();
+    for (depth, line) in chain.iter().enumerate() {
+        // Text from outside may hold line ends; one line stays one line.
+        let line = line.replace(['\n', '\r'], " ");
+        let label = if depth == 0 { "error" } else { "  because" };
+        talk(&format!("{label}: {}", line.trim()));
+    }
+    if let Some(state) = &advice.state {
+        talk(&format!("state: {state}"));
+    }
+    if let Some(hint) = &advice.hint {
+        talk(&format!("hint: {hint}"));
+    }
+    if as_json {
+        // Scripts that asked for JSON get their document in every case; there
+        // is nobody left to tell if that fails.
+        drop(document(&json::Failure::new(None, &chain, advice)));
+    }
+}
+
+/// Lines up columns; the first row is the head.
+pub(crate) fn table(rows: &[Vec<String>]) -> String {
+    let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
+    let width = |column: usize| {
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
+    };
+    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or_default()).collect();
+    let mut text = String::new();
+    for row in rows {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        let line = cells.collect::<Vec<_>>().join("  ");
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}

@@ -1,0 +1,171 @@
+//! Where a passphrase or key file comes from. Never from argv.
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, IsTerminal as _, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use highwater_engine::repository::{Secret, SecretKind};
+use zeroize::Zeroizing;
+
+use crate::advice::CliError;
+use crate::args::{Encryption, Global};
+use crate::settings::env;
+
+/// Longest passphrase or key file accepted, bytes.
+const SECRET_BYTES_MAX: u64 = 64 << 10;
+
+/// Returns the secret for an existing repository, or `None` if it has none.
+pub(crate) fn for_opening(
+    global: &Global,
+    kinds: &[SecretKind],
+) -> Result<Option<Secret>, CliError> {
+    if kinds.is_empty() {
+        return Ok(None);
+    }
+    if kinds.contains(&SecretKind::KeyFile)
+        && let Some(path) = key_file(global)
+    {
+        return read_key_file(&path).map(Some);
+    }
+    if kinds.contains(&SecretKind::Passphrase) {
+        return passphrase(global, "passphrase of the repository: ").map(Some);
+    }
+    Err(CliError::Usage {
+        message: "cannot open the repository without its key file".to_owned(),
+        hint: "name it with --key-file or in HIGHWATER_KEY_FILE".to_owned(),
+    })
+}
+
+/// Returns the secret for a new repository, asking twice at a terminal.
+pub(crate) fn for_init(
+    global: &Global,
+    encryption: Encryption,
+) -> Result<Option<Secret>, CliError> {
+    match encryption {
+        Encryption::None => Ok(None),
+        Encryption::Keyfile => {
+            let path = key_file(global).ok_or_else(|| CliError::Usage {
+                message: "cannot encrypt with a key file that is not named".to_owned(),
+                hint: "make one with `head -c 64 /dev/urandom > FILE` and name it with --key-file FILE"
+                    .to_owned(),
+            })?;
+            read_key_file(&path).map(Some)
+        }
+        Encryption::Passphrase => {
+            if let Some(secret) = given_passphrase(global)? {
+                return Ok(Some(secret));
+            }
+            let first = prompt("new passphrase: ")?;
+            let second = prompt("the same again: ")?;
+            if *first != *second {
+                return Err(CliError::Usage {
+                    message: "cannot use two different passphrases".to_owned(),
+                    hint: "type the same one twice".to_owned(),
+                });
+            }
+            Ok(Some(Secret::Passphrase(first)))
+        }
+    }
+}
+
+fn key_file(global: &Global) -> Option<PathBuf> {
+    global.key_file.clone().or_else(|| std::env::var_os(env::KEY_FILE).map(PathBuf::from))
+}
+
+fn passphrase(global: &Global, question: &str) -> Result<Secret, CliError> {
+    if let Some(secret) = given_passphrase(global)? {
+        return Ok(secret);
+    }
+    prompt(question).map(Secret::Passphrase)
+}
+
+/// Flag, then environment, then systemd's credentials.
+fn given_passphrase(global: &Global) -> Result<Option<Secret>, CliError> {
+    let line = if let Some(path) = &global.password_file {
+        first_line_of_file(path)?
+    } else if let Some(command) = &global.password_command {
+        first_line_of_command(command)?
+    } else if let Ok(password) = std::env::var(env::PASSWORD) {
+        Zeroizing::new(password.into_bytes())
+    } else if let Some(path) = std::env::var_os(env::PASSWORD_FILE) {
+        first_line_of_file(Path::new(&path))?
+    } else if let Ok(command) = std::env::var(env::PASSWORD_COMMAND) {
+        first_line_of_command(&command)?
+    } else if let Ok(number) = std::env::var(env::PASSWORD_FD) {
+        let number: u32 = number.parse().map_err(|_| CliError::Usage {
+            message: format!("cannot read a passphrase from descriptor `{number}`"),
+            hint: "HIGHWATER_PASSWORD_FD holds the number of an open descriptor".to_owned(),
+        })?;
+        first_line_of_file(Path::new(&format!("/proc/self/fd/{number}")))?
+    } else if let Some(path) = credential() {
+        first_line_of_file(&path)?
+    } else {
+        return Ok(None);
+    };
+    if line.is_empty() {
+        return Err(CliError::Usage {
+            message: "cannot use an empty passphrase".to_owned(),
+            hint: "look where it comes from: its first line is taken".to_owned(),
+        });
+    }
+    Ok(Some(Secret::Passphrase(line)))
+}
+
+fn credential() -> Option<PathBuf> {
+    let dir = std::env::var_os(env::CREDENTIALS)?;
+    Some(PathBuf::from(dir).join("highwater.password")).filter(|path| path.exists())
+}
+
+fn read_key_file(path: &Path) -> Result<Secret, CliError> {
+    let cannot = |source| CliError::Read { path: path.to_owned(), source };
+    let mut bytes = Zeroizing::new(Vec::new());
+    File::open(path)
+        .and_then(|file| file.take(SECRET_BYTES_MAX).read_to_end(&mut bytes))
+        .map_err(cannot)?;
+    Ok(Secret::KeyFile(bytes))
+}
+
+fn first_line_of_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, CliError> {
+    File::open(path)
+        .and_then(first_line)
+        .map_err(|source| CliError::Read { path: path.to_owned(), source })
+}
+
+fn first_line_of_command(command: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
+    let failed = |reason: String| CliError::PasswordCommand { reason };
+    let mut child = Command::new("/bin/sh")
+        .args(["-c", command])
+        .stdin(Stdio::inherit())
+        .stdout(Stdio::piped())
+        .spawn()
+        .map_err(|source| failed(source.to_string()))?;
+    let output = child.stdout.take().ok_or_else(|| failed("it has no output".to_owned()))?;
+    let line = first_line(output).map_err(|source| failed(source.to_string()))?;
+    let status = child.wait().map_err(|source| failed(source.to_string()))?;
+    if !status.success() {
+        return Err(failed(status.to_string()));
+    }
+    Ok(line)
+}
+
+fn first_line(source: impl Read) -> std::io::Result<Zeroizing<Vec<u8>>> {
+    let mut line = Zeroizing::new(Vec::new());
+    BufReader::new(source.take(SECRET_BYTES_MAX)).read_until(b'\n', &mut line)?;
+    while matches!(line.last(), Some(b'\n' | b'\r')) {
+        line.pop();
+    }
+    Ok(line)
+}
+
+fn prompt(question: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
+    if !std::io::stdin().is_terminal() {
+        return Err(CliError::Usage {
+            message: "cannot ask for the passphrase: there is no terminal".to_owned(),
+            hint: "use --password-file, --password-command or HIGHWATER_PASSWORD_FILE".to_owned(),
+        });
+    }
+    let answer = rpassword::prompt_password(question)
+        .map_err(|source| CliError::Read { path: PathBuf::from("the terminal"), source })?;
+    Ok(Zeroizing::new(answer.into_bytes()))
+}

@@ -1,0 +1,411 @@
+//! The way of a backup, from top to bottom:
+//!
+//! ```text
+//! observe  the guard reports facts, the repository reports each disk's parent
+//! tidy     what dead sessions left: jobs, unfinished marks, forgotten records
+//! plan     per disk: incremental, rescan, full, or refuse       (crate `plan`)
+//! begin    the point in time, atomic over all disks
+//! copy     read, hash, store what is new
+//! commit   packs, index, manifest                          ← the commit point
+//! settle   end the job, give up old marks; trouble here is a warning
+//! ```
+
+mod chunk_map;
+mod copy;
+mod disk_copy;
+mod error;
+mod files;
+mod observe;
+mod record;
+mod report;
+mod settle;
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Instant;
+
+use highwater_hypervisor::{
+    BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef,
+};
+use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId};
+use highwater_plan::{DiskPlan, Level, VmGate, gate};
+use highwater_repo::{Compression, Manifest, RepoErrorKind, Repository, VmIdentity, WriterOptions};
+
+use crate::guard::{Guard, GuardError, Outcome};
+use crate::{Cancel, Event, Observer};
+
+pub use copy::{CopyError, Tuning};
+pub use error::BackupError;
+pub use report::{DiskReport, Report, Status};
+
+use copy::{CopyJob, CopyWatch, DiskCopied, ReadPlan, copy_disks};
+use observe::{History, PlannedDisk};
+
+/// What the user asked for.
+#[derive(Debug, Clone)]
+pub struct BackupOptions {
+    /// Level.
+    pub level: Level,
+    /// Targets to back up; empty means all.
+    pub only_disks: Vec<String>,
+    /// Targets to leave out.
+    pub without_disks: Vec<String>,
+    /// Whether to freeze the guest's file systems.
+    pub quiesce: Quiesce,
+    /// Which of them; empty means all.
+    pub freeze_mountpoints: Vec<String>,
+    /// Directory in which a private one for scratch files is made.
+    pub scratch_dir: PathBuf,
+    /// Directory in which a private one for the NBD socket is made.
+    pub socket_dir: PathBuf,
+    /// Compression of new chunks.
+    pub compression: Compression,
+    /// Threads and buffers.
+    pub tuning: Tuning,
+    /// Tags to keep with the point.
+    pub tags: Vec<String>,
+    /// Group to keep with the point.
+    pub group: Option<String>,
+    /// Name of this host, for the manifest.
+    pub host: String,
+    /// Offset of local time from UTC, minutes.
+    pub utc_offset_minutes: i32,
+}
+
+/// What a backup works with.
+pub struct BackupContext<'a> {
+    /// Where the point goes.
+    pub repo: &'a Repository,
+    /// The guard of this backup.
+    pub guard: &'a Guard,
+    /// Starts another guard when the first one has died.
+    pub restart_guard: &'a dyn Fn() -> Result<Guard, GuardError>,
+    /// Time.
+    pub clock: &'a dyn Clock,
+    /// Is told what happens.
+    pub observer: &'a dyn Observer,
+    /// The user's wish to stop.
+    pub cancel: &'a Cancel,
+}
+
+/// Backs one VM up.
+///
+/// When it returns an error no point was added, and the session at the VM was
+/// ended as far as it could be (the error's text and the next run say more).
+pub fn backup(
+    context: &BackupContext<'_>,
+    vm_name: &str,
+    options: &BackupOptions,
+) -> Result<Report, BackupError> {
+    let started = Instant::now();
+    let vm = context.guard.find(vm_name).map_err(|source| BackupError::observe(vm_name, source))?;
+    context.observer.event(&Event::Started { vm: &vm.name });
+    context.guard.lock(&vm).map_err(|source| BackupError::observe(&vm.name, source))?;
+
+    let mut job = Job {
+        context,
+        options,
+        vm: &vm,
+        point: PointId::new(context.clock.now()),
+        healed: Vec::new(),
+        warnings: Vec::new(),
+    };
+    let (facts, history, planned) = job.prepare()?;
+    let session = job.begin(&planned)?;
+    let (manifest, copied) = match job.copy_and_commit(&facts, &history, &planned, &session, started) {
+        Ok(done) => done,
+        Err(error) => {
+            let outcome = error.outcome();
+            job.finish_session(&session, outcome);
+            return Err(error);
+        }
+    };
+    job.finish_session(&session, Outcome::Committed);
+    job.give_up_superseded_marks(&history, &manifest, &planned);
+    Ok(report::report(&vm, &manifest, copied, job.healed, job.warnings, started.elapsed()))
+}
+
+struct Job<'a> {
+    context: &'a BackupContext<'a>,
+    options: &'a BackupOptions,
+    vm: &'a VmRef,
+    point: PointId,
+    healed: Vec<String>,
+    warnings: Vec<String>,
+}
+
+/// A session at the VM that has begun.
+struct Begin {
+    order: BeginOrder,
+    begun: Begun,
+}
+
+impl Job<'_> {
+    /// Observes, tidies and plans; nothing of this run is at the VM yet.
+    fn prepare(&mut self) -> Result<(VmFacts, History, Vec<PlannedDisk>), BackupError> {
+        let mut facts = self.observe()?;
+        if let VmGate::EndLeftoverFirst(session) = self.gate(&facts) {
+            self.end_leftover(session)?;
+            facts = self.observe()?;
+        }
+        match self.gate(&facts) {
+            VmGate::Open => {}
+            VmGate::EndLeftoverFirst(_) | VmGate::Busy => {
+                return Err(BackupError::Busy { vm: self.vm.name.clone(), job: facts.job });
+            }
+            VmGate::WrongState => {
+                return Err(BackupError::WrongState {
+                    vm: self.vm.name.clone(),
+                    state: facts.run_state,
+                });
+            }
+        }
+        let history = History::load(self.context.repo, &self.identity(), &facts)
+            .map_err(|source| BackupError::repository(&self.vm.name, source))?;
+        if self.tidy_marks(&facts, &history)? {
+            facts = self.observe()?;
+        }
+        self.check_wanted_disks(&facts)?;
+        let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
+        self.tell_plan(&facts, &planned)?;
+        Ok((facts, history, planned))
+    }
+
+    fn observe(&self) -> Result<VmFacts, BackupError> {
+        let facts = self.context.guard.observe(self.vm);
+        facts.map_err(|source| BackupError::observe(&self.vm.name, source))
+    }
+
+    fn gate(&self, facts: &VmFacts) -> VmGate {
+        gate(observe::vm_state(facts), observe::job_view(facts))
+    }
+
+    fn identity(&self) -> VmIdentity {
+        VmIdentity { name: self.vm.name.clone(), uuid: self.vm.uuid.clone() }
+    }
+
+    fn check_wanted_disks(&self, facts: &VmFacts) -> Result<(), BackupError> {
+        let known: BTreeSet<&str> = facts
+            .disks
+            .iter()
+            .map(|disk| disk.target.as_str())
+            .chain(facts.skipped.iter().map(|disk| disk.target.as_str()))
+            .collect();
+        let wanted = self.options.only_disks.iter().chain(&self.options.without_disks);
+        for disk in wanted {
+            if !known.contains(disk.as_str()) {
+                return Err(BackupError::NoSuchDisk {
+                    vm: self.vm.name.clone(),
+                    disk: disk.clone(),
+                    known: known.iter().map(|&name| name.to_owned()).collect(),
+                });
+            }
+        }
+        for disk in &self.options.only_disks {
+            if let Some(skipped) = facts.skipped.iter().find(|skipped| skipped.target == *disk) {
+                return Err(BackupError::DiskCannot {
+                    vm: self.vm.name.clone(),
+                    disk: disk.clone(),
+                    reason: record::skip_word(skipped.reason),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Tells the plan, and stops if a disk is refused: a backup without a disk
+    /// the user wants would look like a backup of the VM.
+    fn tell_plan(&self, facts: &VmFacts, planned: &[PlannedDisk]) -> Result<(), BackupError> {
+        for skipped in &facts.skipped {
+            let reason = record::skip_word(skipped.reason);
+            self.context.observer.event(&Event::Skipped { disk: &skipped.target, reason });
+        }
+        for disk in planned {
+            if let DiskPlan::Refuse(refusal) = &disk.plan {
+                return Err(BackupError::Refused {
+                    vm: self.vm.name.clone(),
+                    disk: disk.facts.target.clone(),
+                    refusal: *refusal,
+                });
+            }
+            self.context.observer.event(&Event::Planned {
+                disk: &disk.facts.target,
+                mode: record::mode_word(&disk.plan),
+                reason: record::reason_sentence(&disk.plan),
+                size_bytes: disk.facts.size_bytes,
+            });
+        }
+        if planned.is_empty() {
+            return Err(BackupError::NoDisks { vm: self.vm.name.clone() });
+        }
+        Ok(())
+    }
+
+    fn begin(&mut self, planned: &[PlannedDisk]) -> Result<Begin, BackupError> {
+        self.stop_if_cancelled()?;
+        let session = SessionId::random();
+        let marked: Vec<String> = planned
+            .iter()
+            .filter(|disk| disk.takes_mark(self.options.level))
+            .map(|disk| disk.facts.target.clone())
+            .collect();
+        let new_mark = (!marked.is_empty()).then(|| NewMark {
+            name: MarkName::new(self.context.repo.id(), self.point),
+            nonce: Nonce::random(),
+            disks: marked,
+        });
+        let order = BeginOrder {
+            vm: self.vm.clone(),
+            session,
+            disks: planned
+                .iter()
+                .map(|disk| DiskOrder {
+                    target: disk.facts.target.clone(),
+                    mode: read_mode(&disk.plan),
+                })
+                .collect(),
+            new_mark,
+            quiesce: self.options.quiesce,
+            freeze_mountpoints: self.options.freeze_mountpoints.clone(),
+            socket_dir: self.options.socket_dir.join(session.to_string()),
+            scratch_dir: self.options.scratch_dir.join(session.to_string()),
+        };
+        self.context.observer.event(&Event::Beginning);
+        let begun = self
+            .context
+            .guard
+            .begin(&order)
+            .map_err(|source| BackupError::Begin { vm: self.vm.name.clone(), source })?;
+        self.context.observer.event(&Event::Begun {
+            consistency: begun.consistency,
+            frozen_ms: begun.frozen_ms,
+        });
+        for warning in &begun.warnings {
+            self.warn(warning.clone());
+        }
+        Ok(Begin { order, begun })
+    }
+
+    fn copy_and_commit(
+        &mut self,
+        facts: &VmFacts,
+        history: &History,
+        planned: &[PlannedDisk],
+        session: &Begin,
+        started: Instant,
+    ) -> Result<(Manifest, Vec<DiskCopied>), BackupError> {
+        let vm = &self.vm.name;
+        let store = |source| BackupError::repository(vm, source);
+        let writer = self
+            .context
+            .repo
+            .writer(WriterOptions { compression: self.options.compression, ..WriterOptions::default() })
+            .map_err(store)?;
+        let files = files::save_files(&writer, facts, self.context.clock, &mut self.warnings)
+            .map_err(store)?;
+        let jobs = copy_jobs(planned, session)?;
+        let watch = CopyWatch {
+            cancel: self.context.cancel,
+            lost: &|| self.context.guard.lost(),
+            observer: self.context.observer,
+        };
+        let copied = copy_disks(&writer, &jobs, &self.options.tuning, &watch)
+            .map_err(|source| BackupError::copy(vm, source))?;
+        if copied.iter().all(|disk| disk.result.is_err()) {
+            return Err(BackupError::AllDisksFailed {
+                vm: vm.clone(),
+                disk: copied.first().map(|disk| disk.target.clone()).unwrap_or_default(),
+                source: copied.into_iter().find_map(|disk| disk.result.err().map(Box::new)),
+            });
+        }
+        let flushed = writer.flush().map_err(store)?;
+        self.stop_if_cancelled()?;
+        // From here on the guard leaves both marks alone if we die: only the
+        // manifest says whether this backup exists.
+        self.context
+            .guard
+            .committing()
+            .map_err(|source| BackupError::Begin { vm: vm.clone(), source })?;
+        self.context.observer.event(&Event::Committing);
+        let manifest = record::manifest(&record::Parts {
+            job: self,
+            facts,
+            history,
+            planned,
+            copied: &copied,
+            session,
+            files,
+            elapsed: started.elapsed(),
+        });
+        flushed.commit(&manifest).map_err(|source| {
+            if source.kind() == RepoErrorKind::CommitUnknown {
+                BackupError::CommitUnknown { vm: vm.clone(), source: Box::new(source) }
+            } else {
+                store(source)
+            }
+        })?;
+        self.context.observer.event(&Event::Committed { point: self.point });
+        Ok((manifest, copied))
+    }
+
+    fn stop_if_cancelled(&self) -> Result<(), BackupError> {
+        if self.context.cancel.is_raised() {
+            return Err(BackupError::Interrupted { vm: self.vm.name.clone() });
+        }
+        Ok(())
+    }
+
+    fn warn(&mut self, warning: String) {
+        self.context.observer.event(&Event::Warning(&warning));
+        self.warnings.push(warning);
+    }
+
+    fn healed(&mut self, what: String) {
+        self.context.observer.event(&Event::Healed(&what));
+        self.healed.push(what);
+    }
+}
+
+fn read_mode(plan: &DiskPlan) -> ReadMode {
+    match plan {
+        DiskPlan::Incremental { since, .. } | DiskPlan::Differential { since, .. } => {
+            ReadMode::Since(since.clone())
+        }
+        DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => {
+            ReadMode::All
+        }
+    }
+}
+
+fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, BackupError> {
+    planned
+        .iter()
+        .map(|disk| {
+            let target = &disk.facts.target;
+            let export = session.begun.exports.iter().find(|export| export.target == *target);
+            let export = export.ok_or_else(|| BackupError::NoExport {
+                vm: session.order.vm.name.clone(),
+                disk: target.clone(),
+            })?;
+            let read = match &disk.plan {
+                DiskPlan::Incremental { tail_from, .. } | DiskPlan::Differential { tail_from, .. } => {
+                    let context = export.dirty_context.clone().ok_or_else(|| BackupError::NoExport {
+                        vm: session.order.vm.name.clone(),
+                        disk: target.clone(),
+                    })?;
+                    ReadPlan::Dirty { context, tail_from: *tail_from }
+                }
+                DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => {
+                    ReadPlan::All
+                }
+            };
+            Ok(CopyJob {
+                target: target.clone(),
+                export: export.clone(),
+                parent: disk.parent_image,
+                read,
+                size_bytes: disk.facts.size_bytes,
+            })
+        })
+        .collect()
+}

@@ -1,0 +1,367 @@
+//! Copies all disks of a session: bounded, parallel, pipelined.
+//!
+//! ```text
+//! disk runner ─ walks the map ─► items ─► readers (NBD, several requests in flight)
+//!      ▲ tokens                              │ filled buffers
+//!      │                                     ▼
+//! collector ◄─ ids, in any order ─ workers (hash, known?, compress, pack)
+//!      └─ sets them in the tree in ascending order
+//! ```
+//!
+//! Memory: the buffer pool, the tokens (each stands for one item between map
+//! and tree) and the lanes' open packs; nothing grows with the disk.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use highwater_hypervisor::{Export, HypervisorError};
+use highwater_model::{ByteRange, ObjectId};
+use highwater_nbd::{Canceller, NbdError};
+use highwater_repo::{ImageRoot, RepoError, Writer};
+
+use super::disk_copy::run_disk;
+use crate::{Cancel, DiskProgress, Event, Observer};
+
+/// Bytes of one NBD request (or one chunk, if that is larger). QEMU serves up
+/// to 32 MiB, but keeps a buffer per request: field measurements call
+/// 256 KiB to 1 MiB plenty.
+pub(super) const REQUEST_BYTES: u64 = 512 << 10;
+/// How often progress is told and the session looked at.
+const TICK: Duration = Duration::from_millis(100);
+
+/// Threads and buffers of a backup.
+#[derive(Debug, Clone, Copy)]
+pub struct Tuning {
+    /// Threads that hash, compress and pack.
+    pub workers: usize,
+    /// Disks read at the same time.
+    pub disks: usize,
+    /// NBD connections per disk.
+    pub connections: usize,
+    /// Bytes of read buffers in all.
+    pub buffer_bytes: usize,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
+        Self { workers: cores.clamp(1, 16), disks: 2, connections: 2, buffer_bytes: 32 << 20 }
+    }
+}
+
+/// One disk to copy.
+#[derive(Debug, Clone)]
+pub(super) struct CopyJob {
+    pub(super) target: String,
+    pub(super) export: Export,
+    /// The tree an increment is built on.
+    pub(super) parent: Option<ImageRoot>,
+    pub(super) read: ReadPlan,
+    /// Size the plan was made for, bytes.
+    pub(super) size_bytes: u64,
+}
+
+/// What is read of a disk.
+#[derive(Debug, Clone)]
+pub(super) enum ReadPlan {
+    /// Everything.
+    All,
+    /// What a bitmap calls dirty, and everything from `tail_from` on.
+    Dirty { context: String, tail_from: Option<u64> },
+}
+
+/// What became of one disk.
+#[derive(Debug)]
+pub(super) struct DiskCopied {
+    pub(super) target: String,
+    pub(super) size_bytes: u64,
+    pub(super) result: Result<Copied, CopyError>,
+}
+
+/// A disk that was read whole.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Copied {
+    pub(super) image: ImageRoot,
+    pub(super) dirty_bytes: u64,
+    pub(super) read_bytes: u64,
+    pub(super) stored_bytes: u64,
+}
+
+/// Why a disk was not read whole.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say what each is; fields are what they name")]
+pub enum CopyError {
+    #[error("cannot connect to the export of disk `{disk}`")]
+    Connect { disk: String, source: Box<NbdError> },
+    #[error("cannot learn what changed on disk `{disk}`")]
+    Map { disk: String, source: Box<NbdError> },
+    #[error("cannot read bytes {start:#x} to {end:#x} of disk `{disk}`")]
+    Read { disk: String, start: u64, end: u64, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("cannot use the export of disk `{disk}`: it has {exported} bytes, the disk {planned}")]
+    SizeChanged { disk: String, exported: u64, planned: u64 },
+    #[error("cannot account for all of disk `{disk}`: {missing} pieces were never read")]
+    Incomplete { disk: String, missing: u64 },
+    #[error("cannot go on: the session at the VM broke")]
+    SessionLost { source: HypervisorError },
+    #[error("cannot store what was read")]
+    Store { source: Box<RepoError> },
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// What is watched while copying.
+pub(super) struct CopyWatch<'a> {
+    pub(super) cancel: &'a Cancel,
+    /// Why the session broke, if it did.
+    pub(super) lost: &'a (dyn Fn() -> Option<HypervisorError> + Sync),
+    pub(super) observer: &'a dyn Observer,
+}
+
+/// A filled buffer on its way to a worker.
+pub(super) struct Filled {
+    pub(super) seq: u64,
+    pub(super) range: ByteRange,
+    pub(super) bytes: Vec<u8>,
+    pub(super) results: Sender<Hashed>,
+    pub(super) progress: std::sync::Arc<Progress>,
+}
+
+/// The ids of an item's chunks.
+pub(super) struct Hashed {
+    pub(super) seq: u64,
+    pub(super) first_chunk: u64,
+    pub(super) ids: Ids,
+}
+
+/// Ids of consecutive chunks.
+pub(super) enum Ids {
+    /// All of them zero.
+    Zero(u64),
+    /// One by one.
+    Each(Vec<Option<ObjectId>>),
+}
+
+/// Counters of one disk.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    pub(super) done: AtomicU64,
+    pub(super) dirty: AtomicU64,
+    pub(super) read: AtomicU64,
+    pub(super) stored: AtomicU64,
+}
+
+/// What all threads of one copy share.
+pub(super) struct Shared<'a> {
+    pub(super) writer: &'a Writer,
+    pub(super) tuning: Tuning,
+    pub(super) chunk_size: highwater_model::ChunkSize,
+    /// Everything stops: the user's wish, a lost session, a store error.
+    pub(super) stop: AtomicBool,
+    store_error: Mutex<Option<RepoError>>,
+    cancellers: Mutex<Vec<Canceller>>,
+    pub(super) filled: Sender<Filled>,
+    pub(super) pool_take: Receiver<Vec<u8>>,
+    pub(super) pool_give: Sender<Vec<u8>>,
+}
+
+impl Shared<'_> {
+    pub(super) fn stopped(&self) -> bool {
+        self.stop.load(Ordering::SeqCst)
+    }
+
+    /// Has this connection cut when everything stops.
+    pub(super) fn cut_on_stop(&self, canceller: Canceller) {
+        let mut all = self.cancellers.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.stopped() {
+            canceller.cancel();
+        }
+        all.push(canceller);
+    }
+
+    fn stop_all(&self) {
+        self.stop.store(true, Ordering::SeqCst);
+        let all = self.cancellers.lock().unwrap_or_else(PoisonError::into_inner);
+        all.iter().for_each(Canceller::cancel);
+    }
+
+    pub(super) fn store_failed(&self, error: RepoError) {
+        let mut first = self.store_error.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(error);
+        drop(first);
+        self.stop_all();
+    }
+}
+
+/// Copies all disks. An error means that nothing of this session can be kept;
+/// trouble with single disks is in their results.
+pub(super) fn copy_disks(
+    writer: &Writer,
+    jobs: &[CopyJob],
+    tuning: &Tuning,
+    watch: &CopyWatch<'_>,
+) -> Result<Vec<DiskCopied>, CopyError> {
+    let chunk_size = writer.chunk_size();
+    let buffer_bytes = REQUEST_BYTES.max(chunk_size.bytes());
+    let buffer_len = usize::try_from(buffer_bytes).expect("a request fits in memory");
+    let buffers = (tuning.buffer_bytes / buffer_len).max(2 * tuning.disks * tuning.connections);
+    let (pool_give, pool_take) = bounded(buffers);
+    for _ in 0..buffers {
+        // Cannot fail: the channel has room for all of them and a receiver.
+        pool_give.send(Vec::with_capacity(buffer_len)).expect("the pool is open");
+    }
+    let (filled, work) = bounded(buffers);
+    let shared = Shared {
+        writer,
+        tuning: *tuning,
+        chunk_size,
+        stop: AtomicBool::new(false),
+        store_error: Mutex::new(None),
+        cancellers: Mutex::new(Vec::new()),
+        filled,
+        pool_take,
+        pool_give,
+    };
+    let progress: Vec<_> = jobs.iter().map(|_| std::sync::Arc::new(Progress::default())).collect();
+    let (done_give, done_take) = unbounded();
+    let (next_give, next_take) = unbounded();
+    for at in 0..jobs.len() {
+        next_give.send(at).expect("the queue of disks is open");
+    }
+    drop(next_give);
+
+    let mut results: Vec<Option<DiskCopied>> = jobs.iter().map(|_| None).collect();
+    let mut why_stopped = None;
+    std::thread::scope(|scope| {
+        let shared = &shared;
+        let progress = &progress;
+        // The workers end when the last sender is gone: `shared.filled` lives
+        // longer, so they also look at an explicit end.
+        let (end_give, end_take) = bounded::<()>(0);
+        let workers: Vec<_> = (0..tuning.workers.max(1))
+            .map(|_| {
+                let (work, end) = (work.clone(), end_take.clone());
+                scope.spawn(move || work_on(shared, &work, &end))
+            })
+            .collect();
+        for _ in 0..tuning.disks.max(1).min(jobs.len()) {
+            let (next, done) = (next_take.clone(), done_give.clone());
+            scope.spawn(move || {
+                while let Ok(at) = next.recv() {
+                    let (Some(job), Some(progress)) = (jobs.get(at), progress.get(at)) else { return };
+                    let result = run_disk(shared, job, progress);
+                    if done.send((at, result)).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(done_give);
+        loop {
+            match done_take.recv_timeout(TICK) {
+                Ok((at, (size_bytes, result))) => {
+                    let Some(job) = jobs.get(at) else { continue };
+                    tell_done(watch.observer, job, &result);
+                    if let Some(slot) = results.get_mut(at) {
+                        *slot = Some(DiskCopied { target: job.target.clone(), size_bytes, result });
+                    }
+                }
+                Err(crossbeam_channel::RecvTimeoutError::Timeout) => {}
+                Err(crossbeam_channel::RecvTimeoutError::Disconnected) => break,
+            }
+            tell_progress(watch.observer, jobs, progress);
+            if why_stopped.is_none() {
+                why_stopped = reason_to_stop(watch);
+                if why_stopped.is_some() {
+                    shared.stop_all();
+                }
+            }
+        }
+        drop(end_give);
+        for worker in workers {
+            if let Err(error) = worker.join().expect("a worker does not panic") {
+                shared.store_failed(error);
+            }
+        }
+        tell_progress(watch.observer, jobs, progress);
+    });
+    let store_error = shared.store_error.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if let Some(source) = store_error {
+        return Err(CopyError::Store { source: Box::new(source) });
+    }
+    // The guard may have noticed a lost session in the same moment in which
+    // the last byte arrived; then the bytes are good.
+    if let Some(why) = why_stopped {
+        return Err(why);
+    }
+    Ok(results.into_iter().flatten().collect())
+}
+
+fn reason_to_stop(watch: &CopyWatch<'_>) -> Option<CopyError> {
+    if watch.cancel.is_raised() {
+        return Some(CopyError::Interrupted);
+    }
+    (watch.lost)().map(|source| CopyError::SessionLost { source })
+}
+
+/// Hashes, compresses and packs until the work ends.
+fn work_on(
+    shared: &Shared<'_>,
+    work: &Receiver<Filled>,
+    end: &Receiver<()>,
+) -> Result<(), RepoError> {
+    let mut lane = shared.writer.lane();
+    loop {
+        let filled = crossbeam_channel::select! {
+            recv(work) -> filled => filled.ok(),
+            // Disconnected: all disks are done, so nothing is under way.
+            recv(end) -> _ => None,
+        };
+        let Some(filled) = filled else { break };
+        let mut ids = Vec::with_capacity(filled.bytes.len().div_ceil(shared.chunk_size.len()));
+        for chunk in filled.bytes.chunks(shared.chunk_size.len()) {
+            match lane.add(chunk) {
+                Ok(added) => {
+                    filled.progress.stored.fetch_add(added.stored_bytes, Ordering::Relaxed);
+                    ids.push(added.id);
+                }
+                Err(error) => {
+                    shared.store_failed(error);
+                    break;
+                }
+            }
+        }
+        filled.progress.read.fetch_add(filled.range.len(), Ordering::Relaxed);
+        filled.progress.done.fetch_add(filled.range.len(), Ordering::Relaxed);
+        let first_chunk = filled.range.start() / shared.chunk_size.bytes();
+        // The collector is gone only if its disk failed already.
+        drop(filled.results.send(Hashed { seq: filled.seq, first_chunk, ids: Ids::Each(ids) }));
+        drop(shared.pool_give.send(filled.bytes));
+    }
+    lane.finish()
+}
+
+fn tell_done(observer: &dyn Observer, job: &CopyJob, result: &Result<Copied, CopyError>) {
+    let failure = result.as_ref().err().map(|error| super::report::chain(error).join(": "));
+    observer.event(&Event::DiskDone { disk: &job.target, failure: failure.as_deref() });
+}
+
+fn tell_progress(
+    observer: &dyn Observer,
+    jobs: &[CopyJob],
+    progress: &[std::sync::Arc<Progress>],
+) {
+    let all: Vec<DiskProgress> = jobs
+        .iter()
+        .zip(progress)
+        .map(|(job, progress)| DiskProgress {
+            disk: job.target.clone(),
+            done_bytes: progress.done.load(Ordering::Relaxed),
+            size_bytes: job.size_bytes,
+            read_bytes: progress.read.load(Ordering::Relaxed),
+            stored_bytes: progress.stored.load(Ordering::Relaxed),
+        })
+        .collect();
+    observer.event(&Event::Progress(&all));
+}

@@ -1,0 +1,439 @@
+//! Copies one disk: walks its map, has it read, and builds its tree.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
+use highwater_hypervisor::ExportAddress;
+use highwater_model::{ByteRange, ChunkSize};
+use highwater_nbd::{ConnectOptions, Connection, Endpoint, NbdError};
+use highwater_repo::{ImageRoot, TreeBuilder};
+
+use super::chunk_map::{ChunkMap, Run, WINDOW_CHUNKS};
+use super::copy::{
+    Copied, CopyError, CopyJob, Filled, Hashed, Ids, Progress, REQUEST_BYTES, ReadPlan, Shared,
+};
+
+const ALLOCATION: &str = "base:allocation";
+/// `NBD_STATE_ZERO` of `base:allocation` (NBD protocol, "Metadata querying").
+const STATE_ZERO: u64 = 1 << 1;
+/// Bit 0 of `qemu:dirty-bitmap:*` (QEMU `docs/interop/nbd.rst`).
+const STATE_DIRTY: u64 = 1;
+/// Items between map and tree; bounds what the collector may have to hold
+/// while one slow request keeps it waiting.
+const ITEMS_UNDER_WAY: usize = 512;
+/// Requests in flight per connection. QEMU serves 16 and then stops reading.
+const REQUESTS_IN_FLIGHT: usize = 8;
+/// How often a waiting thread looks whether it should stop.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// One piece to read.
+struct Item {
+    seq: u64,
+    range: ByteRange,
+}
+
+/// What the threads of one disk share.
+struct Disk<'a> {
+    shared: &'a Shared<'a>,
+    job: &'a CopyJob,
+    progress: &'a Arc<Progress>,
+    failed: AtomicBool,
+    error: Mutex<Option<CopyError>>,
+}
+
+impl Disk<'_> {
+    fn fail(&self, error: CopyError) {
+        let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(error);
+        self.failed.store(true, Ordering::SeqCst);
+    }
+
+    fn stopped(&self) -> bool {
+        self.failed.load(Ordering::SeqCst) || self.shared.stopped()
+    }
+
+    fn connect(&self, contexts: Vec<String>) -> Result<Connection, CopyError> {
+        let endpoint = match &self.job.export.address {
+            ExportAddress::Unix(path) => Endpoint::Unix(path.clone()),
+            ExportAddress::Tcp(host, port) => Endpoint::Tcp { host: host.clone(), port: *port },
+        };
+        let options = ConnectOptions {
+            export: self.job.export.name.clone(),
+            meta_contexts: contexts,
+            ..ConnectOptions::default()
+        };
+        let connection = Connection::connect(&endpoint, &options).map_err(|source| {
+            CopyError::Connect { disk: self.job.target.clone(), source: Box::new(source) }
+        })?;
+        self.shared.cut_on_stop(connection.canceller());
+        Ok(connection)
+    }
+}
+
+/// Copies one disk; returns its exported size (the planned one if it could not
+/// even be asked) and what became of it.
+pub(super) fn run_disk(
+    shared: &Shared<'_>,
+    job: &CopyJob,
+    progress: &Arc<Progress>,
+) -> (u64, Result<Copied, CopyError>) {
+    let disk =
+        Disk { shared, job, progress, failed: AtomicBool::new(false), error: Mutex::new(None) };
+    let context = match &job.read {
+        ReadPlan::All => ALLOCATION,
+        ReadPlan::Dirty { context, .. } => context,
+    };
+    let first = match disk.connect(vec![context.to_owned()]) {
+        Ok(first) => first,
+        Err(error) => return (job.size_bytes, Err(error)),
+    };
+    let size_bytes = first.export().size_bytes;
+    let mapper = match &job.read {
+        ReadPlan::All => Mapper { dirty: None, allocation: Some(first) },
+        ReadPlan::Dirty { .. } => Mapper { dirty: Some(first), allocation: None },
+    };
+    (size_bytes, copy(&disk, mapper, size_bytes))
+}
+
+/// The connections that ask about the disk. One per context: a server answers
+/// for all contexts of a connection, wanted or not, and the map of allocation
+/// is worth asking for around dirty chunks only.
+struct Mapper {
+    dirty: Option<Connection>,
+    allocation: Option<Connection>,
+}
+
+impl Mapper {
+    /// Returns the connection for the map of allocation, made when first needed.
+    fn allocation(&mut self, disk: &Disk<'_>) -> Result<&mut Connection, CopyError> {
+        if self.allocation.is_none() {
+            self.allocation = Some(disk.connect(vec![ALLOCATION.to_owned()])?);
+        }
+        Ok(self.allocation.as_mut().expect("made above"))
+    }
+}
+
+fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, CopyError> {
+    let job = disk.job;
+    if size_bytes != job.size_bytes {
+        // The plan's tail was computed for another size: somebody resized the
+        // disk in the moment between. The next run sees the new size.
+        return Err(CopyError::SizeChanged {
+            disk: job.target.clone(),
+            exported: size_bytes,
+            planned: job.size_bytes,
+        });
+    }
+    let store = |source| CopyError::Store { source: Box::new(source) };
+    let tree = disk.shared.writer.tree(job.parent.as_ref(), size_bytes).map_err(store)?;
+    let (items_give, items_take) = bounded::<Item>(ITEMS_UNDER_WAY);
+    let (results_give, results_take) = unbounded::<Hashed>();
+    let (token_give, token_take) = bounded::<()>(ITEMS_UNDER_WAY);
+    for _ in 0..ITEMS_UNDER_WAY {
+        token_give.send(()).expect("the channel has room for every token");
+    }
+    let (issued, image) = std::thread::scope(|scope| {
+        for _ in 0..disk.shared.tuning.connections.max(1) {
+            let (items, results) = (items_take.clone(), results_give.clone());
+            scope.spawn(move || {
+                if let Err(error) = read_items(disk, &items, &results) {
+                    disk.fail(error);
+                }
+            });
+        }
+        drop(items_take);
+        let collector = scope.spawn(move || collect(disk, tree, &results_take, &token_give));
+        let walked = walk(disk, &mut mapper, size_bytes, &token_take, &items_give, &results_give);
+        drop(items_give);
+        drop(results_give);
+        let issued = walked.unwrap_or_else(|error| {
+            disk.fail(error);
+            0
+        });
+        (issued, collector.join().expect("a collector does not panic"))
+    });
+    if let Some(error) = disk.error.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        return Err(error);
+    }
+    if disk.shared.stopped() {
+        return Err(CopyError::Interrupted);
+    }
+    let (collected, image) = image?;
+    if collected != issued {
+        return Err(CopyError::Incomplete {
+            disk: job.target.clone(),
+            missing: issued.saturating_sub(collected),
+        });
+    }
+    let load = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+    Ok(Copied {
+        image,
+        dirty_bytes: load(&disk.progress.dirty),
+        read_bytes: load(&disk.progress.read),
+        stored_bytes: load(&disk.progress.stored),
+    })
+}
+
+/// Walks the disk window by window and issues what is to be done; returns the
+/// number of items.
+fn walk(
+    disk: &Disk<'_>,
+    mapper: &mut Mapper,
+    size_bytes: u64,
+    tokens: &Receiver<()>,
+    items: &Sender<Item>,
+    results: &Sender<Hashed>,
+) -> Result<u64, CopyError> {
+    let chunk_size = disk.shared.chunk_size;
+    let window_bytes = WINDOW_CHUNKS.saturating_mul(chunk_size.bytes());
+    let mut issued = 0_u64;
+    let mut start = 0_u64;
+    while start < size_bytes && !disk.stopped() {
+        let end = start.saturating_add(window_bytes).min(size_bytes);
+        let Some(window) = ByteRange::between(start, end) else { break };
+        let map = map_window(disk, mapper, window)?;
+        let mut wanted = 0_u64;
+        for run in map.runs(REQUEST_BYTES) {
+            if !take_token(disk, tokens) {
+                return Ok(issued);
+            }
+            let sent = match run {
+                Run::Read(range) => {
+                    wanted += range.len();
+                    items.send(Item { seq: issued, range }).is_ok()
+                }
+                Run::Zero(range) => {
+                    wanted += range.len();
+                    disk.progress.done.fetch_add(range.len(), Ordering::Relaxed);
+                    results.send(zero(issued, range, chunk_size)).is_ok()
+                }
+            };
+            if !sent {
+                return Ok(issued);
+            }
+            issued += 1;
+        }
+        disk.progress.done.fetch_add(window.len().saturating_sub(wanted), Ordering::Relaxed);
+        start = end;
+    }
+    Ok(issued)
+}
+
+fn zero(seq: u64, range: ByteRange, chunk_size: ChunkSize) -> Hashed {
+    Hashed {
+        seq,
+        first_chunk: range.start() / chunk_size.bytes(),
+        ids: Ids::Zero(chunk_size.count(range.len())),
+    }
+}
+
+fn take_token(disk: &Disk<'_>, tokens: &Receiver<()>) -> bool {
+    loop {
+        match tokens.recv_timeout(LOOK) {
+            Ok(()) => return true,
+            Err(crossbeam_channel::RecvTimeoutError::Timeout) if !disk.stopped() => {}
+            Err(_) => return false,
+        }
+    }
+}
+
+/// Asks the server about one window: what changed, and what is zero.
+fn map_window(
+    disk: &Disk<'_>,
+    mapper: &mut Mapper,
+    window: ByteRange,
+) -> Result<ChunkMap, CopyError> {
+    let failed = |source: NbdError| CopyError::Map {
+        disk: disk.job.target.clone(),
+        source: Box::new(source),
+    };
+    let mut map = ChunkMap::new(window, disk.shared.chunk_size);
+    match &disk.job.read {
+        ReadPlan::All => {
+            map.want(window);
+            disk.progress.dirty.fetch_add(window.len(), Ordering::Relaxed);
+        }
+        ReadPlan::Dirty { context, tail_from } => {
+            let mut dirty = 0_u64;
+            let connection = mapper.dirty.as_mut().expect("made for this plan");
+            connection
+                .map(context, window, &mut |range, state| {
+                    if state & STATE_DIRTY != 0 {
+                        dirty += range.len();
+                        map.want(range);
+                    }
+                    Ok(())
+                })
+                .map_err(failed)?;
+            let tail = tail_from.and_then(|from| ByteRange::between(from, window.end()));
+            if let Some(tail) = tail.and_then(|tail| tail.intersection(window)) {
+                // The new part of a grown disk is clean in the bitmap.
+                map.want(tail);
+                dirty += tail.len();
+            }
+            disk.progress.dirty.fetch_add(dirty, Ordering::Relaxed);
+        }
+    }
+    for range in map.worth_asking() {
+        let connection = mapper.allocation(disk)?;
+        if connection.export().context(ALLOCATION).is_none() {
+            // A server that does not tell holes apart: everything may be data.
+            map.may_hold_data(range);
+            continue;
+        }
+        connection
+            .map(ALLOCATION, range, &mut |range, state| {
+                if state & STATE_ZERO == 0 {
+                    map.may_hold_data(range);
+                }
+                Ok(())
+            })
+            .map_err(failed)?;
+    }
+    Ok(map)
+}
+
+/// Reads items over one connection, several at a time.
+fn read_items(
+    disk: &Disk<'_>,
+    items: &Receiver<Item>,
+    results: &Sender<Hashed>,
+) -> Result<(), CopyError> {
+    // Connected at the first item: QEMU drops a client that idles in the
+    // handshake, and an empty increment needs no second connection.
+    let mut connection: Option<Connection> = None;
+    let mut waiting: BTreeMap<u64, ByteRange> = BTreeMap::new();
+    loop {
+        if disk.stopped() {
+            return Ok(());
+        }
+        let more = waiting.len() < REQUESTS_IN_FLIGHT;
+        let next = if more { next_item(disk, items, waiting.is_empty()) } else { Next::NotNow };
+        match next {
+            Next::Item(item, buffer) => {
+                let connection = match &mut connection {
+                    Some(connection) => connection,
+                    None => connection.insert(disk.connect(Vec::new())?),
+                };
+                waiting.insert(item.seq, item.range);
+                connection
+                    .submit_read(item.seq, item.range, buffer)
+                    .map_err(|source| read_error(disk, item.range, source))?;
+                continue;
+            }
+            Next::End if waiting.is_empty() => return Ok(()),
+            Next::End | Next::NotNow => {}
+        }
+        let Some(connection) = connection.as_mut().filter(|_| !waiting.is_empty()) else { continue };
+        let range = waiting.values().next().copied();
+        let completion = connection.next_completion().map_err(|source| match range {
+            Some(range) => read_error(disk, range, source),
+            None => CopyError::Map { disk: disk.job.target.clone(), source: Box::new(source) },
+        })?;
+        let Some(range) = waiting.remove(&completion.cookie) else { continue };
+        let bytes = completion.result.map_err(|source| read_error(disk, range, source))?;
+        assert_eq!(bytes.len() as u64, range.len(), "a completed read is as long as its request");
+        let filled = Filled {
+            seq: completion.cookie,
+            range,
+            bytes,
+            results: results.clone(),
+            progress: Arc::clone(disk.progress),
+        };
+        if disk.shared.filled.send(filled).is_err() {
+            return Ok(());
+        }
+    }
+}
+
+fn read_error(
+    disk: &Disk<'_>,
+    range: ByteRange,
+    source: impl std::error::Error + Send + Sync + 'static,
+) -> CopyError {
+    CopyError::Read {
+        disk: disk.job.target.clone(),
+        start: range.start(),
+        end: range.end(),
+        source: Box::new(source),
+    }
+}
+
+enum Next {
+    Item(Item, Vec<u8>),
+    /// Finish what is in flight first.
+    NotNow,
+    /// There will be no more.
+    End,
+}
+
+/// Takes an item and a buffer for it. May wait only if nothing is in flight:
+/// whoever waits for a buffer while it holds filled ones starves the others.
+fn next_item(disk: &Disk<'_>, items: &Receiver<Item>, may_wait: bool) -> Next {
+    let buffer = if may_wait {
+        disk.shared.pool_take.recv_timeout(LOOK).ok()
+    } else {
+        disk.shared.pool_take.try_recv().ok()
+    };
+    let Some(buffer) = buffer else { return Next::NotNow };
+    let item = if may_wait {
+        items.recv_timeout(LOOK).map_err(|error| match error {
+            crossbeam_channel::RecvTimeoutError::Timeout => TryRecvError::Empty,
+            crossbeam_channel::RecvTimeoutError::Disconnected => TryRecvError::Disconnected,
+        })
+    } else {
+        items.try_recv()
+    };
+    match item {
+        Ok(item) => Next::Item(item, buffer),
+        Err(reason) => {
+            drop(disk.shared.pool_give.send(buffer));
+            match reason {
+                TryRecvError::Empty => Next::NotNow,
+                TryRecvError::Disconnected => Next::End,
+            }
+        }
+    }
+}
+
+/// Sets ids in the tree in ascending order, whatever order they arrive in.
+fn collect(
+    disk: &Disk<'_>,
+    mut tree: TreeBuilder<'_>,
+    results: &Receiver<Hashed>,
+    tokens: &Sender<()>,
+) -> Result<(u64, ImageRoot), CopyError> {
+    let store = |source| CopyError::Store { source: Box::new(source) };
+    let mut early: BTreeMap<u64, Hashed> = BTreeMap::new();
+    let mut next = 0_u64;
+    while let Ok(hashed) = results.recv() {
+        early.insert(hashed.seq, hashed);
+        while let Some(hashed) = early.remove(&next) {
+            let first = hashed.first_chunk;
+            let set = match hashed.ids {
+                // Without a parent what is not set is zero already.
+                Ids::Zero(_) if disk.job.parent.is_none() => Ok(()),
+                Ids::Zero(count) => (first..first.saturating_add(count))
+                    .try_for_each(|chunk| tree.set(chunk, None)),
+                Ids::Each(ids) => {
+                    (first..).zip(ids).try_for_each(|(chunk, id)| tree.set(chunk, id))
+                }
+            };
+            if let Err(error) = set {
+                disk.failed.store(true, Ordering::SeqCst);
+                return Err(store(error));
+            }
+            next += 1;
+            // Nobody waits for tokens when the walk has ended.
+            drop(tokens.try_send(()));
+        }
+    }
+    if disk.stopped() {
+        return Err(CopyError::Interrupted);
+    }
+    let image = tree.finish().map_err(store)?;
+    Ok((next, image))
+}

@@ -1,0 +1,273 @@
+//! Turns what guard and repository report into what the planner asks for.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use highwater_hypervisor::{
+    BitmapFacts, DiskFacts, JobFacts, MarkSupport, NoMarks, RootNode, RunState, VmFacts,
+    WriteErrorPolicy,
+};
+use highwater_model::{MarkName, PointId};
+use highwater_plan::{
+    self as plan, BitmapView, DiskPlan, DiskView, Identity, ImageLink, JobView, Level, ParentView,
+    Record, RootView, VmState, WriteErrors, plan_disk,
+};
+use highwater_repo::{
+    DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, Repository, VmIdentity,
+};
+
+use super::BackupOptions;
+
+/// What the repository holds of this VM, as far as this backup needs it.
+#[derive(Debug, Default)]
+pub(super) struct History {
+    /// All points that exist.
+    pub(super) committed: BTreeSet<PointId>,
+    /// The newest readable one, and its number.
+    pub(super) newest: Option<(PointId, u64)>,
+    /// The parent of each disk: the newest readable point whose mark is on it.
+    pub(super) parents: BTreeMap<String, ParentRecord>,
+    /// Smallest size each disk was ever seen with, bytes.
+    pub(super) smallest: BTreeMap<String, u64>,
+    /// Disks that are in some point.
+    seen: BTreeSet<String>,
+}
+
+/// A disk's parent as the manifest tells it.
+#[derive(Debug, Clone)]
+pub(super) struct ParentRecord {
+    pub(super) point: PointId,
+    pub(super) mark: MarkRecord,
+    pub(super) disk: DiskRecord,
+}
+
+impl History {
+    /// Reads manifests from the newest on until every disk's parent is known,
+    /// so that the cost does not grow with the number of points.
+    pub(super) fn load(
+        repo: &Repository,
+        vm: &VmIdentity,
+        facts: &VmFacts,
+    ) -> Result<Self, RepoError> {
+        let mut history = Self::default();
+        let points = repo.point_ids(vm)?;
+        history.committed = points.iter().copied().collect();
+        for point in points.into_iter().rev() {
+            if history.newest.is_some() && facts.disks.iter().all(|disk| history.settles(disk)) {
+                break;
+            }
+            // A manifest that cannot be read proves nothing, so it is nobody's
+            // parent; `verify` is where its damage is reported.
+            let Ok(manifest) = repo.manifest(vm, point) else { continue };
+            history.take(point, &manifest);
+        }
+        Ok(history)
+    }
+
+    fn settles(&self, disk: &DiskFacts) -> bool {
+        let seen = self.seen.contains(&disk.target);
+        self.parents.contains_key(&disk.target) || (seen && disk.marks != MarkSupport::Yes)
+    }
+
+    fn take(&mut self, point: PointId, manifest: &Manifest) {
+        self.newest.get_or_insert((point, manifest.sequence));
+        for disk in &manifest.disks {
+            if self.seen.insert(disk.target.clone()) {
+                self.smallest.insert(disk.target.clone(), disk.evidence.smallest_size_bytes);
+            }
+            let Some(mark) = manifest.mark.as_ref().filter(|_| disk.marked) else { continue };
+            self.parents.entry(disk.target.clone()).or_insert_with(|| ParentRecord {
+                point,
+                mark: mark.clone(),
+                disk: disk.clone(),
+            });
+        }
+    }
+
+    fn of_disk(&self, target: &str) -> plan::History {
+        if self.seen.contains(target) {
+            plan::History::ThisDisk
+        } else if self.committed.is_empty() {
+            plan::History::Nothing
+        } else {
+            plan::History::OtherDisks
+        }
+    }
+}
+
+/// One disk with its plan.
+#[derive(Debug)]
+pub(super) struct PlannedDisk {
+    pub(super) facts: DiskFacts,
+    pub(super) plan: DiskPlan,
+    /// The tree an increment is built on.
+    pub(super) parent_image: Option<ImageRoot>,
+}
+
+impl PlannedDisk {
+    /// Returns whether this backup leaves its mark on the disk.
+    pub(super) fn takes_mark(&self, level: Level) -> bool {
+        level.leaves_a_mark() && self.facts.marks == MarkSupport::Yes
+    }
+}
+
+/// Plans every disk the user wants.
+pub(super) fn plan_disks(
+    repo: &Repository,
+    options: &BackupOptions,
+    facts: &VmFacts,
+    history: &History,
+) -> Vec<PlannedDisk> {
+    let wanted = |disk: &&DiskFacts| {
+        (options.only_disks.is_empty() || options.only_disks.contains(&disk.target))
+            && !options.without_disks.contains(&disk.target)
+    };
+    facts
+        .disks
+        .iter()
+        .filter(wanted)
+        .map(|disk| {
+            let parent = history.parents.get(&disk.target);
+            let view = disk_view(disk, facts, parent);
+            let parent_view = parent.map(|parent| parent_view(repo, parent));
+            let plan =
+                plan_disk(options.level, history.of_disk(&disk.target), &view, parent_view.as_ref());
+            let parent_image = match &plan {
+                DiskPlan::Incremental { .. } | DiskPlan::Differential { .. } => {
+                    parent.map(|parent| parent.disk.image)
+                }
+                DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => {
+                    None
+                }
+            };
+            PlannedDisk { facts: disk.clone(), plan, parent_image }
+        })
+        .collect()
+}
+
+fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> DiskView {
+    DiskView {
+        size_bytes: disk.size_bytes,
+        identity: identity(disk),
+        marks: match disk.marks {
+            MarkSupport::Yes => plan::MarkSupport::Yes,
+            MarkSupport::No(NoMarks::NotQcow2) => plan::MarkSupport::NotQcow2,
+            MarkSupport::No(NoMarks::Qcow2Version2) => plan::MarkSupport::Qcow2Version2,
+        },
+        bitmap: parent.map_or(BitmapView::Missing, |parent| bitmap_view(disk, &parent.mark.name)),
+        record: parent.map_or(Record::Forgotten, |parent| record_view(vm, &parent.mark)),
+        root: match &disk.root_node {
+            RootNode::Same => RootView::Same,
+            RootNode::Differs { .. } => RootView::Differs,
+            RootNode::Unknown(_) => RootView::Unknown,
+        },
+        write_errors: match disk.write_errors {
+            WriteErrorPolicy::Pause => WriteErrors::Pause,
+            WriteErrorPolicy::Report | WriteErrorPolicy::Ignore => WriteErrors::ReachTheGuest,
+        },
+    }
+}
+
+fn identity(disk: &DiskFacts) -> Identity {
+    Identity {
+        serial: disk.serial.clone(),
+        device: disk.device.clone(),
+        chain: disk
+            .chain
+            .iter()
+            .map(|link| ImageLink {
+                name: link.name.clone(),
+                format: link.format.clone(),
+                inode: link.inode,
+                stamp: link
+                    .file_bytes
+                    .zip(link.modified_ns)
+                    .zip(link.changed_ns)
+                    .map(|((bytes, modified), changed)| (bytes, modified, changed)),
+            })
+            .collect(),
+    }
+}
+
+/// The worst state of any bitmap of that name on the disk's chain; missing
+/// unless the topmost image, where the guest writes, carries one.
+pub(super) fn bitmap_view(disk: &DiskFacts, mark: &MarkName) -> BitmapView {
+    let name = mark.to_string();
+    let top = disk.chain.first().and_then(|link| link.node.as_deref());
+    let bitmaps: Vec<&BitmapFacts> = disk.bitmaps.iter().filter(|it| it.name == name).collect();
+    let on_top = bitmaps.iter().find(|it| top.is_none_or(|top| it.node == top));
+    let Some(on_top) = on_top else { return BitmapView::Missing };
+    let any = |bad: fn(&BitmapFacts) -> bool| bitmaps.iter().any(|it| bad(it));
+    if any(|it| it.inconsistent) {
+        BitmapView::Inconsistent
+    } else if any(|it| it.busy) {
+        BitmapView::Busy
+    } else if any(|it| !it.recording) {
+        BitmapView::NotRecording
+    } else if any(|it| !it.persistent) {
+        BitmapView::NotPersistent
+    } else {
+        BitmapView::Recording { granularity: on_top.granularity }
+    }
+}
+
+/// Compares the hypervisor's record of a mark with the manifest's.
+pub(super) fn record_view(vm: &VmFacts, mark: &MarkRecord) -> Record {
+    let found = vm.checkpoints.iter().find(|it| it.mark.as_ref() == Some(&mark.name));
+    match found {
+        None => Record::Forgotten,
+        Some(found) if found.nonce != Some(mark.nonce) => Record::Remade,
+        Some(found) if mark.created_s.is_some() && found.created_s != mark.created_s => {
+            Record::Remade
+        }
+        Some(_) => Record::Proven,
+    }
+}
+
+fn parent_view(repo: &Repository, parent: &ParentRecord) -> ParentView {
+    let evidence = &parent.disk.evidence;
+    ParentView {
+        point: parent.point,
+        mark: parent.mark.name.clone(),
+        size_bytes: parent.disk.image.size_bytes,
+        identity: Identity {
+            serial: evidence.serial.clone(),
+            device: evidence.device.clone(),
+            chain: evidence.chain.iter().map(image_link).collect(),
+        },
+        granularity: evidence.granularity,
+        same_chunk_size: parent.disk.image.chunk_bytes == repo.chunk_size(),
+        tree_is_readable: tree_is_readable(repo, &parent.disk.image),
+    }
+}
+
+fn image_link(link: &EvidenceLink) -> ImageLink {
+    ImageLink {
+        name: link.name.clone(),
+        format: link.format.clone(),
+        inode: link.inode,
+        stamp: link.stamp,
+    }
+}
+
+fn tree_is_readable(repo: &Repository, image: &ImageRoot) -> bool {
+    repo.image(image).is_ok_and(|reader| reader.chunks().next().is_none_or(|first| first.is_ok()))
+}
+
+/// Whether and how the VM runs, for the gate.
+pub(super) const fn vm_state(facts: &VmFacts) -> VmState {
+    match facts.run_state {
+        RunState::Running | RunState::Paused => VmState::Alive,
+        RunState::PausedOnError => VmState::Stuck,
+        RunState::Off => VmState::Off,
+        RunState::Other => VmState::Other,
+    }
+}
+
+/// Whose job runs, for the gate.
+pub(super) const fn job_view(facts: &VmFacts) -> JobView {
+    match &facts.job {
+        None => JobView::None,
+        Some(JobFacts::Ours(session)) => JobView::Ours(*session),
+        Some(JobFacts::ForeignBackup | JobFacts::Other(_)) => JobView::Foreign,
+    }
+}

@@ -1,0 +1,214 @@
+//! Writes down what was done: the manifest, and the words in it.
+
+use std::time::Duration;
+
+use highwater_hypervisor::{Consistency, DiskFacts, DiskSource, SkipReason, VmFacts};
+use highwater_plan::{DiskPlan, Why};
+use highwater_repo::{
+    DiskRecord, Evidence, EvidenceLink, Manifest, MarkRecord, Origin, SavedFile, SkippedRecord,
+};
+
+use super::copy::DiskCopied;
+use super::observe::{History, PlannedDisk};
+use super::{Begin, Job};
+
+/// Everything a manifest is made of.
+pub(super) struct Parts<'a> {
+    pub(super) job: &'a Job<'a>,
+    pub(super) facts: &'a VmFacts,
+    pub(super) history: &'a History,
+    pub(super) planned: &'a [PlannedDisk],
+    pub(super) copied: &'a [DiskCopied],
+    pub(super) session: &'a Begin,
+    pub(super) files: Vec<SavedFile>,
+    pub(super) elapsed: Duration,
+}
+
+/// Makes the manifest of the disks that were read whole.
+pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
+    let Parts { job, facts, history, planned, copied, session, .. } = parts;
+    let now = job.context.clock.now();
+    let disks: Vec<DiskRecord> = planned
+        .iter()
+        .filter_map(|disk| {
+            let copied = copied.iter().find(|copied| copied.target == disk.facts.target)?;
+            let outcome = copied.result.as_ref().ok()?;
+            Some(DiskRecord {
+                target: disk.facts.target.clone(),
+                mode: mode_word(&disk.plan).to_owned(),
+                reason: reason(&disk.plan).map(|why| why.word().to_owned()),
+                parent: parent(&disk.plan),
+                image: outcome.image,
+                file_bytes: disk.facts.file_bytes.filter(|bytes| {
+                    disk.facts.format == "raw" && *bytes != outcome.image.size_bytes
+                }),
+                format: disk.facts.format.clone(),
+                source: source_text(&disk.facts.source),
+                dirty_bytes: outcome.dirty_bytes,
+                read_bytes: outcome.read_bytes,
+                stored_bytes: outcome.stored_bytes,
+                marked: disk.takes_mark(job.options.level),
+                evidence: evidence(&disk.facts, facts, history, outcome.image.size_bytes),
+            })
+        })
+        .collect();
+    let marked: Vec<String> =
+        disks.iter().filter(|disk| disk.marked).map(|disk| disk.target.clone()).collect();
+    let mark = session.order.new_mark.as_ref().filter(|_| !marked.is_empty()).map(|mark| MarkRecord {
+        name: mark.name.clone(),
+        nonce: mark.nonce,
+        created_s: session.begun.mark_created_s,
+        disks: marked.clone(),
+    });
+    Manifest {
+        version: 1,
+        point: job.point,
+        vm: job.identity(),
+        sequence: history.newest.map_or(1, |(_, sequence)| sequence + 1),
+        prev: history.newest.map(|(point, _)| point),
+        taken_at: session.begun.taken_at,
+        utc_offset_minutes: job.options.utc_offset_minutes,
+        committed_at: now,
+        consistency: consistency_word(session.begun.consistency).to_owned(),
+        level: job.options.level.word().to_owned(),
+        origin: Origin {
+            host: job.options.host.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            hypervisor: facts.versions.clone(),
+        },
+        definition: facts.definition.clone(),
+        definition_at: session.begun.taken_at,
+        files: parts.files.clone(),
+        disks,
+        skipped: skipped(facts, planned, copied),
+        mark,
+        healed: job.healed.clone(),
+        warnings: job.warnings.clone(),
+        tags: job.options.tags.clone(),
+        group: job.options.group.clone(),
+        duration_ms: u64::try_from(parts.elapsed.as_millis()).unwrap_or(u64::MAX),
+        prune_epoch: 0,
+    }
+}
+
+fn skipped(
+    facts: &VmFacts,
+    planned: &[PlannedDisk],
+    copied: &[DiskCopied],
+) -> Vec<SkippedRecord> {
+    let record = |target: &str, reason: &str| SkippedRecord {
+        target: target.to_owned(),
+        reason: reason.to_owned(),
+    };
+    let unfit = facts.skipped.iter().map(|disk| record(&disk.target, skip_word(disk.reason)));
+    let unwanted = facts
+        .disks
+        .iter()
+        .filter(|disk| planned.iter().all(|planned| planned.facts.target != disk.target))
+        .map(|disk| record(&disk.target, "left out by the user"));
+    let failed = copied
+        .iter()
+        .filter(|disk| disk.result.is_err())
+        .map(|disk| record(&disk.target, "could not be read"));
+    unfit.chain(unwanted).chain(failed).collect()
+}
+
+fn evidence(disk: &DiskFacts, vm: &VmFacts, history: &History, size_bytes: u64) -> Evidence {
+    Evidence {
+        serial: disk.serial.clone(),
+        device: disk.device.clone(),
+        chain: disk
+            .chain
+            .iter()
+            .map(|link| EvidenceLink {
+                name: link.name.clone(),
+                format: link.format.clone(),
+                inode: link.inode,
+                stamp: link
+                    .file_bytes
+                    .zip(link.modified_ns)
+                    .zip(link.changed_ns)
+                    .map(|((bytes, modified), changed)| (bytes, modified, changed)),
+            })
+            .collect(),
+        granularity: None,
+        process: vm
+            .process
+            .as_ref()
+            .map(|process| (process.pid, process.start_ticks, process.boot_id.clone())),
+        counters: disk.counters.map(|counters| (counters.bytes, counters.operations)),
+        smallest_size_bytes: history
+            .smallest
+            .get(&disk.target)
+            .map_or(size_bytes, |smallest| size_bytes.min(*smallest)),
+    }
+}
+
+fn source_text(source: &DiskSource) -> String {
+    match source {
+        DiskSource::File(path) | DiskSource::Block(path) => path.to_string_lossy().into_owned(),
+        DiskSource::Volume { pool, volume, path } => path
+            .as_ref()
+            .map_or_else(|| format!("{pool}/{volume}"), |path| path.to_string_lossy().into_owned()),
+        DiskSource::Network(text) => text.clone(),
+    }
+}
+
+/// Returns the mode word of JSON and manifest.
+pub(super) const fn mode_word(plan: &DiskPlan) -> &'static str {
+    match plan {
+        DiskPlan::Incremental { .. } => "incremental",
+        DiskPlan::Differential { .. } => "differential",
+        DiskPlan::Full(_) => "full",
+        DiskPlan::Rescan(_) => "rescan",
+        DiskPlan::Copy => "copy",
+        DiskPlan::Refuse(_) => "refused",
+    }
+}
+
+const fn reason(plan: &DiskPlan) -> Option<Why> {
+    match plan {
+        DiskPlan::Full(why) => *why,
+        DiskPlan::Rescan(why) => Some(*why),
+        DiskPlan::Incremental { .. }
+        | DiskPlan::Differential { .. }
+        | DiskPlan::Copy
+        | DiskPlan::Refuse(_) => None,
+    }
+}
+
+/// Returns the reason of a plan as a person reads it.
+pub(super) fn reason_sentence(plan: &DiskPlan) -> Option<&'static str> {
+    reason(plan).map(Why::sentence)
+}
+
+const fn parent(plan: &DiskPlan) -> Option<highwater_model::PointId> {
+    match plan {
+        DiskPlan::Incremental { parent, .. } | DiskPlan::Differential { parent, .. } => {
+            Some(*parent)
+        }
+        DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => None,
+    }
+}
+
+const fn consistency_word(consistency: Consistency) -> &'static str {
+    match consistency {
+        Consistency::Filesystem => "filesystem",
+        Consistency::Crash => "crash",
+        Consistency::Offline => "offline",
+        Consistency::Paused => "paused",
+    }
+}
+
+/// Returns why a disk is never part of a backup, as a person reads it.
+pub(super) const fn skip_word(reason: SkipReason) -> &'static str {
+    match reason {
+        SkipReason::Cdrom => "a CD-ROM drive",
+        SkipReason::Floppy => "a floppy drive",
+        SkipReason::Empty => "a drive without a medium",
+        SkipReason::Shareable => "shared with other VMs, so it has no single point in time",
+        SkipReason::Transient => "transient: its content is thrown away at shutdown",
+        SkipReason::ReadOnly => "read-only for the guest",
+        SkipReason::PassedThrough => "passed through to the guest without a block layer",
+    }
+}

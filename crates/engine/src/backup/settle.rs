@@ -1,0 +1,195 @@
+//! Tidying at the VM: before the plan what others left, afterwards what we do.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use highwater_hypervisor::{DiskFacts, MarkOrder, Redefinition, VmFacts};
+use highwater_model::{MarkName, SessionId};
+use highwater_plan::{
+    BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks,
+};
+use highwater_repo::{Manifest, MarkRecord};
+
+use super::observe::{History, PlannedDisk, bitmap_view, record_view};
+use super::{BackupError, Begin, Job};
+use crate::guard::{Guard, GuardError, Outcome, one_line};
+
+impl Job<'_> {
+    /// Ends the job of a session whose owner is dead (we hold the VM's lock).
+    pub(super) fn end_leftover(&mut self, session: SessionId) -> Result<(), BackupError> {
+        let ended = self
+            .context
+            .guard
+            .end_leftover(self.vm, session)
+            .map_err(|source| BackupError::Tidy { vm: self.vm.name.clone(), source })?;
+        if ended.ended_job {
+            self.healed(format!("ended the backup job of dead session {session}"));
+        }
+        for warning in ended.warnings {
+            self.warn(warning);
+        }
+        Ok(())
+    }
+
+    /// Removes unfinished marks and tells the hypervisor about marks it
+    /// forgot. Returns whether anything was changed, so that facts are stale.
+    pub(super) fn tidy_marks(
+        &mut self,
+        facts: &VmFacts,
+        history: &History,
+    ) -> Result<bool, BackupError> {
+        let found = found_marks(facts);
+        let unfinished = unfinished_marks(self.context.repo.id(), &found, &history.committed);
+        let mut changed = false;
+        for mark in unfinished {
+            changed = true;
+            match self.remove_mark(&mark) {
+                Ok(()) => self.healed(format!("removed unfinished mark {mark}")),
+                Err(error) => self.warn(format!(
+                    "cannot remove unfinished mark {mark}: {}",
+                    one_line(&error)
+                )),
+            }
+        }
+        for mark in forgotten_marks(facts, history) {
+            changed = true;
+            let name = mark.name.clone();
+            match self.context.guard.mark(self.vm, &MarkOrder::Redefine(mark)) {
+                Ok(()) => self.healed(format!("told the hypervisor again about mark {name}")),
+                // Not an error: the plan sees that the record is still missing
+                // and rescans.
+                Err(error) => self.warn(format!(
+                    "cannot tell the hypervisor about mark {name}: {}",
+                    one_line(&error)
+                )),
+            }
+        }
+        Ok(changed)
+    }
+
+    /// Ends this run's session at the VM. If the guard is gone, another one
+    /// settles what it left.
+    pub(super) fn finish_session(&mut self, session: &Begin, outcome: Outcome) {
+        let finished = self.context.guard.finish(outcome);
+        let warnings = match finished {
+            Ok(ended) => ended.warnings,
+            Err(error) => match self.settle_with_another_guard(session, outcome) {
+                Ok(warnings) => warnings,
+                Err(second) => vec![
+                    format!("cannot end the session at the VM: {}", one_line(&error)),
+                    format!("nor with another guard: {}", one_line(&second)),
+                    "the next backup of this VM repairs it".to_owned(),
+                ],
+            },
+        };
+        for warning in warnings {
+            self.warn(warning);
+        }
+    }
+
+    fn settle_with_another_guard(
+        &self,
+        session: &Begin,
+        outcome: Outcome,
+    ) -> Result<Vec<String>, GuardError> {
+        let guard: Guard = (self.context.restart_guard)()?;
+        guard.lock(self.vm)?;
+        let ended = guard.end_leftover(self.vm, session.order.session)?;
+        if let (Outcome::Failed, Some(mark)) = (outcome, &session.order.new_mark) {
+            guard.mark(self.vm, &MarkOrder::Remove(mark.name.clone()))?;
+        }
+        Ok(ended.warnings)
+    }
+
+    /// Gives up the marks that no disk needs now that the manifest is durable.
+    pub(super) fn give_up_superseded_marks(
+        &mut self,
+        history: &History,
+        manifest: &Manifest,
+        planned: &[PlannedDisk],
+    ) {
+        // Observed anew: an older mark that another run left would otherwise
+        // stay for ever.
+        let facts = match self.context.guard.observe(self.vm) {
+            Ok(facts) => facts,
+            Err(error) => {
+                return self.warn(format!("cannot look for old marks: {}", one_line(&error)));
+            }
+        };
+        let parents = parents_after(&facts, history, manifest, planned);
+        for mark in superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents) {
+            if let Err(error) = self.remove_mark(&mark) {
+                self.warn(format!("cannot give up old mark {mark}: {}", one_line(&error)));
+            }
+        }
+    }
+
+    fn remove_mark(&self, mark: &MarkName) -> Result<(), GuardError> {
+        self.context.guard.mark(self.vm, &MarkOrder::Remove(mark.clone()))
+    }
+}
+
+/// All marks of any Highwater at the VM, as records or as bitmaps.
+fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
+    let records = facts.checkpoints.iter().filter_map(|checkpoint| checkpoint.mark.clone());
+    let bitmaps = facts
+        .disks
+        .iter()
+        .flat_map(|disk| &disk.bitmaps)
+        .filter_map(|bitmap| bitmap.name.parse().ok());
+    let names: BTreeSet<MarkName> = records.chain(bitmaps).collect();
+    names.into_iter().map(|name| FoundMark { name }).collect()
+}
+
+/// Parents whose bitmaps record on some disk while the hypervisor's record is
+/// gone (undefine and define, a transient VM, another host).
+fn forgotten_marks(facts: &VmFacts, history: &History) -> Vec<Redefinition> {
+    let mut forgotten: BTreeMap<MarkName, Redefinition> = BTreeMap::new();
+    for disk in &facts.disks {
+        let Some(parent) = history.parents.get(&disk.target) else { continue };
+        if !is_forgotten(facts, disk, &parent.mark) {
+            continue;
+        }
+        // Without the original creation time a redefined record would look
+        // re-made for ever.
+        let Some(created_s) = parent.mark.created_s else { continue };
+        forgotten
+            .entry(parent.mark.name.clone())
+            .or_insert_with(|| Redefinition {
+                name: parent.mark.name.clone(),
+                nonce: parent.mark.nonce,
+                created_s,
+                disks: Vec::new(),
+            })
+            .disks
+            .push(disk.target.clone());
+    }
+    forgotten.into_values().collect()
+}
+
+fn is_forgotten(facts: &VmFacts, disk: &DiskFacts, mark: &MarkRecord) -> bool {
+    record_view(facts, mark) == Record::Forgotten
+        && matches!(bitmap_view(disk, &mark.name), BitmapView::Recording { .. })
+}
+
+/// Each disk's parent once this backup is committed.
+fn parents_after(
+    facts: &VmFacts,
+    history: &History,
+    manifest: &Manifest,
+    planned: &[PlannedDisk],
+) -> Vec<Parent> {
+    let present = facts.disks.iter().map(|disk| disk.target.as_str());
+    let planned = planned.iter().map(|disk| disk.facts.target.as_str());
+    let targets: BTreeSet<&str> = present.chain(planned).collect();
+    targets
+        .into_iter()
+        .filter_map(|target| {
+            let new = manifest.mark.as_ref().filter(|_| {
+                manifest.disks.iter().any(|disk| disk.target == target && disk.marked)
+            });
+            let old = history.parents.get(target).map(|parent| &parent.mark);
+            let mark = new.or(old)?.name.clone();
+            Some(Parent { target: target.to_owned(), mark })
+        })
+        .collect()
+}

@@ -1,0 +1,29 @@
+//! Two processes make one backup, so that the VM never waits for a repository.
+//!
+//! A backup job blocks migration, save and snapshots, and never ends by
+//! itself. So the process that owns the session at the VM (the *guard*) never
+//! touches the repository, where a call may hang for ever; and the one that
+//! does (the *mover*) never holds anything at the VM.
+//!
+//! ```text
+//!   mover (the command the user started)          guard (its child, own unix session)
+//!   ───────────────────────────────────           ──────────────────────────────────
+//!   plan, read NBD, write repository    requests  libvirt connection, VM lock,
+//!   print                              ────────►  begin · check · end · marks
+//!                                      ◄────────  replies, "session lost"
+//! ```
+//!
+//! The guard follows the mover's life by the socket between them: a mover
+//! that dies (SIGKILL included) closes it, one that is stopped misses its beat.
+//! Then the guard ends the session by itself, see [`host`]. A guard that dies
+//! is noticed by the mover the same way; it starts another one to settle.
+
+mod client;
+mod host;
+mod lock;
+mod wire;
+
+pub use client::{Guard, GuardError};
+pub use host::serve;
+pub use lock::lock_path;
+pub use wire::Outcome;

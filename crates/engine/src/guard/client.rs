@@ -1,0 +1,215 @@
+//! The mover's side: asks the guard, and beats so that the guard knows it lives.
+
+use std::io::BufReader;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use highwater_hypervisor::{
+    BeginOrder, Begun, Ended, ErrorKind, HypervisorError, MarkOrder, VmFacts, VmRef,
+};
+use highwater_model::SessionId;
+
+use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
+
+/// The guard allows ten times this.
+const BEAT_EVERY: Duration = Duration::from_secs(1);
+/// Longest time one request may take. libvirt gives up on its own job lock
+/// after 30 s (field: `cannot acquire state change lock`), freezing after 5 s;
+/// this is beyond their sum.
+const REPLY_MAX: Duration = Duration::from_secs(120);
+/// How long a dying holder of the VM's lock is waited for: its guard needs to
+/// notice (10 s) and to settle.
+const LOCK_WAIT_MS: u64 = 15_000;
+
+/// What can go wrong between mover and guard.
+pub type GuardError = HypervisorError;
+
+/// A connection to a guard.
+#[derive(Debug)]
+pub struct Guard {
+    stream: Arc<Mutex<UnixStream>>,
+    replies: Mutex<Replies>,
+    lost: Arc<Mutex<Option<HypervisorError>>>,
+}
+
+#[derive(Debug)]
+struct Replies {
+    next_id: u64,
+    receiver: Receiver<(u64, Result<Reply, HypervisorError>)>,
+}
+
+impl Guard {
+    /// Speaks to the guard at the other end of `stream` and has it connect.
+    pub fn connect(stream: UnixStream, uri: &str, lock_dir: &Path) -> Result<Self, GuardError> {
+        let gone = |source: std::io::Error| guard_gone().because(source.to_string());
+        let reading = stream.try_clone().map_err(gone)?;
+        let (sender, receiver) = channel();
+        let lost = Arc::new(Mutex::new(None));
+        let lost_sink = Arc::clone(&lost);
+        std::thread::spawn(move || read_answers(reading, &sender, &lost_sink));
+        let stream = Arc::new(Mutex::new(stream));
+        let beating = Arc::downgrade(&stream);
+        std::thread::spawn(move || {
+            while let Some(stream) = beating.upgrade() {
+                let beat = Message { id: 0, request: Request::Beat };
+                let sent = send(&mut *stream.lock().unwrap_or_else(PoisonError::into_inner), &beat);
+                drop(stream);
+                if sent.is_err() {
+                    return;
+                }
+                std::thread::sleep(BEAT_EVERY);
+            }
+        });
+        let guard = Self { stream, replies: Mutex::new(Replies { next_id: 1, receiver }), lost };
+        let hello = Request::Hello { connect: uri.to_owned(), lock_dir: lock_dir.to_owned() };
+        guard.done(hello)?;
+        Ok(guard)
+    }
+
+    /// Lists all VMs.
+    pub fn list(&self) -> Result<Vec<VmRef>, GuardError> {
+        match self.ask(Request::List)? {
+            Reply::Vms(vms) => Ok(vms),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Finds a VM by name or UUID.
+    pub fn find(&self, name: &str) -> Result<VmRef, GuardError> {
+        match self.ask(Request::Find { name: name.to_owned() })? {
+            Reply::Vm(vm) => Ok(vm),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Takes the VM's lock; the guard holds it until it ends or locks another.
+    pub fn lock(&self, vm: &VmRef) -> Result<(), GuardError> {
+        self.done(Request::Lock { vm: vm.clone(), wait_ms: LOCK_WAIT_MS })
+    }
+
+    /// Reports everything about a VM.
+    pub fn observe(&self, vm: &VmRef) -> Result<VmFacts, GuardError> {
+        match self.ask(Request::Observe { vm: vm.clone() })? {
+            Reply::Facts(facts) => Ok(*facts),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Takes the point in time.
+    pub fn begin(&self, order: &BeginOrder) -> Result<Begun, GuardError> {
+        match self.ask(Request::Begin { order: Box::new(order.clone()) })? {
+            Reply::Begun(begun) => Ok(*begun),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Tells the guard that the manifest is about to be written. Only after
+    /// its reply may it be.
+    pub fn committing(&self) -> Result<(), GuardError> {
+        self.done(Request::Committing)
+    }
+
+    /// Ends the session at the VM.
+    pub fn finish(&self, outcome: Outcome) -> Result<Ended, GuardError> {
+        self.ended(Request::Finish { outcome })
+    }
+
+    /// Ends what a dead session left behind.
+    pub fn end_leftover(&self, vm: &VmRef, session: SessionId) -> Result<Ended, GuardError> {
+        self.ended(Request::EndLeftover { vm: vm.clone(), session })
+    }
+
+    /// Changes a mark.
+    pub fn mark(&self, vm: &VmRef, order: &MarkOrder) -> Result<(), GuardError> {
+        self.done(Request::Mark { vm: vm.clone(), order: order.clone() })
+    }
+
+    /// Returns why the running session broke, if the guard said so.
+    pub fn lost(&self) -> Option<GuardError> {
+        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn done(&self, request: Request) -> Result<(), GuardError> {
+        match self.ask(request)? {
+            Reply::Done => Ok(()),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    fn ended(&self, request: Request) -> Result<Ended, GuardError> {
+        match self.ask(request)? {
+            Reply::Ended(ended) => Ok(ended),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    fn ask(&self, request: Request) -> Result<Reply, GuardError> {
+        let mut replies = self.replies.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = replies.next_id;
+        replies.next_id += 1;
+        let sent = {
+            let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+            send(&mut *stream, &Message { id, request })
+        };
+        sent.map_err(|source| guard_gone().because(source.to_string()))?;
+        loop {
+            match replies.receiver.recv_timeout(REPLY_MAX) {
+                Ok((answered, result)) if answered == id => return result,
+                // The late reply to a request that was given up.
+                Ok(_) => {}
+                Err(RecvTimeoutError::Timeout) => {
+                    return Err(guard_gone().because("it did not reply within 120 s"));
+                }
+                Err(RecvTimeoutError::Disconnected) => return Err(guard_gone()),
+            }
+        }
+    }
+}
+
+impl Drop for Guard {
+    fn drop(&mut self) {
+        let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        // The reader thread holds a duplicate: only a shutdown ends the stream.
+        // An error means it has ended already.
+        drop(stream.shutdown(std::net::Shutdown::Both));
+    }
+}
+
+fn read_answers(
+    stream: UnixStream,
+    replies: &Sender<(u64, Result<Reply, HypervisorError>)>,
+    lost: &Mutex<Option<HypervisorError>>,
+) {
+    let mut stream = BufReader::new(stream);
+    loop {
+        match receive(&mut stream) {
+            Ok(Some(Answer::Reply { id, result })) => {
+                if replies.send((id, result)).is_err() {
+                    return;
+                }
+            }
+            Ok(Some(Answer::Lost { error })) => note_lost(lost, error),
+            Ok(None) | Err(_) => {
+                note_lost(lost, guard_gone());
+                return;
+            }
+        }
+    }
+}
+
+/// Keeps the first cause; later ones follow from it.
+fn note_lost(lost: &Mutex<Option<HypervisorError>>, error: HypervisorError) {
+    lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+}
+
+fn guard_gone() -> HypervisorError {
+    HypervisorError::new(ErrorKind::Unreachable, "cannot reach the guard process")
+        .because("it has ended")
+}
+
+fn wrong_reply() -> HypervisorError {
+    HypervisorError::new(ErrorKind::Other, "cannot understand the guard process")
+}

@@ -1,0 +1,211 @@
+//! The guard's side: serves the mover, and settles when the mover is gone.
+//!
+//! ```text
+//!              Begin              Committing            Finish
+//!   idle ─────────────► reading ─────────────► committing ──────► idle
+//!                          │ mover gone             │ mover gone
+//!                          ▼                        ▼
+//!              end the job, remove           end the job, keep both
+//!              the unfinished mark           marks: the manifest decides
+//! ```
+
+use std::io::BufReader;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::time::{Duration, Instant};
+
+use highwater_hypervisor::{
+    BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder,
+};
+
+use super::lock::{self, VmLock};
+use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
+
+/// A mover that was silent for this long is stopped or dead to us. The mover
+/// beats every second; a machine under heavy swap may miss a few.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// How often a running session is looked at.
+const CHECK_EVERY: Duration = Duration::from_secs(1);
+
+/// Serves one mover over `stream` until it is gone, then settles and returns.
+///
+/// `connect` opens the driver for a connection URI.
+pub fn serve(
+    stream: UnixStream,
+    connect: &dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>,
+) {
+    let (sender, requests) = channel();
+    let Ok(reading) = stream.try_clone() else { return };
+    // Ends with the stream; nobody needs to wait for it.
+    std::thread::spawn(move || read_requests(reading, &sender));
+    let mut host = Host { stream, driver: None, lock_dir: PathBuf::new(), lock: None, session: None };
+    host.run(&requests, connect);
+    host.abandon();
+}
+
+fn read_requests(stream: UnixStream, sender: &Sender<Message>) {
+    let mut stream = BufReader::new(stream);
+    while let Ok(Some(message)) = receive(&mut stream) {
+        if sender.send(message).is_err() {
+            return;
+        }
+    }
+}
+
+struct Host {
+    stream: UnixStream,
+    driver: Option<Box<dyn Driver>>,
+    lock_dir: PathBuf,
+    lock: Option<VmLock>,
+    session: Option<Session>,
+}
+
+struct Session {
+    order: BeginOrder,
+    committing: bool,
+    told_lost: bool,
+}
+
+impl Host {
+    fn run(
+        &mut self,
+        requests: &Receiver<Message>,
+        connect: &dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>,
+    ) {
+        let mut heard = Instant::now();
+        let mut checked = Instant::now();
+        loop {
+            match requests.recv_timeout(CHECK_EVERY) {
+                Ok(Message { request: Request::Beat, .. }) => heard = Instant::now(),
+                Ok(Message { id, request }) => {
+                    let result = self.answer(request, connect);
+                    if send(&mut self.stream, &Answer::Reply { id, result }).is_err() {
+                        return;
+                    }
+                    // The beats that arrived meanwhile are still in the queue.
+                    heard = Instant::now();
+                }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+            if self.session.is_some() && heard.elapsed() > SILENCE_MAX {
+                return;
+            }
+            if checked.elapsed() >= CHECK_EVERY {
+                checked = Instant::now();
+                if self.tell_if_lost().is_err() {
+                    return;
+                }
+            }
+        }
+    }
+
+    fn answer(
+        &mut self,
+        request: Request,
+        connect: &dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>,
+    ) -> Result<Reply, HypervisorError> {
+        match request {
+            Request::Hello { connect: uri, lock_dir } => {
+                self.driver = Some(connect(&uri)?);
+                self.lock_dir = lock_dir;
+                Ok(Reply::Done)
+            }
+            Request::List => self.driver()?.list().map(Reply::Vms),
+            Request::Find { name } => self.driver()?.find(&name).map(Reply::Vm),
+            Request::Lock { vm, wait_ms } => {
+                self.lock = None;
+                let wait = Duration::from_millis(wait_ms);
+                self.lock = Some(lock::take(&self.lock_dir, &vm, wait)?);
+                Ok(Reply::Done)
+            }
+            Request::Observe { vm } => {
+                self.driver()?.observe(&vm).map(|facts| Reply::Facts(Box::new(facts)))
+            }
+            Request::Begin { order } => {
+                let begun = self.driver()?.begin(&order)?;
+                self.session = Some(Session { order: *order, committing: false, told_lost: false });
+                Ok(Reply::Begun(Box::new(begun)))
+            }
+            Request::Committing => {
+                let session = self.session.as_mut().ok_or_else(no_session)?;
+                session.committing = true;
+                Ok(Reply::Done)
+            }
+            Request::Finish { outcome } => {
+                let session = self.session.take().ok_or_else(no_session)?;
+                Ok(Reply::Ended(self.finish(&session.order, outcome)))
+            }
+            Request::EndLeftover { vm, session } => {
+                self.driver()?.end_leftover(&vm, session).map(Reply::Ended)
+            }
+            Request::Mark { vm, order } => {
+                self.driver()?.mark(&vm, &order).map(|()| Reply::Done)
+            }
+            Request::Beat => Ok(Reply::Done),
+        }
+    }
+
+    fn driver(&mut self) -> Result<&mut Box<dyn Driver>, HypervisorError> {
+        self.driver.as_mut().ok_or_else(|| {
+            HypervisorError::new(ErrorKind::Unreachable, "cannot use a hypervisor before connecting")
+        })
+    }
+
+    /// Ends the session at the VM. Trouble here is a warning: the next run
+    /// repairs it.
+    fn finish(&mut self, order: &BeginOrder, outcome: Outcome) -> Ended {
+        let Ok(driver) = self.driver() else { return Ended::default() };
+        let mut ended = driver.end(order).unwrap_or_else(|error| Ended {
+            ended_job: false,
+            warnings: vec![one_line(&error)],
+        });
+        match (outcome, &order.new_mark) {
+            (Outcome::Failed, Some(mark)) => {
+                // Every mark records on its own since its creation, so giving
+                // up the new one loses nothing: the old one goes on.
+                let removal = MarkOrder::Remove(mark.name.clone());
+                if let Err(error) = driver.mark(&order.vm, &removal) {
+                    ended.warnings.push(one_line(&error));
+                }
+            }
+            (Outcome::Failed | Outcome::Committed | Outcome::Unknown, _) => {}
+        }
+        ended
+    }
+
+    fn tell_if_lost(&mut self) -> std::io::Result<()> {
+        let (Some(session), Some(driver)) = (&mut self.session, &mut self.driver) else {
+            return Ok(());
+        };
+        if session.told_lost {
+            return Ok(());
+        }
+        if let Err(error) = driver.check(&session.order.vm, session.order.session) {
+            session.told_lost = true;
+            send(&mut self.stream, &Answer::Lost { error })?;
+        }
+        Ok(())
+    }
+
+    /// The mover is gone: leaves the VM as if it had never begun, unless the
+    /// manifest may exist.
+    fn abandon(&mut self) {
+        let Some(session) = self.session.take() else { return };
+        let outcome = if session.committing { Outcome::Unknown } else { Outcome::Failed };
+        self.finish(&session.order, outcome);
+    }
+}
+
+fn no_session() -> HypervisorError {
+    HypervisorError::new(ErrorKind::Other, "cannot end a session that has not begun")
+}
+
+/// Returns an error and its causes as one line for a warning.
+pub(crate) fn one_line(error: &HypervisorError) -> String {
+    std::iter::once(error.message.as_str())
+        .chain(error.because.iter().map(String::as_str))
+        .collect::<Vec<_>>()
+        .join(": ")
+}
