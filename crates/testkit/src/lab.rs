@@ -257,10 +257,9 @@ impl Drop for Life {
         // the init process die with `unshare`, and all others die with init.
         drop(self.outer.kill());
         drop(self.outer.wait());
-        // QEMU's files can be removed while it still dies, but not made anew:
-        // wait for the init process, which is the last one to go.
-        let init = PathBuf::from(format!("/proc/{}", self.init));
-        let gone = || Ok(self.init == 0 || !init.exists());
+        // QEMU may make files as long as it lives, so the directory goes when the
+        // init process has: it is the last one to die.
+        let gone = || Ok(self.init == 0 || is_dead(self.init));
         drop(wait_until("namespace gone", Duration::from_secs(5), gone));
     }
 }
@@ -345,6 +344,14 @@ fn init_script(root: &Path) -> String {
     // bash reaps what is re-parented to it; libvirt waits for a dead QEMU to vanish.
     script.push_str("echo ready\nwhile read -r _; do :; done\n");
     script
+}
+
+/// A zombie is dead: with `unshare` gone it waits for a foreign parent's attention.
+fn is_dead(pid: u32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name in parentheses may hold anything, so look behind it.
+    stat.rsplit_once(") ")
+        .is_none_or(|(_, fields)| fields.starts_with(['Z', 'X']))
 }
 
 fn only_child(pid: u32) -> Result<u32> {
