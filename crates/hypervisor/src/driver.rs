@@ -89,7 +89,12 @@ pub struct HypervisorError {
 impl HypervisorError {
     /// Makes an error without causes.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), because: Vec::new(), hint: None }
+        Self {
+            kind,
+            message: message.into(),
+            because: Vec::new(),
+            hint: None,
+        }
     }
 
     /// Adds the next deeper cause.

@@ -27,7 +27,10 @@ pub struct ExtentMap<V> {
 impl<V: Copy + PartialEq> ExtentMap<V> {
     /// Returns a map that covers nothing yet and will begin at `start`.
     pub const fn starting_at(start: u64) -> Self {
-        Self { start, extents: Vec::new() }
+        Self {
+            start,
+            extents: Vec::new(),
+        }
     }
 
     /// Returns how far the map reaches.
@@ -41,7 +44,10 @@ impl<V: Copy + PartialEq> ExtentMap<V> {
     pub fn push(&mut self, range: ByteRange, value: V) -> Result<(), OutOfOrder> {
         let expected = self.covered_to();
         if range.start() != expected {
-            return Err(OutOfOrder { expected, found: range.start() });
+            return Err(OutOfOrder {
+                expected,
+                found: range.start(),
+            });
         }
         if range.is_empty() {
             return Ok(());
@@ -56,9 +62,11 @@ impl<V: Copy + PartialEq> ExtentMap<V> {
     /// Returns the extents in order.
     pub fn iter(&self) -> impl Iterator<Item = (ByteRange, V)> + '_ {
         let starts = std::iter::once(self.start).chain(self.extents.iter().map(|(end, _)| *end));
-        starts.zip(&self.extents).filter_map(|(start, (end, value))| {
-            ByteRange::between(start, *end).map(|range| (range, *value))
-        })
+        starts
+            .zip(&self.extents)
+            .filter_map(|(start, (end, value))| {
+                ByteRange::between(start, *end).map(|range| (range, *value))
+            })
     }
 
     /// Returns how many extents there are.
@@ -73,8 +81,13 @@ impl<V: Copy + PartialEq> ExtentMap<V> {
 
     /// Returns the part of the map inside `range`, clipped to it.
     pub fn within(&self, range: ByteRange) -> impl Iterator<Item = (ByteRange, V)> + '_ {
-        let first = self.extents.partition_point(|(end, _)| *end <= range.start());
-        let start = match first.checked_sub(1).and_then(|before| self.extents.get(before)) {
+        let first = self
+            .extents
+            .partition_point(|(end, _)| *end <= range.start());
+        let start = match first
+            .checked_sub(1)
+            .and_then(|before| self.extents.get(before))
+        {
             Some((end, _)) => *end,
             None => self.start,
         };
@@ -108,7 +121,10 @@ mod tests {
         map.push(range(10, 20), true).unwrap();
         map.push(range(20, 20), false).unwrap();
         map.push(range(20, 30), false).unwrap();
-        assert_eq!(map.iter().collect::<Vec<_>>(), [(range(0, 20), true), (range(20, 30), false)]);
+        assert_eq!(
+            map.iter().collect::<Vec<_>>(),
+            [(range(0, 20), true), (range(20, 30), false)]
+        );
         assert_eq!(map.covered_to(), 30);
     }
 
@@ -116,8 +132,20 @@ mod tests {
     fn a_gap_or_an_overlap_is_refused() {
         let mut map = ExtentMap::starting_at(4);
         map.push(range(4, 10), 1).unwrap();
-        assert_eq!(map.push(range(11, 12), 1), Err(OutOfOrder { expected: 10, found: 11 }));
-        assert_eq!(map.push(range(9, 12), 1), Err(OutOfOrder { expected: 10, found: 9 }));
+        assert_eq!(
+            map.push(range(11, 12), 1),
+            Err(OutOfOrder {
+                expected: 10,
+                found: 11
+            })
+        );
+        assert_eq!(
+            map.push(range(9, 12), 1),
+            Err(OutOfOrder {
+                expected: 10,
+                found: 9
+            })
+        );
     }
 
     #[test]
@@ -127,8 +155,14 @@ mod tests {
         map.push(range(10, 20), 2).unwrap();
         map.push(range(20, 30), 3).unwrap();
         let part: Vec<_> = map.within(range(5, 25)).collect();
-        assert_eq!(part, [(range(5, 10), 1), (range(10, 20), 2), (range(20, 25), 3)]);
-        assert_eq!(map.within(range(10, 20)).collect::<Vec<_>>(), [(range(10, 20), 2)]);
+        assert_eq!(
+            part,
+            [(range(5, 10), 1), (range(10, 20), 2), (range(20, 25), 3)]
+        );
+        assert_eq!(
+            map.within(range(10, 20)).collect::<Vec<_>>(),
+            [(range(10, 20), 2)]
+        );
         assert_eq!(map.within(range(30, 40)).count(), 0);
     }
 }

@@ -154,7 +154,10 @@ impl fmt::Debug for PointId {
 impl FromStr for PointId {
     type Err = IdError;
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let wrong = || IdError { what: "restore point id", text: text.chars().take(80).collect() };
+        let wrong = || IdError {
+            what: "restore point id",
+            text: text.chars().take(80).collect(),
+        };
         if text.len() != 26 {
             return Err(wrong());
         }
@@ -205,7 +208,10 @@ const MARK_REPO_DIGITS: usize = 12;
 impl MarkName {
     /// Names the mark that the backup `point` into `repo` leaves behind.
     pub fn new(repo: RepoId, point: PointId) -> Self {
-        Self { repo: repo.to_string().chars().take(MARK_REPO_DIGITS).collect(), point }
+        Self {
+            repo: repo.to_string().chars().take(MARK_REPO_DIGITS).collect(),
+            point,
+        }
     }
 
     /// Returns the restore point whose backup made this mark.
@@ -221,7 +227,12 @@ impl MarkName {
 
 impl fmt::Display for MarkName {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{MARK_PREFIX}{}-{}", self.repo, self.point.to_string().to_ascii_lowercase())
+        write!(
+            f,
+            "{MARK_PREFIX}{}-{}",
+            self.repo,
+            self.point.to_string().to_ascii_lowercase()
+        )
     }
 }
 
@@ -234,17 +245,31 @@ impl fmt::Debug for MarkName {
 impl FromStr for MarkName {
     type Err = IdError;
     fn from_str(text: &str) -> Result<Self, IdError> {
-        let wrong = || IdError { what: "mark name", text: text.chars().take(80).collect() };
-        let (repo, point) =
-            text.strip_prefix(MARK_PREFIX).and_then(|rest| rest.split_once('-')).ok_or_else(wrong)?;
+        let wrong = || IdError {
+            what: "mark name",
+            text: text.chars().take(80).collect(),
+        };
+        let (repo, point) = text
+            .strip_prefix(MARK_PREFIX)
+            .and_then(|rest| rest.split_once('-'))
+            .ok_or_else(wrong)?;
         let is_repo = repo.len() == MARK_REPO_DIGITS
-            && repo.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
+            && repo
+                .bytes()
+                .all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f'));
         if !is_repo {
             return Err(wrong());
         }
-        let name = Self { repo: repo.to_owned(), point: point.parse().map_err(|_| wrong())? };
+        let name = Self {
+            repo: repo.to_owned(),
+            point: point.parse().map_err(|_| wrong())?,
+        };
         // Only the exact spelling is ours; a near miss belongs to somebody else.
-        if name.to_string() == text { Ok(name) } else { Err(wrong()) }
+        if name.to_string() == text {
+            Ok(name)
+        } else {
+            Err(wrong())
+        }
     }
 }
 
@@ -272,7 +297,10 @@ mod tests {
         assert!(early < late);
         assert!(early.to_string() < late.to_string());
         assert_eq!(late.to_string().parse::<PointId>().unwrap(), late);
-        assert_eq!(late.to_string().to_lowercase().parse::<PointId>().unwrap(), late);
+        assert_eq!(
+            late.to_string().to_lowercase().parse::<PointId>().unwrap(),
+            late
+        );
     }
 
     #[test]

@@ -24,7 +24,7 @@ impl ChunkSize {
     /// Checks and wraps a size in bytes.
     pub fn new(bytes: u64) -> Result<Self, ChunkSizeError> {
         let small = u32::try_from(bytes).map_err(|_| ChunkSizeError(bytes))?;
-        let fits = small.is_power_of_two() && small >= Self::DEFAULT.0 && small <= Self::MAX.0;
+        let fits = small.is_power_of_two() && (Self::DEFAULT.0..=Self::MAX.0).contains(&small);
         fits.then_some(Self(small)).ok_or(ChunkSizeError(bytes))
     }
 
@@ -58,13 +58,20 @@ impl From<ChunkSize> for u32 {
     }
 }
 
-const UNITS: [(&str, u64); 5] =
-    [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
+const UNITS: [(&str, u64); 5] = [
+    ("TiB", 1 << 40),
+    ("GiB", 1 << 30),
+    ("MiB", 1 << 20),
+    ("KiB", 1 << 10),
+    ("B", 1),
+];
 
 /// Returns a size for people: binary units, three significant digits at most.
 pub fn format_size(bytes: u64) -> String {
-    let (unit, factor) =
-        UNITS.into_iter().find(|(_, factor)| bytes >= *factor).unwrap_or(("B", 1));
+    let (unit, factor) = UNITS
+        .into_iter()
+        .find(|(_, factor)| bytes >= *factor)
+        .unwrap_or(("B", 1));
     let whole = bytes / factor;
     let tenths = (bytes % factor).saturating_mul(10) / factor;
     if factor == 1 || whole >= 100 || tenths == 0 {
@@ -77,7 +84,9 @@ pub fn format_size(bytes: u64) -> String {
 /// are binary whatever their spelling.
 pub fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let factor = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => 1_u64,
@@ -88,10 +97,16 @@ pub fn parse_size(text: &str) -> Option<u64> {
         _ => return None,
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, ""));
-    let whole: u64 = if whole.is_empty() && !fraction.is_empty() { 0 } else { whole.parse().ok()? };
+    let whole: u64 = if whole.is_empty() && !fraction.is_empty() {
+        0
+    } else {
+        whole.parse().ok()?
+    };
     let mut bytes = whole.checked_mul(factor)?;
     if !fraction.is_empty() {
-        let places = u32::try_from(fraction.len()).ok().filter(|places| *places <= 6)?;
+        let places = u32::try_from(fraction.len())
+            .ok()
+            .filter(|places| *places <= 6)?;
         let parts: u64 = fraction.parse().ok()?;
         bytes = bytes.checked_add(parts.checked_mul(factor)? / 10_u64.pow(places))?;
     }

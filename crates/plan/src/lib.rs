@@ -1,1 +1,17 @@
-//! TODO
+//! Decisions as data: what is read of each disk, what is tidied, what is kept.
+//!
+//! Everything here is a pure function of what was observed. The rule behind
+//! all of them: *incremental only if every fact that makes it safe is known*.
+//! A missing or surprising fact never becomes a guess; it becomes a named
+//! reason, which is printed and stored in the manifest.
+
+mod disk;
+mod marks;
+mod vm;
+
+pub use disk::{
+    BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
+    Record, Refusal, RootView, Why, WriteErrors, plan_disk,
+};
+pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
+pub use vm::{JobView, VmGate, VmState, gate};

@@ -1,0 +1,734 @@
+//! How is one disk read: what changed, everything, or not at all?
+
+use highwater_model::{MarkName, PointId};
+
+/// What the user asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Level {
+    /// Incremental where it is safe, else everything.
+    Auto,
+    /// Everything, and a new mark.
+    Full,
+    /// Incremental or nothing: refuses where `Auto` would rescan.
+    Incremental,
+    /// What changed since the mark, without moving it.
+    Differential,
+    /// Everything, without touching any mark.
+    Copy,
+}
+
+impl Level {
+    /// Returns the word of the command line, JSON and manifest.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Full => "full",
+            Self::Incremental => "incremental",
+            Self::Differential => "differential",
+            Self::Copy => "copy",
+        }
+    }
+
+    /// Returns whether a backup of this level leaves a new mark.
+    pub const fn leaves_a_mark(self) -> bool {
+        match self {
+            Self::Auto | Self::Full | Self::Incremental => true,
+            Self::Differential | Self::Copy => false,
+        }
+    }
+}
+
+/// What is observed of a disk now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskView {
+    /// Size the guest sees, bytes.
+    pub size_bytes: u64,
+    /// What identifies it.
+    pub identity: Identity,
+    /// Whether a mark can live on it.
+    pub marks: MarkSupport,
+    /// The parent mark's bitmap on this disk, however many nodes it spans.
+    pub bitmap: BitmapView,
+    /// The hypervisor's record of the parent's mark.
+    pub record: Record,
+    /// Whether an export would show what the guest writes.
+    pub root: RootView,
+    /// What the guest suffers when the scratch file cannot take a write.
+    pub write_errors: WriteErrors,
+}
+
+/// The newest proven restore point whose mark is on this disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ParentView {
+    /// The point.
+    pub point: PointId,
+    /// Its mark.
+    pub mark: MarkName,
+    /// Size of its image, bytes.
+    pub size_bytes: u64,
+    /// What identified the disk then.
+    pub identity: Identity,
+    /// Granularity of the bitmap then, bytes.
+    pub granularity: Option<u32>,
+    /// Whether its image has the repository's chunk size.
+    pub same_chunk_size: bool,
+    /// Whether the topmost page of its tree can be read and is right.
+    pub tree_is_readable: bool,
+}
+
+/// What identifies a disk: its serial or device name, and its image chain.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Identity {
+    /// Serial number.
+    pub serial: Option<String>,
+    /// Device name.
+    pub device: Option<String>,
+    /// Images, topmost first.
+    pub chain: Vec<ImageLink>,
+}
+
+/// One image of a chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ImageLink {
+    /// Path or URI.
+    pub name: String,
+    /// Format.
+    pub format: String,
+    /// Device and inode number.
+    pub inode: Option<(u64, u64)>,
+    /// Length, modification and change time. Compared for backing files only:
+    /// the topmost image changes with every write.
+    pub stamp: Option<(u64, i64, i64)>,
+}
+
+/// Whether a mark can live on a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MarkSupport {
+    /// It can.
+    Yes,
+    /// Raw, or another format without bitmaps.
+    NotQcow2,
+    /// qcow2 version 2.
+    Qcow2Version2,
+}
+
+/// The parent mark's bitmap on a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BitmapView {
+    /// There is none of that name.
+    Missing,
+    /// It was not closed properly and is worthless.
+    Inconsistent,
+    /// It does not record.
+    NotRecording,
+    /// It would be lost when QEMU ends.
+    NotPersistent,
+    /// A job or export uses it.
+    Busy,
+    /// It records every write.
+    Recording {
+        /// Bytes per bit.
+        granularity: u32,
+    },
+}
+
+/// The hypervisor's record of a mark (libvirt: the checkpoint).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Record {
+    /// It is there, and nonce and creation time are the recorded ones.
+    Proven,
+    /// It is there, but nonce or creation time differ: somebody re-made it.
+    Remade,
+    /// The hypervisor does not know it.
+    Forgotten,
+    /// It was forgotten, and telling the hypervisor again was refused.
+    Refused,
+}
+
+/// Whether an export would show what the guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RootView {
+    /// It would.
+    Same,
+    /// The graph was changed behind the hypervisor's back.
+    Differs,
+    /// Nobody knows.
+    Unknown,
+}
+
+/// What the guest suffers when a write cannot be preserved in the scratch file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WriteErrors {
+    /// It is paused; nothing is lost.
+    Pause,
+    /// It sees an error, or the write is dropped silently.
+    ReachTheGuest,
+}
+
+/// How a disk is read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DiskPlan {
+    /// What changed since the mark, and everything from `tail_from` on (the
+    /// disk has grown: the new part is clean in the bitmap).
+    Incremental {
+        /// The point whose tree is built on.
+        parent: PointId,
+        /// The mark whose bitmap says what changed.
+        since: MarkName,
+        /// First byte that is read whatever the bitmap says.
+        tail_from: Option<u64>,
+    },
+    /// Like `Incremental`, but the mark stays where it is.
+    Differential {
+        /// The point whose tree is built on.
+        parent: PointId,
+        /// The mark whose bitmap says what changed.
+        since: MarkName,
+        /// First byte that is read whatever the bitmap says.
+        tail_from: Option<u64>,
+    },
+    /// Everything is read; only what the repository lacks is stored. `None`
+    /// where the user asked for it.
+    Full(Option<Why>),
+    /// A tracked disk is read as a whole because its mark cannot be trusted.
+    Rescan(Why),
+    /// Everything, no mark.
+    Copy,
+    /// Not at all.
+    Refuse(Refusal),
+}
+
+/// Why a disk is read as a whole.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Why {
+    /// Nothing of this VM is in the repository yet.
+    FirstBackup,
+    /// This disk is in no earlier point.
+    NewDisk,
+    /// No earlier backup left a mark on this disk.
+    NoMarkYet,
+    /// Serial number or device name differ: another disk has taken its place.
+    DiskSwapped,
+    /// The images it consists of are others.
+    ChainChanged,
+    /// The disk became smaller.
+    DiskShrank,
+    /// The image file was replaced by another of the same name.
+    ImageReplaced,
+    /// A backing file was written to.
+    BackingChanged,
+    /// The mark's bitmap is gone.
+    BitmapMissing,
+    /// The mark's bitmap was not closed properly.
+    BitmapInconsistent,
+    /// The mark's bitmap does not record.
+    BitmapNotRecording,
+    /// The mark's bitmap is not kept in the image.
+    BitmapNotPersistent,
+    /// The mark's bitmap has another granularity than it had.
+    BitmapGranularity,
+    /// Somebody made a mark of the same name.
+    MarkRemade,
+    /// The hypervisor forgot the mark and refused to be told.
+    MarkRefused,
+    /// Raw images cannot carry marks.
+    NoMarksOnRaw,
+    /// qcow2 version 2 cannot carry marks.
+    NoMarksOnQcow2V2,
+    /// The parent's tree cannot be read.
+    ParentDamaged,
+    /// The parent was made with another chunk size.
+    ChunkSizeDiffers,
+}
+
+impl Why {
+    /// Returns the word of JSON and manifest.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::FirstBackup => "first-backup",
+            Self::NewDisk => "new-disk",
+            Self::NoMarkYet => "no-mark-yet",
+            Self::DiskSwapped => "disk-swapped",
+            Self::ChainChanged => "chain-changed",
+            Self::DiskShrank => "disk-shrank",
+            Self::ImageReplaced => "image-replaced",
+            Self::BackingChanged => "backing-changed",
+            Self::BitmapMissing => "bitmap-missing",
+            Self::BitmapInconsistent => "bitmap-inconsistent",
+            Self::BitmapNotRecording => "bitmap-not-recording",
+            Self::BitmapNotPersistent => "bitmap-not-persistent",
+            Self::BitmapGranularity => "bitmap-granularity",
+            Self::MarkRemade => "mark-remade",
+            Self::MarkRefused => "mark-refused",
+            Self::NoMarksOnRaw => "no-marks-on-raw",
+            Self::NoMarksOnQcow2V2 => "no-marks-on-qcow2-v2",
+            Self::ParentDamaged => "parent-damaged",
+            Self::ChunkSizeDiffers => "chunk-size-differs",
+        }
+    }
+
+    /// Returns the reason as a person reads it.
+    pub const fn sentence(self) -> &'static str {
+        match self {
+            Self::FirstBackup => "first backup of this VM",
+            Self::NewDisk => "first backup of this disk",
+            Self::NoMarkYet => "no earlier backup left a mark on this disk",
+            Self::DiskSwapped => "another disk has taken this place",
+            Self::ChainChanged => "its image chain is another one",
+            Self::DiskShrank => "the disk became smaller",
+            Self::ImageReplaced => "its image file was replaced",
+            Self::BackingChanged => "a backing file was changed",
+            Self::BitmapMissing => "bitmap missing",
+            Self::BitmapInconsistent => "bitmap inconsistent",
+            Self::BitmapNotRecording => "bitmap not recording",
+            Self::BitmapNotPersistent => "bitmap not persistent",
+            Self::BitmapGranularity => "the bitmap's granularity is another one",
+            Self::MarkRemade => "mark was re-made by somebody else",
+            Self::MarkRefused => "the hypervisor forgot the mark and refused it",
+            Self::NoMarksOnRaw => "raw images cannot carry marks",
+            Self::NoMarksOnQcow2V2 => "qcow2 version 2 cannot carry marks",
+            Self::ParentDamaged => "the parent's tree cannot be read",
+            Self::ChunkSizeDiffers => "the parent has another chunk size",
+        }
+    }
+}
+
+/// Why a disk is not read at all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Refusal {
+    /// The export would show another node than the guest writes to.
+    GraphChanged,
+    /// Whether it would cannot be learned.
+    GraphUnknown,
+    /// A full scratch file would make guest writes fail or vanish.
+    WriteErrorsReachTheGuest,
+    /// Something uses the mark's bitmap.
+    BitmapBusy,
+    /// The level wants an increment and there is none, for this reason.
+    NoIncrement(Why),
+}
+
+/// What the repository holds of a disk that has no parent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum History {
+    /// Nothing, not even of the VM.
+    Nothing,
+    /// Points of the VM, but none with this disk.
+    OtherDisks,
+    /// Points with this disk, but none whose mark is on it.
+    ThisDisk,
+}
+
+/// Decides how to read one disk; `history` speaks where there is no parent.
+pub fn plan_disk(
+    level: Level,
+    history: History,
+    disk: &DiskView,
+    parent: Option<&ParentView>,
+) -> DiskPlan {
+    match disk.root {
+        RootView::Differs => return DiskPlan::Refuse(Refusal::GraphChanged),
+        RootView::Unknown => return DiskPlan::Refuse(Refusal::GraphUnknown),
+        RootView::Same => {}
+    }
+    if disk.write_errors == WriteErrors::ReachTheGuest {
+        return DiskPlan::Refuse(Refusal::WriteErrorsReachTheGuest);
+    }
+    match level {
+        Level::Copy => return DiskPlan::Copy,
+        Level::Full => return DiskPlan::Full(None),
+        Level::Auto | Level::Incremental | Level::Differential => {}
+    }
+    let doubt = match parent {
+        None => why_untracked(history, disk),
+        Some(parent) => match first_doubt(disk, parent) {
+            None => return since_mark(level, disk, parent),
+            Some(doubt) => doubt,
+        },
+    };
+    match (level, doubt) {
+        (_, Doubt::Busy) => DiskPlan::Refuse(Refusal::BitmapBusy),
+        (Level::Incremental | Level::Differential, Doubt::Untracked(why) | Doubt::Tracked(why)) => {
+            DiskPlan::Refuse(Refusal::NoIncrement(why))
+        }
+        (_, Doubt::Untracked(why)) => DiskPlan::Full(Some(why)),
+        (_, Doubt::Tracked(why)) => DiskPlan::Rescan(why),
+    }
+}
+
+/// Why an increment is not safe.
+enum Doubt {
+    /// There is no tracking to go on with: a new beginning for this disk.
+    Untracked(Why),
+    /// There was tracking, and it cannot be trusted.
+    Tracked(Why),
+    /// Somebody uses the bitmap at this moment.
+    Busy,
+}
+
+fn why_untracked(history: History, disk: &DiskView) -> Doubt {
+    match history {
+        History::Nothing => Doubt::Untracked(Why::FirstBackup),
+        History::OtherDisks => Doubt::Untracked(Why::NewDisk),
+        History::ThisDisk => Doubt::Tracked(why_no_marks(disk).unwrap_or(Why::NoMarkYet)),
+    }
+}
+
+fn why_no_marks(disk: &DiskView) -> Option<Why> {
+    match disk.marks {
+        MarkSupport::Yes => None,
+        MarkSupport::NotQcow2 => Some(Why::NoMarksOnRaw),
+        MarkSupport::Qcow2Version2 => Some(Why::NoMarksOnQcow2V2),
+    }
+}
+
+/// Returns the first fact that speaks against an increment.
+///
+/// Identity comes before the bitmap: a perfect bitmap on another disk proves
+/// nothing about this one.
+fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
+    if let Some(why) = identity_doubt(&disk.identity, &parent.identity) {
+        return Some(why);
+    }
+    if disk.size_bytes < parent.size_bytes {
+        return Some(Doubt::Untracked(Why::DiskShrank));
+    }
+    if let Some(why) = why_no_marks(disk) {
+        return Some(Doubt::Tracked(why));
+    }
+    let tracked = |why| Some(Doubt::Tracked(why));
+    match (disk.bitmap, disk.record) {
+        (BitmapView::Missing, _) => return tracked(Why::BitmapMissing),
+        (BitmapView::Inconsistent, _) => return tracked(Why::BitmapInconsistent),
+        (BitmapView::NotPersistent, _) => return tracked(Why::BitmapNotPersistent),
+        (BitmapView::Busy, _) => return Some(Doubt::Busy),
+        (BitmapView::NotRecording, _) => return tracked(Why::BitmapNotRecording),
+        (BitmapView::Recording { .. }, Record::Remade) => return tracked(Why::MarkRemade),
+        (BitmapView::Recording { .. }, Record::Forgotten | Record::Refused) => {
+            return tracked(Why::MarkRefused);
+        }
+        (BitmapView::Recording { granularity }, Record::Proven) => {
+            if parent.granularity.is_some_and(|then| then != granularity) {
+                return tracked(Why::BitmapGranularity);
+            }
+        }
+    }
+    if !parent.same_chunk_size {
+        return tracked(Why::ChunkSizeDiffers);
+    }
+    if !parent.tree_is_readable {
+        return tracked(Why::ParentDamaged);
+    }
+    None
+}
+
+fn identity_doubt(now: &Identity, then: &Identity) -> Option<Doubt> {
+    let differs = |now: &Option<String>, then: &Option<String>| now != then;
+    if differs(&now.serial, &then.serial) {
+        return Some(Doubt::Untracked(Why::DiskSwapped));
+    }
+    // A device name is positional (`virtio-disk0`); it only speaks where no
+    // serial number does.
+    if now.serial.is_none() && differs(&now.device, &then.device) {
+        return Some(Doubt::Untracked(Why::DiskSwapped));
+    }
+    let same_names = now.chain.len() == then.chain.len()
+        && now
+            .chain
+            .iter()
+            .zip(&then.chain)
+            .all(|(now, then)| now.name == then.name && now.format == then.format);
+    if !same_names {
+        return Some(Doubt::Untracked(Why::ChainChanged));
+    }
+    for (depth, (now, then)) in now.chain.iter().zip(&then.chain).enumerate() {
+        // The audit that may clear a changed inode (reboot, migration) is not
+        // there yet; until it is, only a full read is proof.
+        if now.inode != then.inode {
+            return Some(Doubt::Tracked(Why::ImageReplaced));
+        }
+        if depth > 0 && now.stamp != then.stamp {
+            return Some(Doubt::Tracked(Why::BackingChanged));
+        }
+    }
+    None
+}
+
+fn since_mark(level: Level, disk: &DiskView, parent: &ParentView) -> DiskPlan {
+    let tail_from = (disk.size_bytes > parent.size_bytes).then_some(parent.size_bytes);
+    let (point, since) = (parent.point, parent.mark.clone());
+    if level == Level::Differential {
+        return DiskPlan::Differential {
+            parent: point,
+            since,
+            tail_from,
+        };
+    }
+    DiskPlan::Incremental {
+        parent: point,
+        since,
+        tail_from,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use highwater_model::{RepoId, Timestamp};
+
+    use super::*;
+
+    fn link(name: &str, inode: u64) -> ImageLink {
+        ImageLink {
+            name: name.to_owned(),
+            format: "qcow2".to_owned(),
+            inode: Some((1, inode)),
+            stamp: Some((100, 5, 5)),
+        }
+    }
+
+    fn disk() -> DiskView {
+        DiskView {
+            size_bytes: 100,
+            identity: Identity {
+                serial: None,
+                device: Some("virtio-disk0".to_owned()),
+                chain: vec![link("/a.qcow2", 7)],
+            },
+            marks: MarkSupport::Yes,
+            bitmap: BitmapView::Recording {
+                granularity: 65_536,
+            },
+            record: Record::Proven,
+            root: RootView::Same,
+            write_errors: WriteErrors::Pause,
+        }
+    }
+
+    fn parent() -> ParentView {
+        let point = PointId::new(Timestamp::from_unix_ms(1));
+        ParentView {
+            point,
+            mark: MarkName::new(RepoId::from_bytes([1; 16]), point),
+            size_bytes: 100,
+            identity: disk().identity,
+            granularity: Some(65_536),
+            same_chunk_size: true,
+            tree_is_readable: true,
+        }
+    }
+
+    fn tell(plan: &DiskPlan) -> String {
+        match plan {
+            DiskPlan::Incremental { tail_from, .. } => format!("incremental {tail_from:?}"),
+            DiskPlan::Differential { tail_from, .. } => format!("differential {tail_from:?}"),
+            DiskPlan::Full(why) => format!("full {}", why.map_or("asked", Why::word)),
+            DiskPlan::Rescan(why) => format!("rescan {}", why.word()),
+            DiskPlan::Copy => "copy".to_owned(),
+            DiskPlan::Refuse(refusal) => format!("refuse {refusal:?}"),
+        }
+    }
+
+    /// Plans at level `auto` after `change` and compares.
+    fn check(change: impl FnOnce(&mut DiskView, &mut ParentView), expected: &str) {
+        let (mut disk, mut parent) = (disk(), parent());
+        change(&mut disk, &mut parent);
+        assert_eq!(
+            tell(&plan_disk(
+                Level::Auto,
+                History::ThisDisk,
+                &disk,
+                Some(&parent)
+            )),
+            expected
+        );
+    }
+
+    #[test]
+    fn incremental_needs_every_fact_to_be_known_and_right() {
+        check(|_, _| {}, "incremental None");
+        check(
+            |disk, _| disk.bitmap = BitmapView::Missing,
+            "rescan bitmap-missing",
+        );
+        check(
+            |disk, _| disk.bitmap = BitmapView::Inconsistent,
+            "rescan bitmap-inconsistent",
+        );
+        check(
+            |disk, _| disk.bitmap = BitmapView::NotRecording,
+            "rescan bitmap-not-recording",
+        );
+        check(
+            |disk, _| disk.bitmap = BitmapView::NotPersistent,
+            "rescan bitmap-not-persistent",
+        );
+        check(
+            |disk, _| disk.bitmap = BitmapView::Recording { granularity: 4096 },
+            "rescan bitmap-granularity",
+        );
+        check(|disk, _| disk.record = Record::Remade, "rescan mark-remade");
+        check(
+            |disk, _| disk.record = Record::Forgotten,
+            "rescan mark-refused",
+        );
+        check(
+            |disk, _| disk.record = Record::Refused,
+            "rescan mark-refused",
+        );
+        check(
+            |_, parent| parent.same_chunk_size = false,
+            "rescan chunk-size-differs",
+        );
+        check(
+            |_, parent| parent.tree_is_readable = false,
+            "rescan parent-damaged",
+        );
+        check(
+            |disk, _| disk.marks = MarkSupport::NotQcow2,
+            "rescan no-marks-on-raw",
+        );
+        check(
+            |disk, _| disk.marks = MarkSupport::Qcow2Version2,
+            "rescan no-marks-on-qcow2-v2",
+        );
+    }
+
+    #[test]
+    fn another_disk_in_the_same_place_is_never_an_increment() {
+        check(
+            |disk, _| disk.identity.serial = Some("b".to_owned()),
+            "full disk-swapped",
+        );
+        check(
+            |disk, _| disk.identity.device = Some("virtio-disk1".to_owned()),
+            "full disk-swapped",
+        );
+        check(
+            |disk, _| disk.identity.chain = vec![link("/b.qcow2", 7)],
+            "full chain-changed",
+        );
+        check(
+            |disk, _| disk.identity.chain.insert(0, link("/overlay.qcow2", 8)),
+            "full chain-changed",
+        );
+        check(
+            |disk, _| disk.identity.chain = vec![link("/a.qcow2", 8)],
+            "rescan image-replaced",
+        );
+        check(
+            |disk, _| disk.identity.chain = Vec::new(),
+            "full chain-changed",
+        );
+    }
+
+    #[test]
+    fn a_serial_number_outweighs_the_device_name() {
+        check(
+            |disk, parent| {
+                disk.identity.serial = Some("s".to_owned());
+                parent.identity.serial = Some("s".to_owned());
+                disk.identity.device = Some("virtio-disk3".to_owned());
+            },
+            "incremental None",
+        );
+    }
+
+    #[test]
+    fn a_written_backing_file_is_a_rescan_and_a_written_top_image_is_not() {
+        check(
+            |disk, parent| {
+                disk.identity.chain.push(link("/base.qcow2", 9));
+                parent.identity.chain.push(link("/base.qcow2", 9));
+                disk.identity.chain[1].stamp = Some((100, 6, 6));
+            },
+            "rescan backing-changed",
+        );
+        check(
+            |disk, _| disk.identity.chain[0].stamp = Some((200, 9, 9)),
+            "incremental None",
+        );
+    }
+
+    #[test]
+    fn a_grown_disk_is_read_from_its_old_end_and_a_shrunk_one_as_a_whole() {
+        check(|disk, _| disk.size_bytes = 101, "incremental Some(100)");
+        check(|disk, _| disk.size_bytes = 99, "full disk-shrank");
+    }
+
+    #[test]
+    fn a_busy_bitmap_or_a_changed_graph_or_a_deaf_guest_is_refused() {
+        check(
+            |disk, _| disk.bitmap = BitmapView::Busy,
+            "refuse BitmapBusy",
+        );
+        check(
+            |disk, _| disk.root = RootView::Differs,
+            "refuse GraphChanged",
+        );
+        check(
+            |disk, _| disk.root = RootView::Unknown,
+            "refuse GraphUnknown",
+        );
+        check(
+            |disk, _| disk.write_errors = WriteErrors::ReachTheGuest,
+            "refuse WriteErrorsReachTheGuest",
+        );
+    }
+
+    #[test]
+    fn without_a_parent_a_disk_is_new() {
+        let tell_new = |history| tell(&plan_disk(Level::Auto, history, &disk(), None));
+        assert_eq!(tell_new(History::Nothing), "full first-backup");
+        assert_eq!(tell_new(History::OtherDisks), "full new-disk");
+        assert_eq!(tell_new(History::ThisDisk), "rescan no-mark-yet");
+        let raw = DiskView {
+            marks: MarkSupport::NotQcow2,
+            ..disk()
+        };
+        assert_eq!(
+            tell(&plan_disk(Level::Auto, History::ThisDisk, &raw, None)),
+            "rescan no-marks-on-raw"
+        );
+    }
+
+    #[test]
+    fn each_level_keeps_its_word() {
+        let (disk, parent) = (disk(), parent());
+        let mut broken = disk.clone();
+        broken.bitmap = BitmapView::Missing;
+        let table = [
+            (Level::Auto, "incremental None", "rescan bitmap-missing"),
+            (Level::Full, "full asked", "full asked"),
+            (
+                Level::Incremental,
+                "incremental None",
+                "refuse NoIncrement(BitmapMissing)",
+            ),
+            (
+                Level::Differential,
+                "differential None",
+                "refuse NoIncrement(BitmapMissing)",
+            ),
+            (Level::Copy, "copy", "copy"),
+        ];
+        for (level, healthy, lost) in table {
+            assert_eq!(
+                tell(&plan_disk(level, History::ThisDisk, &disk, Some(&parent))),
+                healthy
+            );
+            assert_eq!(
+                tell(&plan_disk(level, History::ThisDisk, &broken, Some(&parent))),
+                lost
+            );
+        }
+        assert_eq!(
+            tell(&plan_disk(
+                Level::Incremental,
+                History::Nothing,
+                &disk,
+                None
+            )),
+            "refuse NoIncrement(FirstBackup)"
+        );
+    }
+}

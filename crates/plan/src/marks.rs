@@ -1,0 +1,111 @@
+//! Which of our marks at a VM are needed, unfinished or superseded?
+
+use std::collections::BTreeSet;
+
+use highwater_model::{MarkName, PointId, RepoId};
+
+/// A mark of any Highwater repository found at a VM: as a record of the
+/// hypervisor, as a bitmap on some disk, or both.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FoundMark {
+    /// Its name.
+    pub name: MarkName,
+}
+
+/// The parent of one disk: the newest proven point whose mark is on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Parent {
+    /// Target name of the disk.
+    pub target: String,
+    /// The mark.
+    pub mark: MarkName,
+}
+
+/// Returns the marks of `repo` whose backup never committed: we died before
+/// the manifest was durable.
+///
+/// They are removed before anything else. Nothing is lost by that: the older
+/// mark has gone on recording since its own creation.
+pub fn unfinished_marks(
+    repo: RepoId,
+    found: &[FoundMark],
+    committed: &BTreeSet<PointId>,
+) -> Vec<MarkName> {
+    sorted(
+        found
+            .iter()
+            .filter(|mark| mark.name.is_of(repo) && !committed.contains(&mark.name.point())),
+    )
+}
+
+/// Returns the marks of `repo` that no disk needs any more.
+///
+/// A mark covers several disks; as long as one of them needs it, it stays.
+/// Marks of other repositories are never touched.
+pub fn superseded_marks(repo: RepoId, found: &[FoundMark], parents: &[Parent]) -> Vec<MarkName> {
+    let needed: BTreeSet<&MarkName> = parents.iter().map(|parent| &parent.mark).collect();
+    sorted(
+        found
+            .iter()
+            .filter(|mark| mark.name.is_of(repo) && !needed.contains(&mark.name)),
+    )
+}
+
+fn sorted<'a>(marks: impl Iterator<Item = &'a FoundMark>) -> Vec<MarkName> {
+    let unique: BTreeSet<&MarkName> = marks.map(|mark| &mark.name).collect();
+    unique.into_iter().cloned().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use highwater_model::Timestamp;
+
+    use super::*;
+
+    fn repo(n: u8) -> RepoId {
+        RepoId::from_bytes([n; 16])
+    }
+
+    fn mark(n: u8, ms: i64) -> FoundMark {
+        FoundMark {
+            name: MarkName::new(repo(n), PointId::new(Timestamp::from_unix_ms(ms))),
+        }
+    }
+
+    fn parent(target: &str, mark: &FoundMark) -> Parent {
+        Parent {
+            target: target.to_owned(),
+            mark: mark.name.clone(),
+        }
+    }
+
+    #[test]
+    fn a_mark_without_a_manifest_is_unfinished() {
+        let (done, died) = (mark(1, 1), mark(1, 2));
+        let committed = BTreeSet::from([done.name.point()]);
+        let found = [done.clone(), died.clone(), died.clone()];
+        assert_eq!(unfinished_marks(repo(1), &found, &committed), [died.name]);
+    }
+
+    #[test]
+    fn marks_of_other_repositories_are_never_touched() {
+        let (ours, theirs) = (mark(1, 1), mark(2, 2));
+        let found = [ours.clone(), theirs];
+        let only_ours = vec![ours.name];
+        assert_eq!(
+            unfinished_marks(repo(1), &found, &BTreeSet::new()),
+            only_ours
+        );
+        assert_eq!(superseded_marks(repo(1), &found, &[]), only_ours);
+    }
+
+    #[test]
+    fn a_mark_stays_as_long_as_one_disk_needs_it() {
+        let (old, new) = (mark(1, 1), mark(1, 2));
+        let found = [old.clone(), new.clone()];
+        let only_vda_moved = [parent("vda", &new), parent("vdb", &old)];
+        assert!(superseded_marks(repo(1), &found, &only_vda_moved).is_empty());
+        let both_moved = [parent("vda", &new), parent("vdb", &new)];
+        assert_eq!(superseded_marks(repo(1), &found, &both_moved), [old.name]);
+    }
+}
