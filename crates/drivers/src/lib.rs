@@ -1,1 +1,10 @@
-//! TODO
+//! Drivers: what talks to the things that run VMs.
+//!
+//! Each driver implements [`highwater_hypervisor::Driver`] and decides nothing.
+
+#![cfg_attr(
+    not(test),
+    warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)
+)]
+
+pub mod libvirt;

@@ -1,0 +1,34 @@
+//! The libvirt driver: VMs of a local libvirt daemon.
+//!
+//! ```text
+//! observe   definition, block nodes, checkpoints, job        (reads only)
+//! begin     job? -> directories -> freeze -> backup-begin -> frozen? -> thaw
+//! check     does the job stand, does the guest run, is there room for scratch
+//! end       ours? -> abort -> gone -> resume what I/O errors stopped -> directories
+//! mark      remove: record and bitmaps;  redefine: record, validated
+//! ```
+//!
+//! libvirt's library is loaded when a connection is opened (see [`sys`]), so a
+//! host without it can run everything else. One call starts the job and creates
+//! the mark: all disks and the mark share one QEMU transaction, which is what
+//! makes the point in time one point.
+
+mod backup_xml;
+mod begin;
+mod blocks;
+mod connection;
+mod directories;
+mod disks;
+mod domain_xml;
+mod end;
+mod error;
+mod host;
+mod jobs;
+mod marks;
+mod observe;
+mod quiesce;
+mod record_xml;
+mod scratch_image;
+mod sys;
+
+pub use connection::{LibvirtDriver, LibvirtOptions};

@@ -1,0 +1,467 @@
+//! Takes the point in time: all disks and the new mark, or nothing.
+
+use std::path::{Path, PathBuf};
+
+use highwater_hypervisor::{
+    BeginOrder, Begun, Consistency, ErrorKind, Export, ExportAddress, HypervisorError, Quiesce,
+    ReadMode, RunState, VmRef, WriteErrorPolicy,
+};
+use highwater_model::{SessionId, Timestamp};
+
+use super::backup_xml::{self, BackupDisk, export_name};
+use super::connection::LibvirtDriver;
+use super::directories::{SessionPaths, free_bytes, refuse_without_room};
+use super::disks::skip_reason;
+use super::domain_xml::{DiskXml, DomainXml, EncryptionXml};
+use super::error::explain;
+use super::host::{self, User};
+use super::jobs::{self, backup_job, run_state};
+use super::observe::{checkpoints, read_definition};
+use super::quiesce::{self, Frozen, Outcome};
+use super::record_xml::BackupJob;
+use super::scratch_image;
+use super::sys::events::EventListener;
+use super::sys::handles::DomainHandle;
+
+/// `VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL`: scratch files are ours.
+const REUSE_SCRATCH: u32 = 1;
+
+/// A scratch file that is not reserved needs room for what the guest overwrites
+/// while the backup runs. Nobody knows how much; a sixteenth of the disks, at
+/// most 4 GiB, is refused to start with, since it would hardly ever do.
+const ROOM_DIVISOR: u64 = 16;
+const ROOM_BYTES_MAX: u64 = 4 << 30;
+/// The session is given up while this part of that room is left, so that the
+/// abort comes before the guest is paused.
+const RESERVE_DIVISOR: u64 = 4;
+
+/// What is watched while a session runs.
+pub(super) struct Watch {
+    pub(super) vm: VmRef,
+    /// The guest was already stopped by an I/O error when the session began.
+    pub(super) was_stopped_before: bool,
+    /// `None` only if a restarted daemon could not be asked.
+    pub(super) listener: Option<EventListener>,
+    /// Devices whose write errors are this session's trouble.
+    pub(super) aliases: Vec<String>,
+    /// Where the scratch files are, and how much must stay free there; `None`
+    /// if their space is reserved.
+    pub(super) reserve: Option<(PathBuf, u64)>,
+}
+
+/// One ordered disk and what is known about it.
+struct Ordered<'a> {
+    order: &'a highwater_hypervisor::DiskOrder,
+    disk: &'a DiskXml,
+    size_bytes: u64,
+    scratch: PathBuf,
+    encryption: Option<&'a EncryptionXml>,
+}
+
+impl LibvirtDriver {
+    pub(super) fn begin_session(&mut self, order: &BeginOrder) -> Result<Begun, HypervisorError> {
+        let domain = self.domain(&order.vm)?;
+        let state = run_state(&order.vm, &domain)?;
+        if matches!(state, RunState::Off | RunState::Other) {
+            return Err(
+                HypervisorError::new(ErrorKind::WrongState, cannot_begin(&order.vm))
+                    .because(format!("the VM does not run (it is {state:?})").to_lowercase()),
+            );
+        }
+        if state != RunState::Running && order.quiesce == Quiesce::Require {
+            return Err(quiesce::paused_guest(&order.vm));
+        }
+        let definition = read_definition(&order.vm, &domain, true)?;
+        // Before anything is frozen: a job in the way would hold us up for 30 s.
+        if let Some(job) = jobs::running_job(&order.vm, &domain, &definition)? {
+            return Err(jobs::busy(&order.vm, &job));
+        }
+        let paths = SessionPaths::of_order(order);
+        let ordered = match_disks(order, &definition, &domain, &paths)?;
+        let qemu = order
+            .vm
+            .uuid
+            .as_deref()
+            .and_then(host::qemu_process)
+            .map(|found| found.user);
+        paths.create(qemu.as_ref())?;
+        let begun = self.begin_prepared(order, state, &domain, &ordered, &paths, qemu.as_ref());
+        begun.map_err(|error| self.undo(order, &domain, &paths, error))
+    }
+
+    /// Everything after the directories were made; what fails here is undone by
+    /// the caller.
+    fn begin_prepared(
+        &mut self,
+        order: &BeginOrder,
+        state: RunState,
+        domain: &DomainHandle,
+        ordered: &[Ordered<'_>],
+        paths: &SessionPaths,
+        qemu: Option<&User>,
+    ) -> Result<Begun, HypervisorError> {
+        if state == RunState::PausedOnError {
+            paths.note_stopped_before()?;
+        }
+        let reserve = prepare_scratch(ordered, paths, qemu)?;
+        // Before the job: nothing that happens to it may go unheard.
+        let listener = EventListener::open(domain)
+            .map_err(|error| explain(format!("cannot watch VM `{}`", order.vm.name), &error))?;
+        let backup_xml = backup_xml::domain_backup(
+            order.session,
+            &paths.socket(),
+            &ordered
+                .iter()
+                .map(|one| BackupDisk {
+                    order: one.order,
+                    scratch: &one.scratch,
+                    encryption: one.encryption,
+                })
+                .collect::<Vec<_>>(),
+        );
+        let checkpoint_xml = order.new_mark.as_ref().map(backup_xml::new_checkpoint);
+        let flags = if reserve.is_none() { REUSE_SCRATCH } else { 0 };
+        let mut warnings = Vec::new();
+        let frozen = if state == RunState::Running {
+            match quiesce::freeze(
+                &order.vm,
+                domain,
+                &self.dialer,
+                order.quiesce,
+                &order.freeze_mountpoints,
+            )? {
+                Outcome::Frozen(frozen) => Some(frozen),
+                Outcome::Not(because) => {
+                    warnings.extend(
+                        because.map(|because| format!("the guest was not frozen: {because}")),
+                    );
+                    None
+                }
+            }
+        } else {
+            None
+        };
+        let taken_at = self.clock.now();
+        let started = domain.backup_begin(&backup_xml, checkpoint_xml.as_deref(), flags);
+        let (consistency, frozen_ms) =
+            settle_freeze(frozen, started.is_ok(), state, &mut warnings)?;
+        started.map_err(|error| explain(cannot_begin(&order.vm), &error))?;
+        if order.quiesce == Quiesce::Require && consistency != Consistency::Filesystem {
+            return Err(
+                HypervisorError::new(ErrorKind::CannotFreeze, cannot_begin(&order.vm))
+                    .because("the guest did not stay frozen until the point in time was taken"),
+            );
+        }
+        let consistency = confirm_paused(&order.vm, domain, state, consistency)?;
+        let job = expect_our_job(order, domain, paths)?;
+        if let Some((dir, reserve_bytes)) = &reserve {
+            warnings.extend(arm_thresholds(domain, &job, dir, *reserve_bytes));
+        }
+        self.watches.insert(
+            order.session,
+            Watch {
+                vm: order.vm.clone(),
+                was_stopped_before: state == RunState::PausedOnError,
+                listener: Some(listener),
+                aliases: ordered
+                    .iter()
+                    .filter_map(|one| one.disk.alias.clone())
+                    .collect(),
+                reserve,
+            },
+        );
+        report(
+            order,
+            domain,
+            paths,
+            taken_at,
+            consistency,
+            frozen_ms,
+            warnings,
+        )
+    }
+
+    /// Takes back what a failed start has done so far.
+    fn undo(
+        &mut self,
+        order: &BeginOrder,
+        domain: &DomainHandle,
+        paths: &SessionPaths,
+        error: HypervisorError,
+    ) -> HypervisorError {
+        self.watches.remove(&order.session);
+        // The call may have failed after the job was started (a lost
+        // connection, the daemon's death), so it is looked for.
+        let mut left = match self.stop_job(&order.vm, domain, order.session, paths) {
+            Ok(ended) => ended.warnings,
+            Err(error) => vec![error.to_string()],
+        };
+        left.extend(paths.remove());
+        if let Some(mark) = &order.new_mark {
+            // The name is unguessable and used once: whatever has it was made here.
+            if domain.checkpoint(&mark.name.to_string()).is_ok()
+                && let Err(error) = self.remove_mark(&order.vm, &mark.name.to_string())
+            {
+                left.push(error.to_string());
+            }
+        }
+        left.into_iter().fold(error, |error, left| {
+            error.because(format!("left behind: {left}"))
+        })
+    }
+}
+
+fn cannot_begin(vm: &VmRef) -> String {
+    format!("cannot begin a backup of VM `{}`", vm.name)
+}
+
+/// Checks an order against the definition before anything is done.
+fn match_disks<'a>(
+    order: &'a BeginOrder,
+    definition: &'a DomainXml,
+    domain: &DomainHandle,
+    paths: &SessionPaths,
+) -> Result<Vec<Ordered<'a>>, HypervisorError> {
+    let refused = |kind, because: String| {
+        HypervisorError::new(kind, cannot_begin(&order.vm)).because(because)
+    };
+    if order.disks.is_empty() {
+        return Err(refused(
+            ErrorKind::NoSuchDisk,
+            "no disk is ordered".to_owned(),
+        ));
+    }
+    let mut ordered: Vec<Ordered<'a>> = Vec::with_capacity(order.disks.len());
+    for wanted in &order.disks {
+        let target = &wanted.target;
+        if ordered.iter().any(|known| known.order.target == *target) {
+            return Err(refused(
+                ErrorKind::Other,
+                format!("disk `{target}` is ordered twice"),
+            ));
+        }
+        let disk = definition
+            .disks
+            .iter()
+            .find(|disk| disk.target == *target)
+            .ok_or_else(|| refused(ErrorKind::NoSuchDisk, format!("it has no disk `{target}`")))?;
+        if let Some(reason) = skip_reason(disk) {
+            let because = format!("disk `{target}` cannot be backed up ({reason:?})");
+            return Err(refused(ErrorKind::NoSuchDisk, because));
+        }
+        let encryption = disk.encryption.as_ref();
+        // Reads of the export are plain text, and so would the scratch file be.
+        if encryption.is_some_and(|one| one.format != "luks" || one.secret.is_none()) {
+            return Err(refused(
+                ErrorKind::Scratch,
+                format!("the scratch file of disk `{target}` cannot be encrypted like the disk"),
+            ));
+        }
+        let size_bytes = domain.capacity(target).map_err(|error| {
+            explain(
+                format!("cannot ask for the size of disk `{target}`"),
+                &error,
+            )
+        })?;
+        let scratch = paths.scratch(target);
+        ordered.push(Ordered {
+            order: wanted,
+            disk,
+            size_bytes,
+            scratch,
+            encryption,
+        });
+    }
+    let marked = order.new_mark.iter().flat_map(|mark| &mark.disks);
+    for target in marked {
+        if !definition.disks.iter().any(|disk| disk.target == *target) {
+            return Err(refused(
+                ErrorKind::NoSuchDisk,
+                format!("it has no disk `{target}`"),
+            ));
+        }
+    }
+    Ok(ordered)
+}
+
+/// Makes sure that there is room for scratch files. Returns where to keep an
+/// eye on it, or `None` if all of it is reserved.
+fn prepare_scratch(
+    ordered: &[Ordered<'_>],
+    paths: &SessionPaths,
+    qemu: Option<&User>,
+) -> Result<Option<(PathBuf, u64)>, HypervisorError> {
+    let dir = paths.scratch_dir();
+    let loses_writes = |one: &Ordered<'_>| one.disk.write_errors != WriteErrorPolicy::Pause;
+    if !ordered.iter().any(loses_writes) {
+        let total = ordered
+            .iter()
+            .fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
+        let room = (total / ROOM_DIVISOR).min(ROOM_BYTES_MAX);
+        refuse_without_room(dir, room)?;
+        return Ok(Some((dir.to_path_buf(), room / RESERVE_DIVISOR)));
+    }
+    // One flag of the start call covers all disks, so all get a reserved file.
+    if let Some(one) = ordered.iter().find(|one| one.encryption.is_some()) {
+        return Err(HypervisorError::new(
+            ErrorKind::Scratch,
+            format!(
+                "cannot reserve a scratch file for disk `{}`",
+                one.order.target
+            ),
+        )
+        .because("it would have to be encrypted")
+        .hint("set `error_policy` to `enospace` or `stop` on the VM's disks"));
+    }
+    // QEMU rounds the size of a raw image up to whole sectors.
+    let size = |one: &Ordered<'_>| one.size_bytes.div_ceil(512).saturating_mul(512);
+    let needed = ordered.iter().fold(0_u64, |sum, one| {
+        sum.saturating_add(scratch_image::reserved_bytes(size(one)))
+    });
+    refuse_without_room(dir, needed)?;
+    for one in ordered {
+        scratch_image::create_reserved(&one.scratch, size(one), qemu)?;
+    }
+    Ok(None)
+}
+
+/// Says how consistent the point is, and thaws.
+fn settle_freeze(
+    frozen: Option<Frozen<'_>>,
+    started: bool,
+    state: RunState,
+    warnings: &mut Vec<String>,
+) -> Result<(Consistency, Option<u64>), HypervisorError> {
+    let Some(frozen) = frozen else {
+        let consistency = if state == RunState::Running {
+            Consistency::Crash
+        } else {
+            Consistency::Paused
+        };
+        return Ok((consistency, None));
+    };
+    let held = started && frozen.holds();
+    let elapsed = frozen.thaw()?;
+    let frozen_ms = u64::try_from(elapsed.as_millis()).unwrap_or(u64::MAX);
+    if held {
+        return Ok((Consistency::Filesystem, Some(frozen_ms)));
+    }
+    warnings.push("the guest did not stay frozen until the point in time was taken".to_owned());
+    Ok((Consistency::Crash, Some(frozen_ms)))
+}
+
+/// A guest that was resumed meanwhile was not paused at the point in time, or
+/// nobody can prove it.
+fn confirm_paused(
+    vm: &VmRef,
+    domain: &DomainHandle,
+    before: RunState,
+    consistency: Consistency,
+) -> Result<Consistency, HypervisorError> {
+    if consistency == Consistency::Paused && run_state(vm, domain)? != before {
+        return Ok(Consistency::Crash);
+    }
+    Ok(consistency)
+}
+
+/// Reads the job back: what counts is what libvirt made of the order.
+fn expect_our_job(
+    order: &BeginOrder,
+    domain: &DomainHandle,
+    paths: &SessionPaths,
+) -> Result<BackupJob, HypervisorError> {
+    let lost = |because: &str| {
+        HypervisorError::new(ErrorKind::SessionLost, cannot_begin(&order.vm)).because(because)
+    };
+    let job = backup_job(&order.vm, domain)?.ok_or_else(|| lost("its job ended at once"))?;
+    let is_ours = job.session == Some(order.session)
+        && job.socket.as_deref() == Some(paths.socket().as_path())
+        && job.disks.len() == order.disks.len()
+        && order.disks.iter().all(|wanted| {
+            let export = export_name(order.session, &wanted.target);
+            job.disks
+                .iter()
+                .any(|disk| disk.target == wanted.target && disk.export == export)
+        });
+    if is_ours {
+        Ok(job)
+    } else {
+        Err(lost("the job that runs is not the one that was ordered"))
+    }
+}
+
+/// Asks for an event before a scratch file fills its file system. Returns
+/// warnings: the room is looked at in every check as well.
+fn arm_thresholds(
+    domain: &DomainHandle,
+    job: &BackupJob,
+    dir: &Path,
+    reserve_bytes: u64,
+) -> Vec<String> {
+    let Ok(free) = free_bytes(dir) else {
+        return Vec::new();
+    };
+    // The write that passes the threshold may already be large.
+    let threshold = free.saturating_sub(reserve_bytes).max(1);
+    job.disks
+        .iter()
+        .filter_map(|disk| {
+            let device = format!("{}[{}]", disk.target, disk.index?);
+            let error = domain.set_block_threshold(&device, threshold).err()?;
+            Some(format!(
+                "cannot watch the scratch file of disk `{}`: {error}",
+                disk.target
+            ))
+        })
+        .collect()
+}
+
+fn report(
+    order: &BeginOrder,
+    domain: &DomainHandle,
+    paths: &SessionPaths,
+    taken_at: Timestamp,
+    consistency: Consistency,
+    frozen_ms: Option<u64>,
+    warnings: Vec<String>,
+) -> Result<Begun, HypervisorError> {
+    let mark_created_s = match &order.new_mark {
+        None => None,
+        Some(mark) => checkpoints(&order.vm, domain)?
+            .into_iter()
+            .find(|record| record.mark.as_ref() == Some(&mark.name))
+            .and_then(|record| record.created_s),
+    };
+    Ok(Begun {
+        exports: order
+            .disks
+            .iter()
+            .map(|wanted| {
+                let name = export_name(order.session, &wanted.target);
+                Export {
+                    target: wanted.target.clone(),
+                    address: ExportAddress::Unix(paths.socket()),
+                    dirty_context: match &wanted.mode {
+                        ReadMode::All => None,
+                        ReadMode::Since(_) => Some(format!("qemu:dirty-bitmap:{name}")),
+                    },
+                    name,
+                }
+            })
+            .collect(),
+        consistency,
+        taken_at,
+        frozen_ms,
+        mark_created_s,
+        warnings,
+    })
+}
+
+/// Says which session broke, and how.
+pub(super) fn lost(vm: &VmRef, session: SessionId, because: impl Into<String>) -> HypervisorError {
+    HypervisorError::new(
+        ErrorKind::SessionLost,
+        format!("cannot go on with session {session} of VM `{}`", vm.name),
+    )
+    .because(because)
+}

@@ -1,0 +1,457 @@
+//! QEMU's view of a VM's disks: nodes, their bitmaps, and what the guest's
+//! devices are attached to.
+//!
+//! libvirt does not report bitmaps, so QEMU is asked through libvirt's monitor
+//! pass-through (ADR 0011). Only queries that every QEMU since 6.2 answers are
+//! used; the graph (an `x-` command) is asked for only where a filter sits on
+//! top of a disk, and its absence is a fact, not an error.
+
+use std::collections::BTreeMap;
+
+use highwater_hypervisor::{BitmapFacts, RootNode};
+use serde::Deserialize;
+
+/// Drivers of nodes that pass everything on to their one child: the guest's
+/// content below and above them is the same.
+const FILTERS: [&str; 7] = [
+    "blkdebug",
+    "blklogwrites",
+    "compress",
+    "copy-before-write",
+    "copy-on-read",
+    "preallocate",
+    "throttle",
+];
+
+/// No sane stack of filters is higher.
+const FILTERS_MAX: usize = 32;
+
+/// The queries, as sent.
+pub(crate) const QUERY_NODES: &str =
+    r#"{"execute":"query-named-block-nodes","arguments":{"flat":true}}"#;
+pub(crate) const QUERY_DEVICES: &str = r#"{"execute":"query-block"}"#;
+pub(crate) const QUERY_GRAPH: &str = r#"{"execute":"x-debug-query-block-graph"}"#;
+pub(crate) const QUERY_VERSION: &str = r#"{"execute":"query-version"}"#;
+
+/// Why a reply of QEMU cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ReplyError {
+    #[error("QEMU answered: {0}")]
+    Refused(String),
+    #[error("QEMU's answer is not understood: {0}")]
+    Malformed(String),
+}
+
+/// Everything QEMU says about its block layer.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Blocks {
+    pub(crate) nodes: BTreeMap<String, BlockNode>,
+    pub(crate) devices: Vec<Device>,
+    /// The child that a filter passes everything on to, by the filter's name;
+    /// `None` if QEMU did not tell.
+    pub(crate) below: Option<BTreeMap<String, String>>,
+}
+
+/// One node.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct BlockNode {
+    pub(crate) driver: String,
+    pub(crate) size_bytes: u64,
+    /// qcow2: `1.1` (version 3) or `0.10` (version 2).
+    pub(crate) compat: Option<String>,
+    pub(crate) bitmaps: Vec<BitmapFacts>,
+}
+
+/// One guest device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Device {
+    /// QOM path or id.
+    pub(crate) qdev: String,
+    /// Its root node; none without a medium.
+    pub(crate) node: Option<String>,
+}
+
+impl Blocks {
+    /// Puts the replies to the two queries together.
+    pub(crate) fn parse(nodes: &str, devices: &str) -> Result<Self, ReplyError> {
+        let nodes: Vec<WireNode> = reply(nodes)?;
+        let devices: Vec<WireDevice> = reply(devices)?;
+        Ok(Self {
+            nodes: nodes
+                .into_iter()
+                .filter_map(|node| Some((node.node_name.clone()?, node.into_facts()?)))
+                .collect(),
+            devices: devices
+                .into_iter()
+                .filter_map(|device| {
+                    let node = device.inserted.and_then(|inserted| inserted.node_name);
+                    Some(Device {
+                        qdev: device.qdev?,
+                        node,
+                    })
+                })
+                .collect(),
+            below: None,
+        })
+    }
+
+    /// Returns whether some device has a filter on top, so that the graph is
+    /// needed to see what is below it.
+    pub(crate) fn needs_graph(&self) -> bool {
+        self.devices
+            .iter()
+            .filter_map(|device| device.node.as_deref())
+            .any(|node| self.is_filter(node))
+    }
+
+    /// Adds the reply to [`QUERY_GRAPH`].
+    pub(crate) fn add_graph(&mut self, graph: &str) -> Result<(), ReplyError> {
+        let graph: WireGraph = reply(graph)?;
+        let names: BTreeMap<u64, String> = graph
+            .nodes
+            .into_iter()
+            .map(|node| (node.id, node.name))
+            .collect();
+        self.below = Some(
+            graph
+                .edges
+                .into_iter()
+                .filter(|edge| edge.name == "file")
+                .filter_map(|edge| {
+                    Some((
+                        names.get(&edge.parent)?.clone(),
+                        names.get(&edge.child)?.clone(),
+                    ))
+                })
+                .collect(),
+        );
+        Ok(())
+    }
+
+    /// Returns the node that libvirt made for the image with this number: the
+    /// one that it would export and put bitmaps on.
+    pub(crate) fn libvirt_node(&self, index: u32) -> Option<&str> {
+        // Newer versions of libvirt leave the format layer of a raw image out.
+        ["format", "slice-sto", "storage"]
+            .into_iter()
+            .map(|layer| format!("libvirt-{index}-{layer}"))
+            .find_map(|name| self.nodes.get_key_value(&name))
+            .map(|(name, _)| name.as_str())
+    }
+
+    /// Returns all nodes that libvirt made for the image with this number.
+    pub(crate) fn libvirt_nodes(&self, index: u32) -> impl Iterator<Item = &str> {
+        let prefix = format!("libvirt-{index}-");
+        self.nodes
+            .keys()
+            .filter(move |name| name.starts_with(&prefix))
+            .map(String::as_str)
+    }
+
+    /// Returns the root node of the guest device that libvirt calls `alias`.
+    pub(crate) fn root_of(&self, alias: &str) -> Option<&str> {
+        self.devices
+            .iter()
+            .find(|device| device.qdev.split('/').any(|part| part == alias))
+            .and_then(|device| device.node.as_deref())
+    }
+
+    /// Compares what the guest writes to with what would be exported.
+    pub(crate) fn root_node(&self, alias: Option<&str>, exported: Option<&str>) -> RootNode {
+        let Some(guest) = alias.and_then(|alias| self.root_of(alias)) else {
+            return RootNode::Unknown("QEMU has no such device".to_owned());
+        };
+        let Some(exported) = exported else {
+            return RootNode::Unknown("QEMU has no node that libvirt made for it".to_owned());
+        };
+        let mut node = guest;
+        for _ in 0..FILTERS_MAX {
+            if node == exported {
+                return RootNode::Same;
+            }
+            if !self.is_filter(node) {
+                break;
+            }
+            let Some(below) = &self.below else {
+                return RootNode::Unknown(format!(
+                    "QEMU does not tell what is below the filter `{node}`"
+                ));
+            };
+            let Some(next) = below.get(node) else { break };
+            node = next;
+        }
+        RootNode::Differs {
+            guest: node.to_owned(),
+            exported: exported.to_owned(),
+        }
+    }
+
+    /// Returns every node that holds a bitmap of this name.
+    pub(crate) fn holders(&self, bitmap: &str) -> Vec<String> {
+        self.nodes
+            .iter()
+            .filter(|(_, node)| node.bitmaps.iter().any(|one| one.name == bitmap))
+            .map(|(name, _)| name.clone())
+            .collect()
+    }
+
+    fn is_filter(&self, node: &str) -> bool {
+        self.nodes
+            .get(node)
+            .is_some_and(|node| FILTERS.contains(&node.driver.as_str()))
+    }
+}
+
+/// Returns what a command returned.
+pub(crate) fn reply<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, ReplyError> {
+    let reply: WireReply<T> =
+        serde_json::from_str(text).map_err(|error| ReplyError::Malformed(error.to_string()))?;
+    match (reply.outcome, reply.error) {
+        (Some(outcome), None) => Ok(outcome),
+        (_, Some(error)) => Err(ReplyError::Refused(error.desc)),
+        (None, None) => Err(ReplyError::Malformed(
+            "neither an answer nor an error".to_owned(),
+        )),
+    }
+}
+
+/// QEMU's version, for the report.
+pub(crate) fn version(text: &str) -> Result<String, ReplyError> {
+    let version: WireVersion = reply(text)?;
+    let WireTriple {
+        major,
+        minor,
+        micro,
+    } = version.qemu;
+    Ok(format!("{major}.{minor}.{micro}"))
+}
+
+/// Writes the command that removes a bitmap from a node.
+pub(crate) fn remove_bitmap(node: &str, bitmap: &str) -> String {
+    serde_json::json!({
+        "execute": "block-dirty-bitmap-remove",
+        "arguments": { "node": node, "name": bitmap },
+    })
+    .to_string()
+}
+
+#[derive(Deserialize)]
+struct WireReply<T> {
+    #[serde(rename = "return")]
+    outcome: Option<T>,
+    error: Option<WireError>,
+}
+
+#[derive(Deserialize)]
+struct WireError {
+    #[serde(default)]
+    desc: String,
+}
+
+#[derive(Deserialize)]
+struct WireVersion {
+    qemu: WireTriple,
+}
+
+#[derive(Deserialize)]
+struct WireTriple {
+    major: u32,
+    minor: u32,
+    micro: u32,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct WireNode {
+    node_name: Option<String>,
+    drv: Option<String>,
+    image: Option<WireImage>,
+    #[serde(default)]
+    dirty_bitmaps: Vec<WireBitmap>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct WireImage {
+    virtual_size: Option<u64>,
+    format_specific: Option<WireFormat>,
+}
+
+#[derive(Deserialize)]
+struct WireFormat {
+    data: Option<WireFormatData>,
+}
+
+#[derive(Deserialize)]
+struct WireFormatData {
+    compat: Option<String>,
+}
+
+/// Filters of a backup job hold bitmaps without a name.
+#[derive(Deserialize)]
+struct WireBitmap {
+    name: Option<String>,
+    #[serde(default)]
+    granularity: u32,
+    #[serde(default)]
+    recording: bool,
+    #[serde(default)]
+    persistent: bool,
+    #[serde(default)]
+    busy: bool,
+    #[serde(default)]
+    inconsistent: bool,
+    #[serde(default)]
+    count: u64,
+}
+
+#[derive(Deserialize)]
+struct WireDevice {
+    qdev: Option<String>,
+    inserted: Option<WireInserted>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct WireInserted {
+    node_name: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct WireGraph {
+    nodes: Vec<WireGraphNode>,
+    edges: Vec<WireGraphEdge>,
+}
+
+#[derive(Deserialize)]
+struct WireGraphNode {
+    id: u64,
+    #[serde(default)]
+    name: String,
+}
+
+#[derive(Deserialize)]
+struct WireGraphEdge {
+    parent: u64,
+    child: u64,
+    #[serde(default)]
+    name: String,
+}
+
+impl WireNode {
+    fn into_facts(self) -> Option<BlockNode> {
+        let node = self.node_name?;
+        let image = self.image;
+        Some(BlockNode {
+            driver: self.drv.unwrap_or_default(),
+            size_bytes: image
+                .as_ref()
+                .and_then(|image| image.virtual_size)
+                .unwrap_or_default(),
+            compat: image
+                .and_then(|image| image.format_specific)
+                .and_then(|format| format.data)
+                .and_then(|data| data.compat),
+            bitmaps: self
+                .dirty_bitmaps
+                .into_iter()
+                .filter_map(|bitmap| {
+                    Some(BitmapFacts {
+                        name: bitmap.name?,
+                        node: node.clone(),
+                        granularity: bitmap.granularity,
+                        recording: bitmap.recording,
+                        persistent: bitmap.persistent,
+                        busy: bitmap.busy,
+                        inconsistent: bitmap.inconsistent,
+                        dirty_bytes: bitmap.count,
+                    })
+                })
+                .collect(),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn blocks(root: &str, filter: &str) -> Blocks {
+        let nodes = format!(
+            r##"{{"return":[
+            {{"node-name":"#block7","drv":"{filter}","image":{{"virtual-size":64}},
+              "dirty-bitmaps":[{{"recording":false,"persistent":false,"busy":false,"granularity":65536,"count":64}}]}},
+            {{"node-name":"libvirt-1-format","drv":"qcow2","image":{{"virtual-size":64,
+              "format-specific":{{"type":"qcow2","data":{{"compat":"1.1"}}}}}},
+              "dirty-bitmaps":[{{"name":"m","recording":true,"persistent":true,"busy":false,"granularity":65536,"count":3}},
+                {{"name":"broken","recording":false,"persistent":true,"inconsistent":true,"busy":false,"granularity":65536,"count":0}}]}},
+            {{"node-name":"libvirt-1-storage","drv":"file","image":{{"virtual-size":99}}}},
+            {{"node-name":"libvirt-2-storage","drv":"file","image":{{"virtual-size":99}}}}],"id":"x"}}"##
+        );
+        let devices = format!(
+            r#"{{"return":[{{"qdev":"/machine/peripheral/virtio-disk0/virtio-backend","inserted":{{"node-name":"{root}"}}}},
+            {{"qdev":"sata0-0-1"}}]}}"#
+        );
+        Blocks::parse(&nodes, &devices).unwrap()
+    }
+
+    const GRAPH: &str = r##"{"return":{"nodes":[{"id":1,"type":"block-driver","name":"#block7"},
+        {"id":2,"type":"block-driver","name":"libvirt-1-format"},{"id":3,"type":"block-driver","name":"t"}],
+        "edges":[{"parent":1,"child":2,"name":"file"},{"parent":1,"child":3,"name":"target"}]}}"##;
+
+    #[test]
+    fn bitmaps_keep_their_state_and_nameless_ones_are_left_out() {
+        let blocks = blocks("libvirt-1-format", "copy-before-write");
+        let node = &blocks.nodes["libvirt-1-format"];
+        assert_eq!(node.bitmaps.len(), 2);
+        assert!(node.bitmaps[0].recording && !node.bitmaps[0].inconsistent);
+        assert!(!node.bitmaps[1].recording && node.bitmaps[1].inconsistent);
+        assert!(blocks.nodes["#block7"].bitmaps.is_empty());
+        assert_eq!(blocks.holders("m"), ["libvirt-1-format"]);
+    }
+
+    #[test]
+    fn a_raw_image_without_a_format_layer_is_known_by_its_storage_node() {
+        let blocks = blocks("libvirt-1-format", "throttle");
+        assert_eq!(blocks.libvirt_node(1), Some("libvirt-1-format"));
+        assert_eq!(blocks.libvirt_node(2), Some("libvirt-2-storage"));
+        assert_eq!(blocks.libvirt_node(3), None);
+        assert_eq!(blocks.libvirt_nodes(1).count(), 2);
+    }
+
+    #[test]
+    fn a_node_put_on_top_behind_libvirts_back_differs() {
+        let root = |root: &str, driver: &str, graph: bool| {
+            let mut blocks = blocks(root, driver);
+            if graph {
+                blocks.add_graph(GRAPH).unwrap();
+            }
+            blocks.root_node(Some("virtio-disk0"), blocks.libvirt_node(1))
+        };
+        assert_eq!(root("libvirt-1-format", "throttle", false), RootNode::Same);
+        assert_eq!(root("#block7", "copy-before-write", true), RootNode::Same);
+        assert!(matches!(
+            root("#block7", "copy-before-write", false),
+            RootNode::Unknown(_)
+        ));
+        assert!(matches!(
+            root("#block7", "qcow2", true),
+            RootNode::Differs { .. }
+        ));
+    }
+
+    #[test]
+    fn an_error_of_qemu_keeps_its_words() {
+        let text =
+            r#"{"id":"libvirt-6","error":{"class":"CommandNotFound","desc":"no such command"}}"#;
+        assert_eq!(
+            reply::<u32>(text),
+            Err(ReplyError::Refused("no such command".into()))
+        );
+        assert!(matches!(reply::<u32>("{}"), Err(ReplyError::Malformed(_))));
+        assert!(matches!(
+            Blocks::parse("[", "[]"),
+            Err(ReplyError::Malformed(_))
+        ));
+    }
+}

@@ -1,0 +1,552 @@
+//! A domain's definition, as far as a backup needs it.
+//!
+//! The text comes from outside: its length and depth are limited before it is
+//! parsed, document types are refused, and everything that is not understood is
+//! left out, never guessed.
+
+use std::path::PathBuf;
+
+use highwater_hypervisor::{FirmwareFile, FirmwareRole, WriteErrorPolicy};
+use roxmltree::{Document, Node};
+
+/// A domain with a few hundred devices has about 300 KiB; this is far beyond.
+const XML_BYTES_MAX: usize = 8 << 20;
+
+/// No real chain of backing files is longer.
+const CHAIN_MAX: usize = 200;
+
+/// Each backing file is one level deeper than the one above it, and the parser
+/// calls itself for every level, so this is what the stack has to hold.
+const DEPTH_MAX: usize = CHAIN_MAX + 56;
+
+/// libvirt's own description of a domain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DomainXml {
+    pub(crate) firmware: Vec<FirmwareFile>,
+    pub(crate) tpm: Option<TpmXml>,
+    pub(crate) agent_connected: bool,
+    pub(crate) disks: Vec<DiskXml>,
+}
+
+/// An emulated TPM.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TpmXml {
+    /// Where its state is, if the definition says so.
+    pub(crate) state: Option<PathBuf>,
+    /// `1.2` or `2.0`.
+    pub(crate) version: String,
+}
+
+/// One `<disk>`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DiskXml {
+    pub(crate) target: String,
+    /// `disk`, `cdrom`, `floppy`, `lun`.
+    pub(crate) device: String,
+    pub(crate) serial: Option<String>,
+    pub(crate) alias: Option<String>,
+    pub(crate) write_errors: WriteErrorPolicy,
+    pub(crate) readonly: bool,
+    pub(crate) shareable: bool,
+    pub(crate) transient: bool,
+    /// The disk is being copied elsewhere (`<mirror>`).
+    pub(crate) mirrored: bool,
+    /// What a LUKS image is opened with.
+    pub(crate) encryption: Option<EncryptionXml>,
+    /// The image and its backing files, topmost first; empty without a medium.
+    pub(crate) chain: Vec<LinkXml>,
+}
+
+/// One image of a disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct LinkXml {
+    pub(crate) source: SourceXml,
+    pub(crate) format: String,
+    /// Number that libvirt derives QEMU's node names from.
+    pub(crate) index: Option<u32>,
+    /// The same number of a qcow2's separate data file.
+    pub(crate) data_index: Option<u32>,
+}
+
+/// Where an image is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum SourceXml {
+    File(PathBuf),
+    Block(PathBuf),
+    Volume {
+        pool: String,
+        volume: String,
+    },
+    Network(String),
+    /// A device that does not go through QEMU's block layer.
+    PassedThrough,
+}
+
+/// What a LUKS image is opened with: a secret that libvirt keeps.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct EncryptionXml {
+    /// `luks`; anything else cannot be given to a scratch file.
+    pub(crate) format: String,
+    /// How the secret is named: attribute (`uuid` or `usage`) and value.
+    pub(crate) secret: Option<(SecretBy, String)>,
+}
+
+/// How a secret is named.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum SecretBy {
+    Uuid,
+    Usage,
+}
+
+/// Why a text is not the XML it should be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum XmlError {
+    #[error("it has {0} bytes, more than any sensible one")]
+    TooLong(usize),
+    #[error("its elements are nested deeper than {DEPTH_MAX} levels")]
+    TooDeep,
+    #[error("{0}")]
+    Malformed(String),
+    #[error("its outermost element is not <{0}>")]
+    WrongRoot(&'static str),
+}
+
+/// Parses a text with limits and checks its outermost element.
+pub(crate) fn document<'text>(
+    text: &'text str,
+    root: &'static str,
+) -> Result<Document<'text>, XmlError> {
+    if text.len() > XML_BYTES_MAX {
+        return Err(XmlError::TooLong(text.len()));
+    }
+    if !is_shallow(text) {
+        return Err(XmlError::TooDeep);
+    }
+    let document = Document::parse(text).map_err(|error| XmlError::Malformed(error.to_string()))?;
+    if document.root_element().has_tag_name(root) {
+        Ok(document)
+    } else {
+        Err(XmlError::WrongRoot(root))
+    }
+}
+
+/// Returns whether elements are nested no deeper than allowed. Where the text
+/// is malformed the parser stops too, so what follows is of no matter.
+fn is_shallow(text: &str) -> bool {
+    let mut depth = 0_usize;
+    let mut rest = text;
+    while let Some((_, markup)) = rest.split_once('<') {
+        let skipped = [("!--", "-->"), ("![CDATA[", "]]>"), ("?", "?>"), ("/", ">")]
+            .into_iter()
+            .find_map(|(begin, end)| Some((begin, markup.strip_prefix(begin)?.split_once(end)?.1)));
+        if let Some((begin, after)) = skipped {
+            if begin == "/" {
+                depth = depth.saturating_sub(1);
+            }
+            rest = after;
+            continue;
+        }
+        let Some((tag, after)) = split_tag(markup) else {
+            return true;
+        };
+        if !tag.ends_with('/') {
+            depth = depth.saturating_add(1);
+        }
+        if depth > DEPTH_MAX {
+            return false;
+        }
+        rest = after;
+    }
+    true
+}
+
+/// Splits behind the `>` that ends a tag; one in a quoted value does not.
+fn split_tag(markup: &str) -> Option<(&str, &str)> {
+    let mut quote = None;
+    let end = markup.find(|letter: char| match quote {
+        Some(open) => {
+            if letter == open {
+                quote = None;
+            }
+            false
+        }
+        None => {
+            if matches!(letter, '"' | '\'') {
+                quote = Some(letter);
+            }
+            letter == '>'
+        }
+    })?;
+    let (tag, after) = markup.split_at_checked(end)?;
+    Some((tag, after.strip_prefix('>')?))
+}
+
+/// Returns the first child element of that name.
+pub(crate) fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+    node.children().find(|child| child.has_tag_name(name))
+}
+
+/// Returns the text of the first child element of that name.
+pub(crate) fn child_text<'a>(node: Node<'a, '_>, name: &str) -> Option<&'a str> {
+    child(node, name)
+        .and_then(|found| found.text())
+        .map(str::trim)
+        .filter(|text| !text.is_empty())
+}
+
+/// Reads a domain's definition.
+pub(crate) fn parse(text: &str) -> Result<DomainXml, XmlError> {
+    let document = document(text, "domain")?;
+    let domain = document.root_element();
+    let devices = child(domain, "devices");
+    let device_list = |name: &'static str| {
+        devices
+            .into_iter()
+            .flat_map(move |all| all.children().filter(move |one| one.has_tag_name(name)))
+    };
+    Ok(DomainXml {
+        firmware: child(domain, "os").map(firmware).unwrap_or_default(),
+        tpm: device_list("tpm").find_map(tpm),
+        agent_connected: device_list("channel").any(is_connected_agent),
+        disks: device_list("disk").filter_map(disk).collect(),
+    })
+}
+
+fn firmware(os: Node<'_, '_>) -> Vec<FirmwareFile> {
+    const ROLES: [(&str, FirmwareRole); 4] = [
+        ("loader", FirmwareRole::Loader),
+        ("nvram", FirmwareRole::Nvram),
+        ("kernel", FirmwareRole::Kernel),
+        ("initrd", FirmwareRole::Initrd),
+    ];
+    ROLES
+        .into_iter()
+        .filter_map(|(element, role)| {
+            let node = child(os, element)?;
+            // Newer definitions may name the file in a <source>, older ones as text.
+            let path = child(node, "source")
+                .and_then(|source| source.attribute("file"))
+                .or_else(|| child_text(os, element))?;
+            Some(FirmwareFile {
+                role,
+                path: PathBuf::from(path),
+            })
+        })
+        .collect()
+}
+
+fn tpm(node: Node<'_, '_>) -> Option<TpmXml> {
+    let backend = child(node, "backend").filter(|one| one.attribute("type") == Some("emulator"))?;
+    Some(TpmXml {
+        state: child(backend, "source")
+            .and_then(|source| source.attribute("path"))
+            .map(PathBuf::from),
+        version: backend.attribute("version").unwrap_or("2.0").to_owned(),
+    })
+}
+
+fn is_connected_agent(channel: Node<'_, '_>) -> bool {
+    child(channel, "target").is_some_and(|target| {
+        target.attribute("name") == Some("org.qemu.guest_agent.0")
+            && target.attribute("state") == Some("connected")
+    })
+}
+
+/// A disk without a target name cannot be spoken of, so it is left out;
+/// libvirt never writes one.
+fn disk(node: Node<'_, '_>) -> Option<DiskXml> {
+    let driver = child(node, "driver");
+    let source = child(node, "source");
+    Some(DiskXml {
+        target: child(node, "target")?.attribute("dev")?.to_owned(),
+        device: node.attribute("device").unwrap_or("disk").to_owned(),
+        serial: child_text(node, "serial").map(str::to_owned),
+        alias: child(node, "alias")
+            .and_then(|alias| alias.attribute("name"))
+            .map(str::to_owned),
+        write_errors: match driver.and_then(|driver| driver.attribute("error_policy")) {
+            Some("report") => WriteErrorPolicy::Report,
+            Some("ignore") => WriteErrorPolicy::Ignore,
+            // `stop` and `enospace` both pause when the scratch file is full.
+            _ => WriteErrorPolicy::Pause,
+        },
+        readonly: child(node, "readonly").is_some(),
+        shareable: child(node, "shareable").is_some(),
+        transient: child(node, "transient").is_some(),
+        mirrored: child(node, "mirror").is_some(),
+        // Older definitions have it in the disk, newer ones in its source.
+        encryption: source
+            .and_then(|source| child(source, "encryption"))
+            .or_else(|| child(node, "encryption"))
+            .map(encryption),
+        chain: chain(node),
+    })
+}
+
+fn encryption(node: Node<'_, '_>) -> EncryptionXml {
+    let secret = child(node, "secret").and_then(|secret| {
+        let by_uuid = secret
+            .attribute("uuid")
+            .map(|uuid| (SecretBy::Uuid, uuid.to_owned()));
+        by_uuid.or_else(|| {
+            secret
+                .attribute("usage")
+                .map(|usage| (SecretBy::Usage, usage.to_owned()))
+        })
+    });
+    EncryptionXml {
+        format: node.attribute("format").unwrap_or_default().to_owned(),
+        secret,
+    }
+}
+
+fn chain(disk: Node<'_, '_>) -> Vec<LinkXml> {
+    let mut links = Vec::new();
+    let top_format = child(disk, "driver").and_then(|driver| driver.attribute("type"));
+    links.extend(link(disk, top_format));
+    let mut above = disk;
+    while links.len() < CHAIN_MAX {
+        let Some(backing) = child(above, "backingStore") else {
+            break;
+        };
+        let format = child(backing, "format").and_then(|format| format.attribute("type"));
+        // The last <backingStore/> is empty: it only says that the chain ends.
+        let Some(found) = link(backing, format) else {
+            break;
+        };
+        links.push(found);
+        above = backing;
+    }
+    links
+}
+
+fn link(holder: Node<'_, '_>, format: Option<&str>) -> Option<LinkXml> {
+    let node = child(holder, "source")?;
+    let number = |node: Node<'_, '_>| node.attribute("index").and_then(|text| text.parse().ok());
+    let source = source(holder.attribute("type").unwrap_or("file"), node)?;
+    Some(LinkXml {
+        source,
+        // libvirt's default when a definition names no format.
+        format: format.unwrap_or("raw").to_owned(),
+        // The number of a backing file is on <backingStore>, that of the top
+        // image on <source>.
+        index: number(node).or_else(|| number(holder)),
+        data_index: child(node, "dataStore").and_then(|data| {
+            child(data, "source")
+                .and_then(number)
+                .or_else(|| number(data))
+        }),
+    })
+}
+
+fn source(kind: &str, node: Node<'_, '_>) -> Option<SourceXml> {
+    let attribute = |name: &str| node.attribute(name).filter(|text| !text.is_empty());
+    match kind {
+        "file" => attribute("file").map(|path| SourceXml::File(PathBuf::from(path))),
+        "block" => attribute("dev").map(|path| SourceXml::Block(PathBuf::from(path))),
+        "volume" => Some(SourceXml::Volume {
+            pool: attribute("pool")?.to_owned(),
+            volume: attribute("volume")?.to_owned(),
+        }),
+        "network" => network(node).map(SourceXml::Network),
+        _ => Some(SourceXml::PassedThrough),
+    }
+}
+
+/// Writes a network source as a URI that people recognise.
+fn network(node: Node<'_, '_>) -> Option<String> {
+    let protocol = node.attribute("protocol")?;
+    let name = node.attribute("name").unwrap_or_default();
+    let hosts: Vec<Node<'_, '_>> = node
+        .children()
+        .filter(|child| child.has_tag_name("host"))
+        .collect();
+    if let Some(socket) = hosts.iter().find_map(|host| host.attribute("socket")) {
+        return Some(format!("{protocol}+unix:///{name}?socket={socket}"));
+    }
+    let hosts: Vec<String> = hosts
+        .iter()
+        .filter_map(|host| {
+            let address = host.attribute("name")?;
+            let address = if address.contains(':') {
+                format!("[{address}]")
+            } else {
+                address.to_owned()
+            };
+            Some(match host.attribute("port") {
+                Some(port) => format!("{address}:{port}"),
+                None => address,
+            })
+        })
+        .collect();
+    Some(format!("{protocol}://{}/{name}", hosts.join(",")))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// As libvirt 11.3 reported it for a running domain (shortened).
+    const LIVE: &str = include_str!("testdata/domain.xml");
+
+    fn disk(target: &str) -> DiskXml {
+        parse(LIVE)
+            .unwrap()
+            .disks
+            .into_iter()
+            .find(|disk| disk.target == target)
+            .unwrap()
+    }
+
+    #[test]
+    fn a_chain_is_read_with_the_numbers_of_its_nodes() {
+        let vda = disk("vda");
+        let seen: Vec<_> = vda
+            .chain
+            .iter()
+            .map(|link| (link.format.as_str(), link.index))
+            .collect();
+        assert_eq!(seen, [("qcow2", Some(12)), ("qcow2", Some(14))]);
+        assert_eq!(vda.serial.as_deref(), Some("S1"));
+        assert_eq!(vda.alias.as_deref(), Some("virtio-disk0"));
+        assert_eq!(vda.write_errors, WriteErrorPolicy::Pause);
+    }
+
+    #[test]
+    fn a_data_file_is_part_of_its_image() {
+        let vdd = disk("vdd");
+        assert_eq!(vdd.chain.len(), 1);
+        assert_eq!(vdd.chain[0].data_index, Some(13));
+    }
+
+    #[test]
+    fn every_kind_of_source_is_told_apart() {
+        let source = |target: &str| disk(target).chain.remove(0).source;
+        assert_eq!(source("vdc"), SourceXml::File("/images/odd.raw".into()));
+        assert_eq!(
+            source("vde"),
+            SourceXml::Network("nbd+unix:///exp?socket=/run/nbd.sock".into())
+        );
+        assert_eq!(
+            source("vdf"),
+            SourceXml::Volume {
+                pool: "p1".into(),
+                volume: "vol1.qcow2".into()
+            }
+        );
+        assert_eq!(
+            source("vdj"),
+            SourceXml::Network("rbd://[fe80::1]:6789,mon2/pool/image".into())
+        );
+        assert_eq!(source("vdk"), SourceXml::Block("/dev/vg/lv".into()));
+        assert_eq!(source("vdl"), SourceXml::PassedThrough);
+        assert!(disk("sdb").chain.is_empty());
+    }
+
+    #[test]
+    fn flags_that_keep_a_disk_out_are_seen() {
+        assert!(disk("vdg").shareable);
+        assert!(disk("vdh").transient);
+        assert!(disk("vdi").readonly);
+        assert_eq!(disk("sda").device, "cdrom");
+        assert_eq!(disk("vdc").write_errors, WriteErrorPolicy::Report);
+        assert_eq!(
+            disk("vdm").encryption.unwrap().secret,
+            Some((
+                SecretBy::Uuid,
+                "f981dd17-143f-45bc-88e6-ed1fe20ce9da".into()
+            ))
+        );
+    }
+
+    #[test]
+    fn firmware_tpm_and_agent_are_found() {
+        let domain = parse(LIVE).unwrap();
+        let roles: Vec<_> = domain.firmware.iter().map(|file| file.role).collect();
+        assert_eq!(roles, [FirmwareRole::Loader, FirmwareRole::Nvram]);
+        assert_eq!(domain.firmware[1].path, PathBuf::from("/nvram/w1_VARS.fd"));
+        assert_eq!(
+            domain.tpm,
+            Some(TpmXml {
+                state: None,
+                version: "2.0".into()
+            })
+        );
+        assert!(domain.agent_connected);
+    }
+
+    #[test]
+    fn what_is_no_domain_is_refused() {
+        assert_eq!(parse("<network/>"), Err(XmlError::WrongRoot("domain")));
+        assert!(matches!(parse("<domain>"), Err(XmlError::Malformed(_))));
+        assert!(matches!(
+            parse("<!DOCTYPE d [<!ENTITY a 'b'>]><domain>&a;</domain>"),
+            Err(XmlError::Malformed(_))
+        ));
+        let long = format!("<domain>{}</domain>", " ".repeat(XML_BYTES_MAX));
+        assert!(matches!(parse(&long), Err(XmlError::TooLong(_))));
+    }
+
+    #[test]
+    fn a_text_nested_without_end_does_not_end_the_process() {
+        for (open, close) in [
+            ("<a>", "</a>"),
+            ("<a><!-- </a> -->", "</a>"),
+            ("<a b='/>'>", "</a>"),
+            ("<a b=\"'/>\">", "</a>"),
+            ("<a><![CDATA[</a>]]>", "</a>"),
+            ("<a><?x </a> ?>", "</a>"),
+            ("<a>", ""),
+        ] {
+            let deep = format!(
+                "<domain>{}{}</domain>",
+                open.repeat(100_000),
+                close.repeat(100_000)
+            );
+            assert_eq!(parse(&deep), Err(XmlError::TooDeep), "{open}");
+        }
+    }
+
+    #[test]
+    fn the_longest_chain_that_is_read_fits_the_depth() {
+        let link = "<backingStore type='file'><format type='qcow2'/><source file='/b'/>";
+        let text = |links: usize| {
+            format!(
+                "<domain><devices><disk type='file'><source file='/a'/><target dev='vda'/>{}{}\
+                 </disk></devices></domain>",
+                link.repeat(links),
+                "</backingStore>".repeat(links)
+            )
+        };
+        assert_eq!(parse(&text(199)).unwrap().disks[0].chain.len(), 200);
+        assert_eq!(parse(&text(300)), Err(XmlError::TooDeep));
+    }
+
+    proptest! {
+        #[test]
+        fn no_mutation_of_a_definition_makes_the_parser_panic(
+            edits in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>(), 0_usize..40), 1..20)
+        ) {
+            let mut bytes = LIVE.as_bytes().to_vec();
+            for (place, byte, cut) in edits {
+                let at = place.index(bytes.len());
+                bytes[at] = byte;
+                let end = bytes.len().min(at + cut);
+                bytes.drain(at..end);
+                if bytes.is_empty() { bytes.push(b'<'); }
+            }
+            let _outcome = parse(&String::from_utf8_lossy(&bytes));
+        }
+
+        #[test]
+        fn no_shuffling_of_its_tags_makes_the_parser_panic(
+            order in prop::collection::vec(any::<prop::sample::Index>(), 0..80)
+        ) {
+            let tags: Vec<&str> = LIVE.split_inclusive('>').collect();
+            let text: String = order.iter().map(|place| tags[place.index(tags.len())]).collect();
+            let _outcome = parse(&format!("<domain><devices>{text}</devices></domain>"));
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Looks after a running session, and ends it.
+//!
+//! Aborting is the normal end of a pull-mode job. libvirt aborts whatever job a
+//! VM has, so whose it is gets asked right before; the per-VM lock keeps other
+//! sessions of ours from starting in between.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use highwater_hypervisor::{BeginOrder, Ended, ErrorKind, HypervisorError, RunState, VmRef};
+use highwater_model::{SessionId, format_size};
+
+use super::begin::{Watch, lost};
+use super::connection::LibvirtDriver;
+use super::directories::{SessionPaths, free_bytes};
+use super::error::{code, explain};
+use super::jobs::{backup_job, run_state};
+use super::sys::handles::DomainHandle;
+
+/// How long an aborted job may take to vanish; it has to finish requests that
+/// are under way on slow storage (31 s were seen).
+const GONE_DEADLINE: Duration = Duration::from_secs(90);
+const GONE_INTERVAL: Duration = Duration::from_millis(20);
+
+impl LibvirtDriver {
+    pub(super) fn check_session(
+        &mut self,
+        vm: &VmRef,
+        session: SessionId,
+    ) -> Result<(), HypervisorError> {
+        let domain = self.domain(vm)?;
+        let state = run_state(vm, &domain)?;
+        if state == RunState::Off {
+            return Err(lost(vm, session, "the VM was shut down"));
+        }
+        match backup_job(vm, &domain)? {
+            None => return Err(lost(vm, session, "its job was ended by somebody else")),
+            Some(job) if job.session != Some(session) => {
+                return Err(lost(vm, session, "another backup job runs in its place"));
+            }
+            Some(_) => {}
+        }
+        match self.watches.get(&session) {
+            Some(watch) => look(vm, session, watch, state),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn end_session(&mut self, order: &BeginOrder) -> Result<Ended, HypervisorError> {
+        let paths = SessionPaths::of_order(order);
+        let domain = match self.domain(&order.vm) {
+            Ok(domain) => domain,
+            // A VM that is gone has no job; its files still are ours to remove.
+            Err(error) if error.kind == ErrorKind::NoSuchVm => {
+                self.watches.remove(&order.session);
+                return Ok(Ended {
+                    ended_job: false,
+                    warnings: paths.remove(),
+                });
+            }
+            Err(error) => return Err(error),
+        };
+        let mut ended = self.stop_job(&order.vm, &domain, order.session, &paths)?;
+        self.watches.remove(&order.session);
+        ended.warnings.extend(paths.remove());
+        Ok(ended)
+    }
+
+    pub(super) fn end_leftover_session(
+        &mut self,
+        vm: &VmRef,
+        session: SessionId,
+    ) -> Result<Ended, HypervisorError> {
+        let domain = self.domain(vm)?;
+        let Some(job) = backup_job(vm, &domain)?.filter(|job| job.session == Some(session)) else {
+            return Ok(Ended::default());
+        };
+        let scratch = job.disks.iter().find_map(|disk| disk.scratch.as_deref());
+        let dir = |file: Option<&Path>| file.and_then(Path::parent).map(Path::to_path_buf);
+        let (Some(socket_dir), Some(scratch_dir)) = (dir(job.socket.as_deref()), dir(scratch))
+        else {
+            return Err(HypervisorError::new(
+                ErrorKind::Other,
+                format!("cannot end session {session} of VM `{}`", vm.name),
+            )
+            .because("its job does not say where its files are")
+            .hint(format!("end it with `virsh domjobabort {}`", vm.name)));
+        };
+        let paths = SessionPaths::of_leftover(session, &socket_dir, &scratch_dir);
+        let mut ended = self.stop_job(vm, &domain, session, &paths)?;
+        ended.warnings.extend(paths.remove());
+        Ok(ended)
+    }
+
+    /// Aborts the job if it is this session's, waits until it is gone, and lets
+    /// the guest run again if the session's scratch file stopped it.
+    pub(super) fn stop_job(
+        &mut self,
+        vm: &VmRef,
+        domain: &DomainHandle,
+        session: SessionId,
+        paths: &SessionPaths,
+    ) -> Result<Ended, HypervisorError> {
+        let message = || format!("cannot end session {session} of VM `{}`", vm.name);
+        let is_ours = |job: &super::record_xml::BackupJob| job.session == Some(session);
+        let mut ended = Ended::default();
+        let since = Instant::now();
+        while run_state(vm, domain)? != RunState::Off
+            && backup_job(vm, domain)?.as_ref().is_some_and(is_ours)
+        {
+            if since.elapsed() > GONE_DEADLINE {
+                return Err(HypervisorError::new(ErrorKind::Busy, message())
+                    .because("its job was aborted and does not end"));
+            }
+            if ended.ended_job {
+                std::thread::sleep(GONE_INTERVAL);
+                continue;
+            }
+            match domain.abort_job() {
+                Ok(()) => ended.ended_job = true,
+                // It ended by itself since it was looked for.
+                Err(error) if error.code == code::OPERATION_INVALID => {}
+                Err(error) => return Err(explain(message(), &error)),
+            }
+        }
+        let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
+        let had_session = ended.ended_job || paths.exist();
+        if is_stopped && had_session && !paths.was_stopped_before() {
+            domain.resume().map_err(|error| {
+                explain(
+                    format!("cannot resume VM `{}` after an I/O error", vm.name),
+                    &error,
+                )
+                .hint(format!("run `virsh resume {}`", vm.name))
+            })?;
+            ended.warnings.push(
+                "the guest was stopped by an I/O error during the session and runs again"
+                    .to_owned(),
+            );
+        }
+        Ok(ended)
+    }
+}
+
+/// Looks at everything that was watched.
+fn look(
+    vm: &VmRef,
+    session: SessionId,
+    watch: &Watch,
+    state: RunState,
+) -> Result<(), HypervisorError> {
+    let log = watch
+        .listener
+        .as_ref()
+        .map(super::sys::events::EventListener::log)
+        .unwrap_or_default();
+    if log.stopped {
+        // It runs again, but the job's QEMU is gone.
+        return Err(lost(vm, session, "QEMU ended"));
+    }
+    let hint = "choose a scratch directory with more room (`--scratch-dir`)";
+    let error = log
+        .io_errors
+        .iter()
+        .find(|(alias, _)| watch.aliases.contains(alias));
+    if let Some((alias, reason)) = error {
+        let because = format!("a guest write to `{alias}` failed ({reason})");
+        return Err(lost(vm, session, because).hint(hint));
+    }
+    if log.paused_on_error || (state == RunState::PausedOnError && !watch.was_stopped_before) {
+        return Err(lost(vm, session, "QEMU stopped the guest: a write failed").hint(hint));
+    }
+    if log.job_completed {
+        return Err(lost(vm, session, "its job ended"));
+    }
+    if let Some((dir, reserve_bytes)) = &watch.reserve {
+        let free = free_bytes(dir)?;
+        if free < *reserve_bytes || (log.threshold_passed && free < reserve_bytes.saturating_mul(2))
+        {
+            let because = format!(
+                "scratch directory `{}` has only {} free",
+                dir.display(),
+                format_size(free)
+            );
+            return Err(lost(vm, session, because).hint(hint));
+        }
+    }
+    Ok(())
+}
