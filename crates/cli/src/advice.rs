@@ -279,6 +279,7 @@ fn of_restore(error: &RestoreError) -> Advice {
         RestoreError::Read { source, .. } | RestoreError::ReadFile { source, .. } => {
             of_repo(source).state(partial)
         }
+        RestoreError::WrongLength { .. } => Advice::code(DAMAGE).state(partial),
         RestoreError::Write { .. } => Advice::code(FAILED).state(partial),
         RestoreError::Output { .. } => Advice::code(FAILED),
         RestoreError::Interrupted => Advice::code(INTERRUPTED).state(partial),

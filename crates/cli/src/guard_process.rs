@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
+use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
 use highwater_engine::{Guard, GuardError, serve};
 use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
 use rustix::fd::AsFd as _;
@@ -64,6 +65,7 @@ pub(crate) fn run() -> ExitCode {
 }
 
 fn connect(uri: &str) -> Result<Box<dyn Driver>, HypervisorError> {
-    let driver = highwater_drivers::libvirt::LibvirtDriver::connect(uri)?;
+    let options = LibvirtOptions { user_config_dir: settings::user_config_dir(), ..LibvirtOptions::default() };
+    let driver = LibvirtDriver::connect(uri, &options)?;
     Ok(Box::new(driver))
 }

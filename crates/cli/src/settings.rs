@@ -77,6 +77,12 @@ pub(crate) fn scratch_dir() -> PathBuf {
     cache.or_else(home).unwrap_or_else(std::env::temp_dir).join("highwater/scratch")
 }
 
+/// Returns `~/.config`, where a libvirt daemon of this user keeps TPM states.
+pub(crate) fn user_config_dir() -> Option<PathBuf> {
+    let config = std::env::var_os("XDG_CONFIG_HOME").map(PathBuf::from);
+    config.or_else(|| std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".config")))
+}
+
 fn is_root() -> bool {
     rustix::process::geteuid().is_root()
 }

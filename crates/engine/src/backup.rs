@@ -27,7 +27,7 @@ use std::time::Instant;
 use highwater_hypervisor::{
     BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef,
 };
-use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId};
+use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
 use highwater_plan::{DiskPlan, Level, VmGate, gate};
 use highwater_repo::{Compression, Manifest, RepoErrorKind, Repository, VmIdentity, WriterOptions};
 
@@ -109,6 +109,7 @@ pub fn backup(
         point: PointId::new(context.clock.now()),
         healed: Vec::new(),
         warnings: Vec::new(),
+        observed_at: context.clock.now(),
     };
     let (facts, history, planned) = job.prepare()?;
     let session = job.begin(&planned)?;
@@ -132,6 +133,7 @@ struct Job<'a> {
     point: PointId,
     healed: Vec<String>,
     warnings: Vec<String>,
+    observed_at: Timestamp,
 }
 
 /// A session at the VM that has begun.

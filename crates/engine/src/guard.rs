@@ -24,6 +24,7 @@ mod lock;
 mod wire;
 
 pub use client::{Guard, GuardError};
+pub(crate) use host::one_line;
 pub use host::serve;
 pub use lock::lock_path;
 pub use wire::Outcome;

@@ -21,7 +21,7 @@ pub use restore::{
     Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,
 };
 
-pub use highwater_plan::Level;
+pub use highwater_plan::{Level, Refusal};
 
 /// The repository, as far as whoever wires the jobs up needs it.
 pub mod repository {

@@ -105,6 +105,8 @@ pub enum RestoreError {
     Exists { path: PathBuf },
     #[error("cannot read disk `{disk}` of the restore point")]
     Read { disk: String, source: Box<RepoError> },
+    #[error("cannot use chunk {index} of disk `{disk}`: it has {got} bytes instead of {expected}")]
+    WrongLength { disk: String, index: u64, expected: usize, got: usize },
     #[error("cannot read `{file}` of the restore point")]
     ReadFile { file: String, source: Box<RepoError> },
     #[error("cannot write {}", path.display())]
@@ -113,6 +115,37 @@ pub enum RestoreError {
     Output { source: std::io::Error },
     #[error("interrupted")]
     Interrupted,
+}
+
+/// Trouble while chunks are fetched: on the reading or on the writing side.
+enum Fetch {
+    Repo(RepoError),
+    Sink(RestoreError),
+}
+
+impl From<RepoError> for Fetch {
+    fn from(error: RepoError) -> Self {
+        Self::Repo(error)
+    }
+}
+
+impl Fetch {
+    fn of_disk(self, disk: &DiskRecord) -> RestoreError {
+        match self {
+            Self::Repo(source) => {
+                RestoreError::Read { disk: disk.target.clone(), source: Box::new(source) }
+            }
+            Self::Sink(error) => error,
+        }
+    }
+}
+
+/// Refuses a chunk that is not as long as its place in the image.
+fn check_length(disk: &DiskRecord, index: u64, expected: usize, got: usize) -> Result<(), Fetch> {
+    if expected == got {
+        return Ok(());
+    }
+    Err(Fetch::Sink(RestoreError::WrongLength { disk: disk.target.clone(), index, expected, got }))
 }
 
 /// Restores disks of a point.

@@ -3,7 +3,7 @@
 use highwater_model::SessionId;
 use serde::{Deserialize, Serialize};
 
-use crate::{BeginOrder, Begun, Ended, MarkOrder, VmFacts, VmRef};
+use crate::{BeginOrder, Begun, Ended, MarkOrder, RunState, VmFacts, VmRef};
 
 /// Talks to what runs the VMs.
 ///
@@ -11,8 +11,8 @@ use crate::{BeginOrder, Begun, Ended, MarkOrder, VmFacts, VmRef};
 /// wait without a limit for anything but the hypervisor's own reply, and none
 /// touches the repository.
 pub trait Driver {
-    /// Returns all VMs of this connection, sorted by name.
-    fn list(&mut self) -> Result<Vec<VmRef>, HypervisorError>;
+    /// Returns all VMs of this connection, sorted by name, and how each runs.
+    fn list(&mut self) -> Result<Vec<(VmRef, RunState)>, HypervisorError>;
 
     /// Finds a VM by name or UUID.
     fn find(&mut self, name_or_uuid: &str) -> Result<VmRef, HypervisorError>;

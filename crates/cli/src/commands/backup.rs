@@ -4,7 +4,7 @@ use highwater_engine::repository::Repository;
 use highwater_engine::{
     self as engine, BackupContext, BackupError, BackupOptions, Cancel, Guard, Report, Status, Tuning,
 };
-use highwater_hypervisor::{Quiesce, VmRef};
+use highwater_hypervisor::{Quiesce, RunState};
 use highwater_model::{Clock as _, SystemClock, format_size};
 
 use crate::advice::{self, CliError};
@@ -102,8 +102,9 @@ fn back_up(
 }
 
 fn running_vms(guard: &Guard) -> Result<Vec<String>, CliError> {
-    let names = guard.list_running()?.into_iter().map(|vm: VmRef| vm.uuid.unwrap_or(vm.name));
-    let names: Vec<String> = names.collect();
+    let vms = guard.list()?.into_iter();
+    let running = vms.filter(|(_, state)| !matches!(state, RunState::Off | RunState::Other));
+    let names: Vec<String> = running.map(|(vm, _)| vm.uuid.unwrap_or(vm.name)).collect();
     if names.is_empty() {
         return Err(CliError::Usage {
             message: "cannot back up all running VMs: none runs".to_owned(),

@@ -6,13 +6,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmFacts, VmRef,
+    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, RunState,
+    VmFacts, VmRef,
 };
 use highwater_model::{Clock, SessionId, SystemClock};
 
 use super::begin::Watch;
 use super::blocks::{self, Blocks, ReplyError};
 use super::error::{code, explain, explain_load};
+use super::jobs;
 use super::sys::events::EventListener;
 use super::sys::handles::{ConnectionHandle, DomainHandle};
 use super::sys::{Api, CallError};
@@ -232,20 +234,23 @@ fn refuse_unless_local(uri: &str) -> Result<(), HypervisorError> {
 }
 
 impl Driver for LibvirtDriver {
-    fn list(&mut self) -> Result<Vec<VmRef>, HypervisorError> {
+    fn list(&mut self) -> Result<Vec<(VmRef, RunState)>, HypervisorError> {
         self.revive()?;
         let failed = |error: &CallError| explain("cannot list VMs", error);
         let domains = self.connection.domains().map_err(|error| failed(&error))?;
         let mut found = Vec::with_capacity(domains.len());
         for domain in &domains {
             match vm_ref(domain) {
-                Ok(vm) => found.push(vm),
+                Ok(vm) => {
+                    let state = jobs::run_state(&vm, domain)?;
+                    found.push((vm, state));
+                }
                 // Undefined between the list and the question.
                 Err(error) if error.code == code::NO_DOMAIN => {}
                 Err(error) => return Err(failed(&error)),
             }
         }
-        found.sort_by(|one, other| one.name.cmp(&other.name));
+        found.sort_by(|(one, _), (other, _)| one.name.cmp(&other.name));
         Ok(found)
     }
 

@@ -280,9 +280,7 @@ pub(super) fn copy_disks(
         }
         drop(end_give);
         for worker in workers {
-            if let Err(error) = worker.join().expect("a worker does not panic") {
-                shared.store_failed(error);
-            }
+            worker.join().expect("a worker does not panic");
         }
         tell_progress(watch.observer, jobs, progress);
     });
@@ -306,11 +304,7 @@ fn reason_to_stop(watch: &CopyWatch<'_>) -> Option<CopyError> {
 }
 
 /// Hashes, compresses and packs until the work ends.
-fn work_on(
-    shared: &Shared<'_>,
-    work: &Receiver<Filled>,
-    end: &Receiver<()>,
-) -> Result<(), RepoError> {
+fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
     let mut lane = shared.writer.lane();
     loop {
         let filled = crossbeam_channel::select! {
@@ -339,7 +333,6 @@ fn work_on(
         drop(filled.results.send(Hashed { seq: filled.seq, first_chunk, ids: Ids::Each(ids) }));
         drop(shared.pool_give.send(filled.bytes));
     }
-    lane.finish()
 }
 
 fn tell_done(observer: &dyn Observer, job: &CopyJob, result: &Result<Copied, CopyError>) {

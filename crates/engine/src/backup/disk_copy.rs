@@ -428,7 +428,7 @@ fn collect(
             }
             next += 1;
             // Nobody waits for tokens when the walk has ended.
-            drop(tokens.try_send(()));
+            let _ = tokens.try_send(());
         }
     }
     if disk.stopped() {

@@ -77,7 +77,7 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
             hypervisor: facts.versions.clone(),
         },
         definition: facts.definition.clone(),
-        definition_at: session.begun.taken_at,
+        definition_at: job.observed_at,
         files: parts.files.clone(),
         disks,
         skipped: skipped(facts, planned, copied),

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Ended, ErrorKind, HypervisorError, MarkOrder, VmFacts, VmRef,
+    BeginOrder, Begun, Ended, ErrorKind, HypervisorError, MarkOrder, RunState, VmFacts, VmRef,
 };
 use highwater_model::SessionId;
 
@@ -69,8 +69,8 @@ impl Guard {
         Ok(guard)
     }
 
-    /// Lists all VMs.
-    pub fn list(&self) -> Result<Vec<VmRef>, GuardError> {
+    /// Lists all VMs and how each runs.
+    pub fn list(&self) -> Result<Vec<(VmRef, RunState)>, GuardError> {
         match self.ask(Request::List)? {
             Reply::Vms(vms) => Ok(vms),
             _ => Err(wrong_reply()),

@@ -6,7 +6,7 @@ use std::io::{self, BufRead, Write};
 use std::path::PathBuf;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Ended, HypervisorError, MarkOrder, VmFacts, VmRef,
+    BeginOrder, Begun, Ended, HypervisorError, MarkOrder, RunState, VmFacts, VmRef,
 };
 use highwater_model::SessionId;
 use serde::de::DeserializeOwned;
@@ -76,7 +76,7 @@ pub(super) enum Answer {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Reply {
     Done,
-    Vms(Vec<VmRef>),
+    Vms(Vec<(VmRef, RunState)>),
     Vm(VmRef),
     Facts(Box<VmFacts>),
     Begun(Box<Begun>),

@@ -5,19 +5,23 @@ use std::io::Write as _;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use highwater_formats::{ChunkSetBuilder, Qcow2Layout};
 use highwater_model::ObjectId;
-use highwater_repo::{DiskRecord, FetchError, ImageReader, ImageRoot, Manifest, Repository};
+use highwater_repo::{DiskRecord, ImageReader, ImageRoot, Manifest, RepoError, RepoErrorKind, Repository};
 use highwater_store::durable;
 
-use super::{Format, RestoreError, RestoreOptions, RestoredDisk, file_name};
+use super::{Fetch, Format, RestoreError, RestoreOptions, RestoredDisk, check_length, file_name};
 use crate::{DiskProgress, Event};
 
 /// Chunks looked up and sorted by pack at a time. Bounds memory (40 bytes
 /// each) and is wide enough that scattered increments are read in pack order:
 /// 16 GiB of disk at 64 KiB.
 pub(super) const WINDOW_CHUNKS: usize = 1 << 18;
+
+/// Largest saved file that is given back, bytes; larger ones are never saved.
+const FILE_BYTES_MAX: usize = 1 << 30;
 
 pub(super) fn make_dir(dir: &Path) -> Result<(), RestoreError> {
     std::fs::DirBuilder::new()
@@ -102,10 +106,11 @@ fn write_chunks(
     let read = |source| RestoreError::Read { disk: disk.target.clone(), source: Box::new(source) };
     let written = AtomicU64::new(0);
     let chunk_bytes = disk.image.chunk_bytes.bytes();
-    let sink = |index: u64, bytes: &[u8]| -> Result<(), RestoreError> {
+    let sink = |index: u64, bytes: &[u8]| -> Result<(), Fetch> {
         if options.cancel.is_raised() {
-            return Err(RestoreError::Interrupted);
+            return Err(Fetch::Sink(RestoreError::Interrupted));
         }
+        check_length(disk, index, image.chunk_len(index), bytes.len())?;
         let offset = match layout {
             Layout::Raw => index * chunk_bytes,
             Layout::Qcow2(layout) => {
@@ -113,7 +118,7 @@ fn write_chunks(
             }
         };
         file.write_all_at(bytes, offset)
-            .map_err(|source| RestoreError::Write { path: path.to_owned(), source })?;
+            .map_err(|source| Fetch::Sink(RestoreError::Write { path: path.to_owned(), source }))?;
         written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
     };
@@ -126,10 +131,7 @@ fn write_chunks(
         }
         let Some((last, _)) = window.last() else { break };
         let done_bytes = (last + 1) * chunk_bytes;
-        repo.fetch(&window, options.workers, &sink).map_err(|error| match error {
-            FetchError::Repo(source) => read(source),
-            FetchError::Sink(error) => error,
-        })?;
+        repo.fetch(&window, options.workers, &sink).map_err(|error| error.of_disk(disk))?;
         options.observer.event(&Event::Progress(&[DiskProgress {
             disk: disk.target.clone(),
             done_bytes: done_bytes.min(disk.image.size_bytes),
@@ -161,19 +163,26 @@ pub(super) fn restore_files(
 }
 
 /// Reads a small image into memory; saved files are at most 1 GiB.
-fn read_bytes(repo: &Repository, root: &ImageRoot) -> Result<Vec<u8>, highwater_repo::RepoError> {
+fn read_bytes(repo: &Repository, root: &ImageRoot) -> Result<Vec<u8>, RepoError> {
     let image = repo.image(root)?;
-    let mut bytes = Vec::new();
-    let chunk = root.chunk_bytes.len();
-    for found in image.chunks() {
-        let (index, id) = found?;
-        let part = repo.chunk(&id)?;
-        let start = usize::try_from(index).unwrap_or(usize::MAX).saturating_mul(chunk);
-        bytes.resize(start, 0);
-        bytes.extend_from_slice(&part);
-    }
-    bytes.resize(usize::try_from(root.size_bytes).unwrap_or(usize::MAX), 0);
-    Ok(bytes)
+    let len = usize::try_from(root.size_bytes).unwrap_or(usize::MAX);
+    let bytes = Mutex::new(vec![0_u8; len.min(FILE_BYTES_MAX)]);
+    let chunks: Vec<(u64, ObjectId)> = image.chunks().collect::<Result<_, _>>()?;
+    let sink = |index: u64, chunk: &[u8]| -> Result<(), RepoError> {
+        let start = usize::try_from(index).unwrap_or(usize::MAX).saturating_mul(root.chunk_bytes.len());
+        let mut bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
+        let end = start.saturating_add(chunk.len());
+        match bytes.get_mut(start..end) {
+            Some(place) => place.copy_from_slice(chunk),
+            None => {
+                return Err(RepoError::new(RepoErrorKind::Damaged, "read a saved file")
+                    .because("a chunk lies outside of it"));
+            }
+        }
+        Ok(())
+    };
+    repo.fetch(&chunks, 1, &sink)?;
+    Ok(bytes.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
 
 fn write_new(path: &Path, bytes: &[u8]) -> Result<PathBuf, RestoreError> {

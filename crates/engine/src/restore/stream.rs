@@ -4,9 +4,9 @@ use std::io::Write;
 use std::sync::{Mutex, PoisonError};
 
 use highwater_model::ObjectId;
-use highwater_repo::{DiskRecord, FetchError, Repository};
+use highwater_repo::{DiskRecord, ImageReader, Repository};
 
-use super::{Format, RestoreError, RestoreOptions, RestoredDisk};
+use super::{Fetch, Format, RestoreError, RestoreOptions, RestoredDisk, check_length};
 use crate::{DiskProgress, Event};
 
 /// Bytes of the disk put in order in memory at a time.
@@ -41,7 +41,7 @@ pub(super) fn restore_disk(
             window.push(chunk.map_err(read)?);
         }
         let len = (beyond * chunk_bytes).min(size_bytes) - start;
-        let bytes = fetch_in_order(repo, disk, &window, first, len, options)?;
+        let bytes = fetch_in_order(repo, disk, &image, &window, first, len, options)?;
         output.write_all(&bytes).map_err(|source| RestoreError::Output { source })?;
         data_bytes += (window.len() as u64 * chunk_bytes).min(len);
         start += len;
@@ -68,6 +68,7 @@ pub(super) fn restore_disk(
 fn fetch_in_order(
     repo: &Repository,
     disk: &DiskRecord,
+    image: &ImageReader,
     window: &[(u64, ObjectId)],
     first: u64,
     len: u64,
@@ -76,7 +77,8 @@ fn fetch_in_order(
     let len = usize::try_from(len).expect("a window fits in memory");
     let bytes = Mutex::new(vec![0_u8; len]);
     let chunk_len = disk.image.chunk_bytes.len();
-    let sink = |index: u64, chunk: &[u8]| -> Result<(), RestoreError> {
+    let sink = |index: u64, chunk: &[u8]| -> Result<(), Fetch> {
+        check_length(disk, index, image.chunk_len(index), chunk.len())?;
         let start = usize::try_from(index - first).expect("inside the window") * chunk_len;
         let mut bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
         // The last chunk of a raw file of odd length is cut.
@@ -86,11 +88,6 @@ fn fetch_in_order(
         }
         Ok(())
     };
-    repo.fetch(window, options.workers, &sink).map_err(|error| match error {
-        FetchError::Repo(source) => {
-            RestoreError::Read { disk: disk.target.clone(), source: Box::new(source) }
-        }
-        FetchError::Sink(error) => error,
-    })?;
+    repo.fetch(window, options.workers, &sink).map_err(|error| error.of_disk(disk))?;
     Ok(bytes.into_inner().unwrap_or_else(PoisonError::into_inner))
 }
