@@ -106,7 +106,7 @@ impl IndexFile {
         self.tables.supersedes.iter().map(|name| to_hex(name))
     }
 
-    /// Returns the packs whose existence this process has made sure of itself.
+    /// Notes that this process has just made all packs of this file durable.
     pub(crate) fn trust_packs(&self) {
         self.pack_states
             .iter()
@@ -120,6 +120,9 @@ impl IndexFile {
         cache: &BlockCache,
         id: &ObjectId,
     ) -> Result<Option<IndexRow>, LoadError> {
+        if !self.tables.filter.may_hold(id) {
+            return Ok(None);
+        }
         let prefix = prefix_of(id);
         let after = self
             .tables
