@@ -1,0 +1,247 @@
+//! Writing: from chunks to the restore point.
+
+use std::io::Read;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crossbeam_channel::Sender;
+
+use crate::compress::Compression;
+use crate::error::{RepoError, RepoErrorKind};
+use crate::lane::{Lane, PackLane};
+use crate::manifest::{ImageRoot, Manifest};
+use crate::objects::Objects;
+use crate::pack::{FinishedPack, HEADER_LEN, PackBuilder, PackKind, record_len_max};
+use crate::page::PAGE_LEN_MAX;
+use crate::points;
+use crate::session::Session;
+use crate::tree::TreeBuilder;
+use crate::wire::narrow;
+
+/// How to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WriterOptions {
+    /// How chunks are compressed; pages never are, hashes do not compress.
+    pub compression: Compression,
+    /// Length of a pack, 1 MiB to 1 GiB.
+    pub pack_bytes: u64,
+    /// Threads that hash whole packs and give them to the store.
+    pub upload_threads: usize,
+}
+
+impl Default for WriterOptions {
+    fn default() -> Self {
+        Self {
+            compression: Compression::default(),
+            pack_bytes: 32 << 20,
+            upload_threads: 2,
+        }
+    }
+}
+
+const PACK_BYTES_MIN: u64 = 1 << 20;
+const PACK_BYTES_MAX: u64 = 1 << 30;
+
+/// What a writer has done so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct WriterStats {
+    /// Bytes of new chunks as stored.
+    pub stored_bytes_chunks: u64,
+    /// Bytes of new tree pages as stored.
+    pub stored_bytes_pages: u64,
+    /// Bytes of index files.
+    pub stored_bytes_index: u64,
+    /// Packs stored.
+    pub packs: u64,
+    /// Chunks that were new.
+    pub new_chunks: u64,
+    /// Chunks that were known.
+    pub known_chunks: u64,
+}
+
+/// Writes into a repository. Used by many threads at once, each with its own
+/// [`Lane`] or [`TreeBuilder`].
+///
+/// In memory are at most one pack per lane, one of pages, and two per uploading
+/// thread, plus the ids of half a million objects. The first failed upload
+/// fails everything after it: a session that lost a pack cannot be committed.
+pub struct Writer {
+    pub(crate) session: Arc<Session>,
+    uploads: Sender<FinishedPack>,
+    threads: Vec<JoinHandle<()>>,
+    /// Open packs of lanes that are gone.
+    pub(crate) parked: Mutex<Vec<PackBuilder>>,
+    pages: Mutex<PackLane>,
+}
+
+impl Writer {
+    pub(crate) fn new(objects: Arc<Objects>, options: &WriterOptions) -> Result<Self, RepoError> {
+        let what = "start writing";
+        let longest = record_len_max(objects.config.chunk_size.len().max(PAGE_LEN_MAX));
+        let pack_len = narrow(options.pack_bytes.clamp(PACK_BYTES_MIN, PACK_BYTES_MAX))
+            .map_err(|flaw| RepoError::usage(what, flaw.to_string()))?
+            .max(longest.saturating_add(HEADER_LEN));
+        let session = Arc::new(Session::new(objects, options.compression, pack_len));
+        let threads = options.upload_threads.max(1);
+        let (uploads, packs) = crossbeam_channel::bounded(threads);
+        let upload = |_| {
+            let (session, packs) = (Arc::clone(&session), packs.clone());
+            thread::Builder::new()
+                .name("upload".to_owned())
+                .spawn(move || session.upload(&packs))
+        };
+        let threads = (0..threads)
+            .map(upload)
+            .collect::<Result<Vec<_>, _>>()
+            .map_err(|error| RepoError::new(RepoErrorKind::Usage, what).because(error))?;
+        let pages = Mutex::new(PackLane::new(PackKind::Pages, Compression::None, None)?);
+        // Refused now, not at the first chunk.
+        drop(PackLane::new(PackKind::Chunks, options.compression, None)?);
+        Ok(Self {
+            session,
+            uploads,
+            threads,
+            parked: Mutex::default(),
+            pages,
+        })
+    }
+
+    /// Opens a way for one worker thread.
+    pub fn lane(&self) -> Lane<'_> {
+        let open = self
+            .parked
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .pop();
+        Lane::new(self, open).expect("the compression was tried when the writer was made")
+    }
+
+    /// Starts the tree of an image of `size_bytes`, on top of the parent's.
+    ///
+    /// Chunks that are not visited keep the parent's content, or are zero
+    /// without one; bytes beyond the parent's size are zero. A parent larger
+    /// than the image or with another chunk size is refused.
+    pub fn tree(
+        &self,
+        parent: Option<&ImageRoot>,
+        size_bytes: u64,
+    ) -> Result<TreeBuilder<'_>, RepoError> {
+        TreeBuilder::new(self, parent, size_bytes)
+    }
+
+    /// Stores `size` bytes as an image.
+    pub fn add_bytes(&self, bytes: &mut dyn Read, size: u64) -> Result<ImageRoot, RepoError> {
+        let what = "store a file";
+        let failed = |error| RepoError::new(RepoErrorKind::Input, what).because(error);
+        let chunk_size = self.session.objects.config.chunk_size;
+        let mut tree = self.tree(None, size)?;
+        let mut lane = self.lane();
+        let mut buffer = vec![0; chunk_size.len()];
+        let mut rest = size;
+        for index in 0..chunk_size.count(size) {
+            let len = narrow(rest.min(chunk_size.bytes())).unwrap_or_default();
+            let chunk = buffer.get_mut(..len).unwrap_or_default();
+            bytes.read_exact(chunk).map_err(failed)?;
+            tree.set(index, lane.add(chunk)?.id)?;
+            rest = rest.saturating_sub(chunk_size.bytes());
+        }
+        if bytes.read(&mut [0]).map_err(failed)? != 0 {
+            return Err(RepoError::usage(
+                what,
+                format!("it has more than {size} bytes"),
+            ));
+        }
+        tree.finish()
+    }
+
+    /// Returns what has been done so far.
+    pub fn stats(&self) -> WriterStats {
+        self.session.counts.read()
+    }
+
+    /// Makes all packs durable, then the index that shows them. Nothing refers
+    /// to them yet.
+    pub fn flush(mut self) -> Result<Flushed, RepoError> {
+        let parked = std::mem::take(
+            self.parked
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        let pages = self
+            .pages
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        parked
+            .into_iter()
+            .chain(pages)
+            .try_for_each(|open| self.send(open))?;
+        let session = Arc::clone(&self.session);
+        // Waits for the uploads.
+        drop(self);
+        session.check()?;
+        // After all packs: an index never shows a pack that a crash could take
+        // away.
+        session.store_rest_of_index()?;
+        Ok(Flushed { session })
+    }
+
+    /// Gives a pack to the uploading threads; waits while they have enough.
+    pub(crate) fn send(&self, pack: PackBuilder) -> Result<(), RepoError> {
+        self.session.check()?;
+        if pack.is_empty() {
+            return Ok(());
+        }
+        self.uploads.send(pack.finish()).map_err(|_| {
+            RepoError::new(RepoErrorKind::Store, "store a pack").because("no thread uploads")
+        })
+    }
+
+    /// Stores a tree page unless it is known; `bytes` is its encoding.
+    pub(crate) fn add_page(&self, bytes: &[u8]) -> Result<highwater_model::ObjectId, RepoError> {
+        self.session.check()?;
+        let id = self.session.objects.ids.page_id(bytes);
+        if self.session.claim(id)? {
+            let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+            pages.append(self, id, bytes)?;
+        }
+        Ok(id)
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        // Closes the queue, so that the threads come to their end.
+        let (closed, _) = crossbeam_channel::bounded(0);
+        drop(std::mem::replace(&mut self.uploads, closed));
+        for thread in self.threads.drain(..) {
+            if thread.join().is_err() {
+                let error = RepoError::new(RepoErrorKind::Store, "store a pack");
+                self.session
+                    .fail(error.because("an uploading thread panicked"));
+            }
+        }
+    }
+}
+
+/// A session whose packs and index are durable; only the manifest is missing.
+pub struct Flushed {
+    session: Arc<Session>,
+}
+
+impl Flushed {
+    /// Returns what the session has stored.
+    pub fn stats(&self) -> WriterStats {
+        self.session.counts.read()
+    }
+
+    /// Creates the restore point: one atomic create of its manifest.
+    ///
+    /// [`RepoErrorKind::CommitUnknown`] means that the point may or may not
+    /// exist; any other error that it does not. The manifest is not read back:
+    /// the store's promise is durability when `put` returns, and a read would
+    /// come from the same caches and prove nothing about the disk.
+    pub fn commit(self, manifest: &Manifest) -> Result<(), RepoError> {
+        points::commit(&self.session.objects, manifest)
+    }
+}
