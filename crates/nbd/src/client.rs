@@ -508,10 +508,14 @@ impl Connection {
 
     fn check_alive(&self) -> Result<(), NbdError> {
         if self.broken {
-            Err(NbdError::Broken)
-        } else {
-            Ok(())
+            return Err(NbdError::Broken);
         }
+        if self.channel.canceller().is_cancelled() {
+            return Err(NbdError::Cancelled {
+                doing: "use the NBD connection",
+            });
+        }
+        Ok(())
     }
 
     fn check_room(&self) -> Result<(), UsageError> {

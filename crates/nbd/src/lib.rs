@@ -40,6 +40,8 @@
 mod channel;
 mod client;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod negotiate;
 mod options;
 mod transport;
