@@ -1,6 +1,8 @@
 //! Real servers, started for one test and ended with it.
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
+pub(crate) mod peer;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
