@@ -1,4 +1,5 @@
 //! Replies that break the protocol, and odd ones that do not.
+#![allow(clippy::needless_pass_by_value, reason = "a speech is made for one call")]
 #![allow(
     clippy::unwrap_used,
     reason = "a test ends where something is not as it must be"
