@@ -40,6 +40,9 @@
 mod channel;
 mod client;
 mod error;
+mod export;
+#[doc(hidden)]
+pub mod fuzzing;
 mod negotiate;
 mod options;
 mod transport;
@@ -50,6 +53,6 @@ pub use client::{
     list_meta_contexts,
 };
 pub use error::{Errno, NbdError, ProtocolError, RequestError, UsageError};
-pub use negotiate::{BlockSizes, ExportInfo, ListedExport, MetaContext};
+pub use export::{BlockSizes, ExportInfo, ListedExport, MetaContext};
 pub use options::ConnectOptions;
 pub use transport::{Canceller, Endpoint, Sent, TlsUpgrade, Transport};

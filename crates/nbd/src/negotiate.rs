@@ -10,151 +10,26 @@
 
 use crate::channel::Channel;
 use crate::error::{NbdError, ProtocolError};
+use crate::export::{BlockSizes, ExportInfo, ListedExport, MetaContext};
 use crate::options::{CONTEXTS_MAX, ConnectOptions};
 use crate::transport::Endpoint;
 use crate::wire::{
-    ExportReply, Greeting, HeaderStyle, InfoReply, MetaContextReply, NBD_FLAG_BLOCK_STATUS_PAYLOAD,
-    NBD_FLAG_CAN_MULTI_CONN, NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_NO_ZEROES, NBD_FLAG_READ_ONLY,
-    NBD_FLAG_SEND_DF, NBD_FLAG_SEND_FLUSH, NBD_FLAG_SEND_TRIM, NBD_FLAG_SEND_WRITE_ZEROES,
-    NBD_INFO_BLOCK_SIZE, NBD_INFO_DESCRIPTION, NBD_INFO_NAME, NBD_OPT_ABORT, NBD_OPT_EXPORT_NAME,
-    NBD_OPT_EXTENDED_HEADERS, NBD_OPT_GO, NBD_OPT_LIST, NBD_OPT_LIST_META_CONTEXT,
-    NBD_OPT_SET_META_CONTEXT, NBD_OPT_STARTTLS, NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK,
-    NBD_REP_ERR_BLOCK_SIZE_REQD, NBD_REP_ERR_EXT_HEADER_REQD, NBD_REP_ERR_INVALID,
-    NBD_REP_ERR_PLATFORM, NBD_REP_ERR_POLICY, NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD,
-    NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN, NBD_REP_ERR_UNSUP, NBD_REP_FLAG_ERROR, NBD_REP_INFO,
-    NBD_REP_META_CONTEXT, NBD_REP_SERVER, OptionReplyHeader, PAYLOAD_MAX, ServerReply, displayable,
-    encode_client_flags, encode_go, encode_meta_context, encode_option,
+    ExportReply, Greeting, HeaderStyle, InfoReply, MetaContextReply, NBD_FLAG_FIXED_NEWSTYLE,
+    NBD_FLAG_NO_ZEROES, NBD_INFO_BLOCK_SIZE, NBD_INFO_DESCRIPTION, NBD_INFO_NAME, NBD_OPT_ABORT,
+    NBD_OPT_EXPORT_NAME, NBD_OPT_EXTENDED_HEADERS, NBD_OPT_GO, NBD_OPT_LIST,
+    NBD_OPT_LIST_META_CONTEXT, NBD_OPT_SET_META_CONTEXT, NBD_OPT_STARTTLS,
+    NBD_OPT_STRUCTURED_REPLY, NBD_REP_ACK, NBD_REP_ERR_BLOCK_SIZE_REQD,
+    NBD_REP_ERR_EXT_HEADER_REQD, NBD_REP_ERR_INVALID, NBD_REP_ERR_PLATFORM, NBD_REP_ERR_POLICY,
+    NBD_REP_ERR_SHUTDOWN, NBD_REP_ERR_TLS_REQD, NBD_REP_ERR_TOO_BIG, NBD_REP_ERR_UNKNOWN,
+    NBD_REP_ERR_UNSUP, NBD_REP_FLAG_ERROR, NBD_REP_INFO, NBD_REP_META_CONTEXT, NBD_REP_SERVER,
+    OptionReplyHeader, ServerReply, displayable, encode_client_flags, encode_go,
+    encode_meta_context, encode_option,
 };
 
 /// Most replies to one option other than a list of exports.
 const REPLIES_MAX: usize = 256;
 /// Most exports in a list.
 const EXPORTS_MAX: usize = 10_000;
-
-/// What the server told about an export.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExportInfo {
-    /// The canonical name, if the server told one, else the name asked for.
-    pub name: String,
-    /// A description for people, often empty.
-    pub description: String,
-    /// Size in bytes.
-    pub size_bytes: u64,
-    /// Transmission flags (`NBD_FLAG_*`), see the predicates.
-    pub flags: u16,
-    /// What the server wants requests to look like.
-    pub block_sizes: BlockSizes,
-    /// The metadata contexts both sides agreed on.
-    pub contexts: Vec<MetaContext>,
-    /// Which headers both sides agreed on.
-    pub header_style: HeaderStyle,
-}
-
-/// Sizes that requests must respect ("Size constraints").
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BlockSizes {
-    /// Offsets and lengths are multiples of this; a power of two.
-    pub minimum: u32,
-    /// Multiples of this are served without read-modify-write; a power of two.
-    pub preferred: u32,
-    /// Longest read or write; a multiple of `minimum`, at most 32 MiB.
-    pub maximum: u32,
-}
-
-impl BlockSizes {
-    /// What holds if the server tells nothing.
-    const DEFAULT: Self = Self {
-        minimum: 1,
-        preferred: 4096,
-        maximum: PAYLOAD_MAX,
-    };
-
-    fn checked(minimum: u32, preferred: u32, maximum: u32) -> Result<Self, ProtocolError> {
-        let possible = minimum.is_power_of_two()
-            && minimum <= 1 << 16
-            && preferred.is_power_of_two()
-            && preferred >= minimum
-            && maximum >= minimum;
-        if !possible {
-            return Err(ProtocolError::BlockSizes {
-                minimum,
-                preferred,
-                maximum,
-            });
-        }
-        let limited = maximum.min(PAYLOAD_MAX);
-        let odd = limited.checked_rem(minimum).unwrap_or_default();
-        Ok(Self {
-            minimum,
-            preferred,
-            maximum: limited.saturating_sub(odd),
-        })
-    }
-}
-
-/// A metadata context on one connection.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct MetaContext {
-    /// Its name, as `base:allocation`.
-    pub name: String,
-    /// Its id on this connection alone.
-    pub id: u32,
-}
-
-impl ExportInfo {
-    fn has(&self, flag: u16) -> bool {
-        self.flags & flag != 0
-    }
-
-    /// Returns whether writes are refused.
-    pub fn is_read_only(&self) -> bool {
-        self.has(NBD_FLAG_READ_ONLY)
-    }
-
-    /// Returns whether several connections see one state of the export.
-    pub fn can_multi_conn(&self) -> bool {
-        self.has(NBD_FLAG_CAN_MULTI_CONN)
-    }
-
-    /// Returns whether a read may ask for a single chunk.
-    pub fn can_df(&self) -> bool {
-        self.has(NBD_FLAG_SEND_DF)
-    }
-
-    /// Returns whether `flush` does something.
-    pub fn can_flush(&self) -> bool {
-        self.has(NBD_FLAG_SEND_FLUSH)
-    }
-
-    /// Returns whether `trim` works.
-    pub fn can_trim(&self) -> bool {
-        self.has(NBD_FLAG_SEND_TRIM)
-    }
-
-    /// Returns whether `write_zeroes` works.
-    pub fn can_write_zeroes(&self) -> bool {
-        self.has(NBD_FLAG_SEND_WRITE_ZEROES)
-    }
-
-    /// Returns whether block status can be asked for one context alone.
-    pub fn can_choose_contexts(&self) -> bool {
-        self.header_style == HeaderStyle::Extended && self.has(NBD_FLAG_BLOCK_STATUS_PAYLOAD)
-    }
-
-    /// Returns the context of that name, if both sides agreed on it.
-    pub fn context(&self, name: &str) -> Option<&MetaContext> {
-        self.contexts.iter().find(|context| context.name == name)
-    }
-}
-
-/// One export of a list.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ListedExport {
-    /// Its name.
-    pub name: String,
-    /// A description for people, often empty.
-    pub description: String,
-}
 
 /// Opens the export that `options` name.
 pub(crate) fn open(

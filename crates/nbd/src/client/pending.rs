@@ -5,7 +5,7 @@ use highwater_model::ByteRange;
 use super::assembly::Assembly;
 use super::{Completion, ContextExtents, Extent};
 use crate::error::{ProtocolError, RequestError};
-use crate::negotiate::MetaContext;
+use crate::export::MetaContext;
 
 /// A request in flight.
 pub(super) struct Pending {
