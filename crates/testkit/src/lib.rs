@@ -26,6 +26,7 @@
 mod cache;
 mod command;
 mod disk;
+pub mod guest;
 mod images;
 mod lab;
 mod vm;
@@ -33,6 +34,7 @@ mod xml;
 
 pub use command::{Tool, tool};
 pub use disk::{DiskSpec, ErrorPolicy};
+pub use guest::{Guest, NumberedWriter, Numbering};
 pub use images::{compare_images, raw_hash};
 pub use lab::Lab;
 pub use vm::{BitmapSeen, Leftovers, Vm, VmBuilder};
