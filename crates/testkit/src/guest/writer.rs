@@ -273,8 +273,10 @@ mod tests {
             "not a point in time"
         );
         // The second disk is older than the first.
-        let older = |disks: &[PathBuf]| write(&disks[1], 2, 5);
+        let older = |disks: &[PathBuf]| write(&disks[1], 0, 1);
         assert_eq!(found(older, 1, 20), "not a point in time");
+        // Without its last block it is an earlier point, and as good.
+        assert_eq!(found(|disks| write(&disks[1], 2, 5), 12, 20), "ok 12");
         // A write from after the point, while 14 is missing.
         let newer = |disks: &[PathBuf]| write(&disks[1], 3, 15);
         assert_eq!(found(newer, 1, 20), "not a point in time");
