@@ -20,13 +20,14 @@ use crate::command::{Tool, tool, wait_until};
 use crate::vm::VmBuilder;
 
 /// What libvirt keeps where, and under which name in the lab.
-const PRIVATE: [(&str, &str); 6] = [
+const PRIVATE: [(&str, &str); 7] = [
     ("run", "/run/libvirt"),
     ("lib", "/var/lib/libvirt"),
     ("etc", "/etc/libvirt"),
     ("cache", "/var/cache/libvirt"),
     ("log", "/var/log/libvirt"),
     ("swtpm-log", "/var/log/swtpm"),
+    ("swtpm-ca", "/var/lib/swtpm-localca"),
 ];
 
 /// Locked while the lab lives, so that no other test sweeps its directory away.

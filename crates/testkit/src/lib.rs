@@ -26,16 +26,20 @@
 mod cache;
 mod command;
 mod disk;
+pub mod guest;
 mod images;
 mod lab;
 mod vm;
+pub mod workload;
 mod xml;
 
 pub use command::{Tool, tool};
 pub use disk::{DiskSpec, ErrorPolicy};
+pub use guest::{Guest, NumberedWriter, Numbering};
 pub use images::{compare_images, raw_hash};
 pub use lab::Lab;
 pub use vm::{BitmapSeen, Leftovers, Vm, VmBuilder};
+pub use workload::Workload;
 
 /// 1024 bytes.
 pub const KIB: u64 = 1 << 10;

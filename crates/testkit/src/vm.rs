@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::command::{tool, wait_until};
 use crate::disk::DiskSpec;
+use crate::guest::{self, Guest};
 use crate::lab::Lab;
 use crate::{images, xml};
 
@@ -26,6 +27,7 @@ pub struct VmBuilder {
     memory_mib: u64,
     os: String,
     devices: String,
+    has_guest: bool,
 }
 
 impl VmBuilder {
@@ -38,6 +40,7 @@ impl VmBuilder {
             memory_mib: 16,
             os: String::new(),
             devices: String::new(),
+            has_guest: false,
         }
     }
 
@@ -88,6 +91,14 @@ impl VmBuilder {
         self.device("<tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>")
     }
 
+    /// Boots a real guest; see [`Vm::guest`].
+    #[must_use]
+    pub fn guest(mut self) -> Self {
+        self.has_guest = true;
+        self.memory_mib = self.memory_mib.max(256);
+        self
+    }
+
     /// Makes the disks and defines the VM, powered off.
     pub fn define(self) -> Result<Vm> {
         let (vm, xml) = self.create()?;
@@ -126,6 +137,11 @@ impl VmBuilder {
             });
         }
         self.devices.insert_str(0, &elements);
+        if self.has_guest {
+            let (os, devices) = guest::xml(&self.lab, &self.name)?;
+            self.os.push_str(&os);
+            self.devices.push_str(&devices);
+        }
         let domain = xml::Domain {
             name: self.name.clone(),
             machine: self.machine,
@@ -202,6 +218,13 @@ impl Vm {
     /// Returns the lab it lives in.
     pub const fn lab(&self) -> &Lab {
         &self.lab
+    }
+
+    /// Waits until the guest has booted and returns the way to it.
+    ///
+    /// Once per start: there is one line to the guest, and it has one end.
+    pub fn guest(&self) -> Result<Guest> {
+        Guest::connect(self.clone())
     }
 
     /// Starts it.

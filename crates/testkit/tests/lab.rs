@@ -4,7 +4,7 @@
     reason = "files of a lab die with the test: nothing here must be durable"
 )]
 
-use highwater_testkit::{DiskSpec, Lab, Leftovers, MIB, compare_images, tool};
+use highwater_testkit::{DiskSpec, Lab, Leftovers, MIB, Workload, compare_images, tool};
 
 #[test]
 fn what_the_guest_writes_is_what_a_copy_holds() {
@@ -114,4 +114,68 @@ fn leftovers_of_a_backup_are_all_seen() {
     assert_eq!(left.exports.len(), 1);
     assert_eq!(left.nodes.len(), 3, "{:?}", left.nodes);
     assert_eq!(left.files, [scratch.join("nbd.sock"), scratch.join("vda")]);
+}
+
+#[test]
+fn a_seeded_workload_leaves_the_disk_its_model_says() {
+    let lab = Lab::start().unwrap();
+    let vm = lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB))
+        .disk(
+            DiskSpec::qcow2("vdb", 16 * MIB)
+                .extended_l2()
+                .cluster(128 << 10),
+        )
+        .disk(DiskSpec::qcow2("vdc", 16 * MIB).data_file())
+        .start()
+        .unwrap();
+    for (seed, disk) in [(1, "vda"), (2, "vdb"), (3, "vdc")] {
+        let mut workload = Workload::new(seed, 16 << 20);
+        for _ in 0..3 {
+            workload.run(&vm, disk, 40).unwrap();
+            let copy = lab.path(&format!("{disk}.raw"));
+            vm.raw_copy(disk, &copy).unwrap();
+            workload.check(&copy).unwrap();
+        }
+    }
+}
+
+/// Each of twenty tests has a lab of its own and they run side by side.
+mod side_by_side {
+    use super::*;
+
+    fn one_of_many() -> anyhow::Result<()> {
+        let lab = Lab::start()?;
+        // All have the same name: nothing is shared in which they could clash.
+        let disk = DiskSpec::qcow2("vda", 8 * MIB);
+        let vm = lab.vm("twin").disk(disk).start()?;
+        vm.write("vda", "write -P 7 1M 1M")?;
+        vm.raw_copy("vda", &lab.path("copy.raw"))?;
+        compare_images(&lab.path("copy.raw"), &vm.image("vda"))
+    }
+
+    macro_rules! labs {
+        ($($name:ident)*) => { $(#[test] fn $name() { one_of_many().unwrap(); })* };
+    }
+    labs! {
+        a01 a02 a03 a04 a05 a06 a07 a08 a09 a10
+        a11 a12 a13 a14 a15 a16 a17 a18 a19 a20
+    }
+}
+
+#[test]
+fn firmware_variables_and_a_tpm_are_there_to_be_saved() {
+    let lab = Lab::start().unwrap();
+    let vm = lab
+        .vm("secure")
+        .disk(DiskSpec::raw("sda", MIB).serial("hw-1"))
+        .uefi()
+        .tpm()
+        .start()
+        .unwrap();
+    vm.write("sda", "write 0 4k").unwrap();
+    assert!(lab.path("secure-vars.fd").exists());
+    let uuid = vm.uuid().unwrap();
+    assert!(lab.lib_dir().join("swtpm").join(uuid).exists());
 }

@@ -13,6 +13,7 @@ use super::connection::LibvirtDriver;
 use super::directories::{SessionPaths, free_bytes, refuse_without_room};
 use super::disks::skip_reason;
 use super::domain_xml::{DiskXml, DomainXml, EncryptionXml};
+use super::end::stop_job;
 use super::error::explain;
 use super::host::{self, User};
 use super::jobs::{self, backup_job, run_state};
@@ -192,7 +193,7 @@ impl LibvirtDriver {
         self.watches.remove(&order.session);
         // The call may have failed after the job was started (a lost
         // connection, the daemon's death), so it is looked for.
-        let mut left = match self.stop_job(&order.vm, domain, order.session, paths) {
+        let mut left = match stop_job(&order.vm, domain, order.session, paths) {
             Ok(ended) => ended.warnings,
             Err(error) => vec![error.to_string()],
         };

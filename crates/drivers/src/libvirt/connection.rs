@@ -265,9 +265,10 @@ impl Driver for LibvirtDriver {
             Err(error) => Err(explain(message(), &error)),
         };
         let by_name = ask(self.connection.domain_by_name(name_or_uuid))?;
-        let by_uuid = match is_uuid(name_or_uuid) {
-            true => ask(self.connection.domain_by_uuid(name_or_uuid))?,
-            false => None,
+        let by_uuid = if is_uuid(name_or_uuid) {
+            ask(self.connection.domain_by_uuid(name_or_uuid))?
+        } else {
+            None
         };
         match (by_name, by_uuid) {
             (Some(named), Some(numbered)) if named != numbered => {

@@ -163,19 +163,17 @@ fn is_shallow(text: &str) -> bool {
 /// Splits behind the `>` that ends a tag; one in a quoted value does not.
 fn split_tag(markup: &str) -> Option<(&str, &str)> {
     let mut quote = None;
-    let end = markup.find(|letter: char| match quote {
-        Some(open) => {
+    let end = markup.find(|letter: char| {
+        if let Some(open) = quote {
             if letter == open {
                 quote = None;
             }
-            false
+            return false;
         }
-        None => {
-            if matches!(letter, '"' | '\'') {
-                quote = Some(letter);
-            }
-            letter == '>'
+        if matches!(letter, '"' | '\'') {
+            quote = Some(letter);
         }
+        letter == '>'
     })?;
     let (tag, after) = markup.split_at_checked(end)?;
     Some((tag, after.strip_prefix('>')?))

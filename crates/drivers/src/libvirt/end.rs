@@ -60,7 +60,7 @@ impl LibvirtDriver {
             }
             Err(error) => return Err(error),
         };
-        let mut ended = self.stop_job(&order.vm, &domain, order.session, &paths)?;
+        let mut ended = stop_job(&order.vm, &domain, order.session, &paths)?;
         self.watches.remove(&order.session);
         ended.warnings.extend(paths.remove());
         Ok(ended)
@@ -87,59 +87,57 @@ impl LibvirtDriver {
             .hint(format!("end it with `virsh domjobabort {}`", vm.name)));
         };
         let paths = SessionPaths::of_leftover(session, &socket_dir, &scratch_dir);
-        let mut ended = self.stop_job(vm, &domain, session, &paths)?;
+        let mut ended = stop_job(vm, &domain, session, &paths)?;
         ended.warnings.extend(paths.remove());
         Ok(ended)
     }
+}
 
-    /// Aborts the job if it is this session's, waits until it is gone, and lets
-    /// the guest run again if the session's scratch file stopped it.
-    pub(super) fn stop_job(
-        &mut self,
-        vm: &VmRef,
-        domain: &DomainHandle,
-        session: SessionId,
-        paths: &SessionPaths,
-    ) -> Result<Ended, HypervisorError> {
-        let message = || format!("cannot end session {session} of VM `{}`", vm.name);
-        let is_ours = |job: &super::record_xml::BackupJob| job.session == Some(session);
-        let mut ended = Ended::default();
-        let since = Instant::now();
-        while run_state(vm, domain)? != RunState::Off
-            && backup_job(vm, domain)?.as_ref().is_some_and(is_ours)
-        {
-            if since.elapsed() > GONE_DEADLINE {
-                return Err(HypervisorError::new(ErrorKind::Busy, message())
-                    .because("its job was aborted and does not end"));
-            }
-            if ended.ended_job {
-                std::thread::sleep(GONE_INTERVAL);
-                continue;
-            }
-            match domain.abort_job() {
-                Ok(()) => ended.ended_job = true,
-                // It ended by itself since it was looked for.
-                Err(error) if error.code == code::OPERATION_INVALID => {}
-                Err(error) => return Err(explain(message(), &error)),
-            }
+/// Aborts the job if it is this session's, waits until it is gone, and lets
+/// the guest run again if the session's scratch file stopped it.
+pub(super) fn stop_job(
+    vm: &VmRef,
+    domain: &DomainHandle,
+    session: SessionId,
+    paths: &SessionPaths,
+) -> Result<Ended, HypervisorError> {
+    let message = || format!("cannot end session {session} of VM `{}`", vm.name);
+    let is_ours = |job: &super::record_xml::BackupJob| job.session == Some(session);
+    let mut ended = Ended::default();
+    let since = Instant::now();
+    while run_state(vm, domain)? != RunState::Off
+        && backup_job(vm, domain)?.as_ref().is_some_and(is_ours)
+    {
+        if since.elapsed() > GONE_DEADLINE {
+            return Err(HypervisorError::new(ErrorKind::Busy, message())
+                .because("its job was aborted and does not end"));
         }
-        let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
-        let had_session = ended.ended_job || paths.exist();
-        if is_stopped && had_session && !paths.was_stopped_before() {
-            domain.resume().map_err(|error| {
-                explain(
-                    format!("cannot resume VM `{}` after an I/O error", vm.name),
-                    &error,
-                )
-                .hint(format!("run `virsh resume {}`", vm.name))
-            })?;
-            ended.warnings.push(
-                "the guest was stopped by an I/O error during the session and runs again"
-                    .to_owned(),
-            );
+        if ended.ended_job {
+            std::thread::sleep(GONE_INTERVAL);
+            continue;
         }
-        Ok(ended)
+        match domain.abort_job() {
+            Ok(()) => ended.ended_job = true,
+            // It ended by itself since it was looked for.
+            Err(error) if error.code == code::OPERATION_INVALID => {}
+            Err(error) => return Err(explain(message(), &error)),
+        }
     }
+    let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
+    let had_session = ended.ended_job || paths.exist();
+    if is_stopped && had_session && !paths.was_stopped_before() {
+        domain.resume().map_err(|error| {
+            explain(
+                format!("cannot resume VM `{}` after an I/O error", vm.name),
+                &error,
+            )
+            .hint(format!("run `virsh resume {}`", vm.name))
+        })?;
+        ended.warnings.push(
+            "the guest was stopped by an I/O error during the session and runs again".to_owned(),
+        );
+    }
+    Ok(ended)
 }
 
 /// Looks at everything that was watched.

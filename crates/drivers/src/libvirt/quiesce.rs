@@ -32,7 +32,7 @@ const AGENT_TIMEOUT_S: i32 = 5;
 /// How long a guest may be frozen.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
 /// How long thawing is tried before giving up.
-const THAW_DEADLINE: Duration = Duration::from_secs(60);
+const THAW_DEADLINE: Duration = Duration::from_mins(1);
 /// Pause between two attempts to thaw.
 const THAW_INTERVAL: Duration = Duration::from_millis(200);
 

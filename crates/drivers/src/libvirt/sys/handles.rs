@@ -60,8 +60,8 @@ impl ConnectionHandle {
     pub(crate) fn libvirt_version(&self) -> Result<u64, CallError> {
         let mut version: c_ulong = 0;
         // SAFETY: an open connection, and a place for the number.
-        self.api
-            .checked(unsafe { (self.api.connect_get_lib_version)(self.raw, &raw mut version) })?;
+        let outcome = unsafe { (self.api.connect_get_lib_version)(self.raw, &raw mut version) };
+        self.api.checked(outcome)?;
         Ok(version)
     }
 
@@ -69,8 +69,8 @@ impl ConnectionHandle {
     pub(crate) fn hypervisor_version(&self) -> Result<u64, CallError> {
         let mut version: c_ulong = 0;
         // SAFETY: an open connection, and a place for the number.
-        self.api
-            .checked(unsafe { (self.api.connect_get_version)(self.raw, &raw mut version) })?;
+        let outcome = unsafe { (self.api.connect_get_version)(self.raw, &raw mut version) };
+        self.api.checked(outcome)?;
         Ok(version)
     }
 

@@ -1,0 +1,182 @@
+//! A lab, a driver connected to it, and orders for it.
+
+use std::path::{Path, PathBuf};
+
+use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
+use highwater_hypervisor::{
+    BeginOrder, BitmapFacts, DiskFacts, DiskOrder, Driver as _, Export, ExportAddress, MarkOrder,
+    NewMark, Quiesce, ReadMode, VmFacts, VmRef,
+};
+use highwater_model::{Clock as _, MarkName, Nonce, PointId, RepoId, SessionId, SystemClock};
+use highwater_testkit::{Lab, Leftovers, Vm, tool};
+
+/// A driver and the lab it is connected to.
+pub(crate) struct Rig {
+    pub(crate) driver: LibvirtDriver,
+    pub(crate) lab: Lab,
+}
+
+impl Rig {
+    pub(crate) fn start() -> Self {
+        let lab = Lab::start().unwrap();
+        let driver = connect(&lab);
+        Self { driver, lab }
+    }
+
+    /// A second process's driver: it knows nothing of the first one's sessions.
+    pub(crate) fn stranger(&self) -> LibvirtDriver {
+        connect(&self.lab)
+    }
+
+    pub(crate) fn find(&mut self, vm: &Vm) -> VmRef {
+        self.driver.find(vm.name()).unwrap()
+    }
+
+    pub(crate) fn observe(&mut self, vm: &Vm) -> VmFacts {
+        let vm = self.find(vm);
+        self.driver.observe(&vm).unwrap()
+    }
+
+    pub(crate) fn bitmap(&mut self, vm: &Vm, disk: &str, name: &MarkName) -> Option<BitmapFacts> {
+        let name = name.to_string();
+        disk_facts(&self.observe(vm), disk)
+            .bitmaps
+            .iter()
+            .find(|one| one.name == name)
+            .cloned()
+    }
+
+    /// An order over `disks` (target and mark to read since), leaving a new mark
+    /// on all of them.
+    pub(crate) fn order(&mut self, vm: &Vm, disks: &[(&str, Option<&MarkName>)]) -> BeginOrder {
+        let session = SessionId::random();
+        BeginOrder {
+            vm: self.find(vm),
+            session,
+            disks: disks
+                .iter()
+                .map(|(target, since)| DiskOrder {
+                    target: (*target).to_owned(),
+                    mode: since.map_or(ReadMode::All, |mark| ReadMode::Since(mark.clone())),
+                })
+                .collect(),
+            new_mark: Some(NewMark {
+                name: mark_name(),
+                nonce: Nonce::random(),
+                disks: disks
+                    .iter()
+                    .map(|(target, _)| (*target).to_owned())
+                    .collect(),
+            }),
+            quiesce: Quiesce::Off,
+            freeze_mountpoints: Vec::new(),
+            socket_dir: self.lab.path(&format!("run/{session}")),
+            scratch_dir: self.lab.path(&format!("scratch/{session}")),
+        }
+    }
+
+    /// Backs up nothing but takes the mark: begin and end.
+    pub(crate) fn leave_mark(&mut self, vm: &Vm, disks: &[&str]) -> NewMark {
+        let disks: Vec<_> = disks.iter().map(|disk| (*disk, None)).collect();
+        let order = self.order(vm, &disks);
+        self.driver.begin(&order).unwrap();
+        self.driver.end(&order).unwrap();
+        order.new_mark.unwrap()
+    }
+
+    pub(crate) fn remove(&mut self, vm: &Vm, mark: &MarkName) {
+        let vm = self.find(vm);
+        self.driver
+            .mark(&vm, &MarkOrder::Remove(mark.clone()))
+            .unwrap();
+    }
+}
+
+fn connect(lab: &Lab) -> LibvirtDriver {
+    LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap()
+}
+
+pub(crate) fn mark_name() -> MarkName {
+    MarkName::new(
+        RepoId::from_bytes([0xab; 16]),
+        PointId::new(SystemClock.now()),
+    )
+}
+
+pub(crate) fn disk_facts<'a>(facts: &'a VmFacts, target: &str) -> &'a DiskFacts {
+    facts
+        .disks
+        .iter()
+        .find(|disk| disk.target == target)
+        .unwrap()
+}
+
+fn uri(export: &Export) -> String {
+    let ExportAddress::Unix(socket) = &export.address else {
+        panic!("{export:?}")
+    };
+    format!("nbd+unix:///{}?socket={}", export.name, socket.display())
+}
+
+/// Reads a whole export into a raw file.
+pub(crate) fn read_export(export: &Export, to: &Path) -> PathBuf {
+    tool("qemu-img")
+        .args(["convert", "-f", "raw", "-O", "raw", &uri(export)])
+        .arg(to)
+        .run()
+        .unwrap();
+    to.to_path_buf()
+}
+
+/// Returns the dirty ranges of an export as `(offset, length)`.
+pub(crate) fn dirty_ranges(export: &Export) -> Vec<(u64, u64)> {
+    let context = export
+        .dirty_context
+        .as_ref()
+        .expect("an incremental export");
+    let map = tool("nbdinfo")
+        .args([&format!("--map={context}"), "--json", &uri(export)])
+        .run()
+        .unwrap();
+    let map: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
+    map.iter()
+        .filter(|extent| extent["type"] == 1)
+        .map(|extent| {
+            (
+                extent["offset"].as_u64().unwrap(),
+                extent["length"].as_u64().unwrap(),
+            )
+        })
+        .collect()
+}
+
+/// Asserts that a session left nothing but the marks named.
+pub(crate) fn assert_only_marks(rig: &Rig, vm: &Vm, order: &BeginOrder, marks: &[&MarkName]) {
+    let left = vm.leftovers(&rig.lab.path("scratch")).unwrap();
+    let names: Vec<String> = marks.iter().map(ToString::to_string).collect();
+    let mut checkpoints = left.checkpoints.clone();
+    checkpoints.sort();
+    let mut expected = names.clone();
+    expected.sort();
+    assert_eq!(checkpoints, expected);
+    assert!(
+        left.bitmaps
+            .iter()
+            .all(|bitmap| names.iter().any(|name| bitmap.ends_with(name))),
+        "{left:?}"
+    );
+    assert_eq!(
+        Leftovers {
+            checkpoints: Vec::new(),
+            bitmaps: Vec::new(),
+            ..left
+        },
+        Leftovers::default()
+    );
+    assert!(!order.socket_dir.exists(), "{}", order.socket_dir.display());
+    assert!(
+        !order.scratch_dir.exists(),
+        "{}",
+        order.scratch_dir.display()
+    );
+}

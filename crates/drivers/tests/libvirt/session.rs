@@ -1,0 +1,390 @@
+//! A session from begin to end.
+
+use std::os::unix::fs::MetadataExt as _;
+
+use highwater_hypervisor::{
+    Consistency, Driver as _, ErrorKind, JobFacts, Quiesce, RunState, SkipReason,
+};
+use highwater_testkit::{DiskSpec, ErrorPolicy, MIB, compare_images, tool};
+
+use crate::rig::{Rig, assert_only_marks, dirty_ranges, mark_name, read_export};
+
+#[test]
+fn a_full_and_then_a_mixed_backup_export_exactly_the_point_in_time() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 64 * MIB))
+        .disk(DiskSpec::qcow2("vdb", 32 * MIB))
+        .start()
+        .unwrap();
+    vm.write("vda", "write -P 0xab 10M 3M").unwrap();
+    vm.write("vdb", "write -P 0xcd 0 1M").unwrap();
+
+    let first = rig.order(&vm, &[("vda", None), ("vdb", None)]);
+    let begun = rig.driver.begin(&first).unwrap();
+    assert_eq!(begun.consistency, Consistency::Crash);
+    assert!(
+        begun.mark_created_s.is_some() && begun.warnings.is_empty(),
+        "{begun:?}"
+    );
+    for export in &begun.exports {
+        assert_eq!(export.dirty_context, None);
+        let expected = rig.lab.path("expected.raw");
+        vm.raw_copy(&export.target, &expected).unwrap();
+        // Written after the point in time: must not be seen.
+        vm.write(&export.target, "write -P 0xee 20M 1M").unwrap();
+        compare_images(&expected, &read_export(export, &rig.lab.path("read.raw"))).unwrap();
+    }
+    rig.driver.check(&first.vm, first.session).unwrap();
+    assert!(rig.driver.end(&first).unwrap().ended_job);
+    let mark = first.new_mark.as_ref().unwrap().name.clone();
+    assert_only_marks(&rig, &vm, &first, &[&mark]);
+
+    vm.write("vda", "write -P 0x11 40M 64k").unwrap();
+    let second = rig.order(&vm, &[("vdb", None), ("vda", Some(&mark))]);
+    let begun = rig.driver.begin(&second).unwrap();
+    let targets: Vec<_> = begun
+        .exports
+        .iter()
+        .map(|export| export.target.as_str())
+        .collect();
+    assert_eq!(targets, ["vdb", "vda"]);
+    assert_eq!(begun.exports[0].dirty_context, None);
+    assert_eq!(
+        dirty_ranges(&begun.exports[1]),
+        [(20 * MIB, MIB), (40 * MIB, 64 << 10)]
+    );
+    rig.driver.end(&second).unwrap();
+    let new = second.new_mark.as_ref().unwrap().name.clone();
+    assert_only_marks(&rig, &vm, &second, &[&mark, &new]);
+}
+
+#[test]
+fn nobody_but_the_hypervisors_group_can_enter_the_directories_of_a_session() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", MIB))
+        .start()
+        .unwrap();
+    let order = rig.order(&vm, &[("vda", None)]);
+    rig.driver.begin(&order).unwrap();
+    for dir in [&order.socket_dir, &order.scratch_dir] {
+        let mode = std::fs::metadata(dir).unwrap().mode();
+        assert_eq!(mode & 0o007, 0, "{mode:o}");
+    }
+    rig.driver.end(&order).unwrap();
+}
+
+#[test]
+fn a_begin_that_fails_leaves_nothing() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB))
+        .start()
+        .unwrap();
+    let kept = rig.leave_mark(&vm, &["vda"]).name;
+
+    let unknown = mark_name();
+    let order = rig.order(&vm, &[("vda", Some(&unknown))]);
+    assert_eq!(
+        rig.driver.begin(&order).unwrap_err().kind,
+        ErrorKind::UnknownMark
+    );
+    assert_only_marks(&rig, &vm, &order, &[&kept]);
+
+    // The record is there and its bitmap is not.
+    vm.monitor(&serde_json::json!({"execute": "block-dirty-bitmap-remove",
+        "arguments": {"node": node(&mut rig, &vm), "name": kept.to_string()}}))
+        .unwrap();
+    let order = rig.order(&vm, &[("vda", Some(&kept))]);
+    let error = rig.driver.begin(&order).unwrap_err();
+    assert_eq!(
+        (error.kind, error.because.len()),
+        (ErrorKind::BadMark, 1),
+        "{error:?}"
+    );
+    assert_only_marks(&rig, &vm, &order, &[&kept]);
+    assert_eq!(vm.state().unwrap(), "running");
+}
+
+fn node(rig: &mut Rig, vm: &highwater_testkit::Vm) -> String {
+    rig.observe(vm).disks[0].chain[0].node.clone().unwrap()
+}
+
+#[test]
+fn an_order_that_makes_no_sense_is_refused_before_anything_is_done() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", MIB))
+        .disk(DiskSpec::raw("vdb", MIB).element("<shareable/>"))
+        .start()
+        .unwrap();
+    assert_eq!(rig.observe(&vm).skipped[0].reason, SkipReason::Shareable);
+    for disks in [&[("vdz", None)][..], &[("vdb", None)], &[]] {
+        let order = rig.order(&vm, disks);
+        assert_eq!(
+            rig.driver.begin(&order).unwrap_err().kind,
+            ErrorKind::NoSuchDisk
+        );
+        assert_only_marks(&rig, &vm, &order, &[]);
+    }
+    let order = rig.order(&vm, &[("vda", None), ("vda", None)]);
+    rig.driver.begin(&order).unwrap_err();
+    vm.destroy().unwrap();
+    let order = rig.order(&vm, &[("vda", None)]);
+    assert_eq!(
+        rig.driver.begin(&order).unwrap_err().kind,
+        ErrorKind::WrongState
+    );
+}
+
+#[test]
+fn a_foreign_job_keeps_us_out_and_is_not_touched_by_our_end() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB))
+        .start()
+        .unwrap();
+    let xml = rig.lab.path("backup.xml");
+    let scratch = rig.lab.path("foreign.scratch");
+    std::fs::write(
+        &xml,
+        format!(
+            "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks>\
+             <disk name='vda' type='file'><scratch file='{}'/></disk></disks></domainbackup>",
+            rig.lab.path("foreign.sock").display(),
+            scratch.display()
+        ),
+    )
+    .unwrap();
+    rig.lab
+        .virsh(&["backup-begin", "web01", xml.to_str().unwrap()])
+        .unwrap();
+    assert_eq!(rig.observe(&vm).job, Some(JobFacts::ForeignBackup));
+
+    let order = rig.order(&vm, &[("vda", None)]);
+    let error = rig.driver.begin(&order).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Busy);
+    let ended = rig.driver.end(&order).unwrap();
+    assert!(!ended.ended_job);
+    rig.driver.end_leftover(&order.vm, order.session).unwrap();
+    assert!(vm.job_running().unwrap() && scratch.exists());
+}
+
+#[test]
+fn the_job_of_a_dead_session_is_known_as_ours_and_can_be_cleared() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB))
+        .start()
+        .unwrap();
+    let order = rig.order(&vm, &[("vda", None)]);
+    rig.driver.begin(&order).unwrap();
+
+    // A second session must neither start nor end the first one's job.
+    let mut stranger = rig.stranger();
+    let other = rig.order(&vm, &[("vda", None)]);
+    assert_eq!(stranger.begin(&other).unwrap_err().kind, ErrorKind::Busy);
+    assert!(!stranger.end(&other).unwrap().ended_job);
+    assert!(
+        !stranger
+            .end_leftover(&other.vm, other.session)
+            .unwrap()
+            .ended_job
+    );
+    rig.driver.check(&order.vm, order.session).unwrap();
+
+    let facts = stranger.observe(&order.vm).unwrap();
+    assert_eq!(facts.job, Some(JobFacts::Ours(order.session)));
+    let ended = stranger.end_leftover(&order.vm, order.session).unwrap();
+    assert!(ended.ended_job && ended.warnings.is_empty(), "{ended:?}");
+    let mark = order.new_mark.as_ref().unwrap().name.clone();
+    assert_only_marks(&rig, &vm, &order, &[&mark]);
+    assert_eq!(
+        rig.driver.check(&order.vm, order.session).unwrap_err().kind,
+        ErrorKind::SessionLost
+    );
+    assert!(!rig.driver.end(&order).unwrap().ended_job);
+}
+
+#[test]
+fn a_paused_guest_is_backed_up_and_stays_paused() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", MIB))
+        .start()
+        .unwrap();
+    rig.lab.virsh(&["suspend", "web01"]).unwrap();
+    let mut order = rig.order(&vm, &[("vda", None)]);
+    order.quiesce = Quiesce::Try;
+    assert_eq!(
+        rig.driver.begin(&order).unwrap().consistency,
+        Consistency::Paused
+    );
+    rig.driver.end(&order).unwrap();
+    assert_eq!(rig.observe(&vm).run_state, RunState::Paused);
+    order.quiesce = Quiesce::Require;
+    assert_eq!(
+        rig.driver.begin(&order).unwrap_err().kind,
+        ErrorKind::CannotFreeze
+    );
+}
+
+#[test]
+fn a_session_survives_a_restart_of_libvirtd() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB))
+        .start()
+        .unwrap();
+    let order = rig.order(&vm, &[("vda", None)]);
+    rig.driver.begin(&order).unwrap();
+    rig.lab.restart_libvirtd().unwrap();
+    rig.driver.check(&order.vm, order.session).unwrap();
+    assert!(rig.driver.end(&order).unwrap().ended_job);
+    let mark = order.new_mark.as_ref().unwrap().name.clone();
+    assert_only_marks(&rig, &vm, &order, &[&mark]);
+}
+
+#[test]
+fn raw_and_version_2_disks_are_read_beside_one_that_gets_the_mark() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB).data_file())
+        .disk(DiskSpec::qcow2("vdb", 16 * MIB).compat_v2())
+        .disk(DiskSpec::raw("vdc", 8 * MIB + 513))
+        .start()
+        .unwrap();
+    let mut order = rig.order(&vm, &[("vda", None), ("vdb", None), ("vdc", None)]);
+    order.new_mark.as_mut().unwrap().disks = vec!["vda".into()];
+    for disk in ["vda", "vdb", "vdc"] {
+        vm.write(disk, "write -P 0x5a 4M 128k").unwrap();
+    }
+    let begun = rig.driver.begin(&order).unwrap();
+    for export in &begun.exports {
+        let expected = rig.lab.path("expected.raw");
+        vm.raw_copy(&export.target, &expected).unwrap();
+        compare_images(&expected, &read_export(export, &rig.lab.path("read.raw"))).unwrap();
+    }
+    rig.driver.end(&order).unwrap();
+    assert_eq!(rig.observe(&vm).checkpoints[0].disks, ["vda"]);
+}
+
+#[test]
+fn where_a_full_scratch_file_would_lose_writes_its_space_is_reserved() {
+    let mut rig = Rig::start();
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB).error_policy(ErrorPolicy::Ignore))
+        .disk(DiskSpec::raw("vdb", 8 * MIB + 512).error_policy(ErrorPolicy::Report))
+        .start()
+        .unwrap();
+    vm.write("vda", "write -P 1 0 16M").unwrap();
+    vm.write("vdb", "write -P 1 0 8M").unwrap();
+    let mut order = rig.order(&vm, &[("vda", None), ("vdb", None)]);
+    order.new_mark.as_mut().unwrap().disks = vec!["vda".into()];
+    for (disk, copy) in [("vda", "vda.raw"), ("vdb", "vdb.raw")] {
+        vm.raw_copy(disk, &rig.lab.path(copy)).unwrap();
+    }
+    let begun = rig.driver.begin(&order).unwrap();
+    let reserved = || -> u64 {
+        let files = std::fs::read_dir(&order.scratch_dir).unwrap();
+        files
+            .map(|file| file.unwrap().metadata().unwrap().blocks() * 512)
+            .sum()
+    };
+    let before = reserved();
+    assert!(before >= 24 * MIB);
+    vm.write("vda", "write -P 2 0 16M").unwrap();
+    vm.write("vdb", "write -P 2 0 8M").unwrap();
+    // Every block was overwritten, and no new space was needed for the old ones.
+    assert_eq!(reserved(), before);
+    for export in &begun.exports {
+        let expected = rig.lab.path(&format!("{}.raw", export.target));
+        compare_images(&expected, &read_export(export, &rig.lab.path("read.raw"))).unwrap();
+    }
+    rig.driver.end(&order).unwrap();
+    let mark = order.new_mark.as_ref().unwrap().name.clone();
+    assert_only_marks(&rig, &vm, &order, &[&mark]);
+}
+
+#[test]
+fn the_scratch_file_of_an_encrypted_disk_is_encrypted_with_the_same_secret() {
+    let mut rig = Rig::start();
+    let lab = rig.lab.clone();
+    let uuid = "f981dd17-143f-45bc-88e6-ed1fe20ce9da";
+    let (secret, image) = (lab.path("secret.xml"), lab.path("luks.qcow2"));
+    std::fs::write(
+        &secret,
+        format!("<secret ephemeral='no' private='no'><uuid>{uuid}</uuid></secret>"),
+    )
+    .unwrap();
+    lab.virsh(&["secret-define", secret.to_str().unwrap()])
+        .unwrap();
+    std::fs::write(lab.path("passphrase"), "sesame").unwrap();
+    let file = format!("--file={}", lab.path("passphrase").display());
+    lab.virsh(&["secret-set-value", uuid, &file, "--plain"])
+        .unwrap();
+    tool("qemu-img")
+        .args([
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "--object",
+            "secret,id=s,data=sesame",
+        ])
+        .args([
+            "-o",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+        ])
+        .arg(&image)
+        .arg("8M")
+        .run()
+        .unwrap();
+    let vm = lab
+        .vm("web01")
+        .disk(DiskSpec::existing("vda", &image, "qcow2").element(&format!(
+            "<encryption format='luks'><secret type='passphrase' uuid='{uuid}'/></encryption>"
+        )))
+        .start()
+        .unwrap();
+    assert!(rig.observe(&vm).disks[0].encrypted);
+    let secret_data = vec![0x5e_u8; 64 << 10];
+    vm.write("vda", "write -P 0x5e 0 2M").unwrap();
+    let order = rig.order(&vm, &[("vda", None)]);
+    let since = std::time::Instant::now();
+    let begun = rig.driver.begin(&order).unwrap();
+    eprintln!("begin {:?}", since.elapsed());
+    vm.write("vda", "write -P 0 0 2M").unwrap();
+    let scratch = std::fs::read_dir(&order.scratch_dir)
+        .unwrap()
+        .map(|file| std::fs::read(file.unwrap().path()).unwrap())
+        .find(|bytes| bytes.len() > 2 << 20)
+        .unwrap();
+    assert!(!scratch.chunks(64 << 10).any(|chunk| chunk == secret_data));
+    let read = std::fs::read(read_export(&begun.exports[0], &lab.path("read.raw"))).unwrap();
+    assert!(read[..2 << 20].iter().all(|byte| *byte == 0x5e));
+    rig.driver.end(&order).unwrap();
+    let mark = order.new_mark.as_ref().unwrap().name.clone();
+    assert_only_marks(&rig, &vm, &order, &[&mark]);
+}

@@ -1,0 +1,175 @@
+//! A real guest: Linux with the guest agent, booted in a few seconds under TCG.
+//!
+//! It lives in its initial file system alone, so every disk is the test's. An
+//! ext4 file system on `/dev/vda` is mounted at `/data`.
+
+mod assets;
+mod initramfs;
+mod writer;
+
+use std::fmt::Write as _;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+pub use assets::{Assets, assets};
+pub use writer::{NumberedWriter, Numbering};
+
+use crate::command::{tool, wait_until};
+use crate::lab::Lab;
+use crate::vm::Vm;
+
+/// Boot takes 3 s alone, and many times that on a busy machine.
+const BOOT_DEADLINE: Duration = Duration::from_mins(2);
+
+/// The agent starts together with the loop that has already answered.
+const AGENT_DEADLINE: Duration = Duration::from_secs(30);
+
+/// The guest's end of a VM made with [`crate::VmBuilder::guest`].
+#[derive(Debug)]
+pub struct Guest {
+    vm: Vm,
+    control: Mutex<UnixStream>,
+}
+
+impl Guest {
+    /// Waits until the guest has booted.
+    pub(crate) fn connect(vm: Vm) -> Result<Self> {
+        let socket = control_socket(vm.lab(), vm.name());
+        let control = UnixStream::connect(&socket)
+            .with_context(|| format!("cannot reach the guest at {}", socket.display()))?;
+        let guest = Self {
+            vm,
+            control: Mutex::new(control),
+        };
+        let booted = guest.run_within("true", BOOT_DEADLINE);
+        booted.with_context(|| format!("guest {} does not boot", guest.vm.name()))?;
+        Ok(guest)
+    }
+
+    /// Runs a shell command in the guest and returns what it printed; fails if
+    /// it fails or takes longer than 60 s.
+    pub fn run(&self, command: &str) -> Result<String> {
+        self.run_within(command, Duration::from_mins(1))
+    }
+
+    /// Like [`Guest::run`] with a deadline of one's own.
+    pub fn run_within(&self, command: &str, deadline: Duration) -> Result<String> {
+        ensure!(!command.contains('\n'), "one line is one command");
+        let mut control = self
+            .control
+            .lock()
+            .map_err(|_| anyhow::anyhow!("a command before this one panicked"))?;
+        control.write_all(format!("{command}\n").as_bytes())?;
+
+        let end = Instant::now() + deadline;
+        let mut said = Vec::new();
+        let mut piece = [0; 4096];
+        loop {
+            if let Some((output, status)) = finished(&said) {
+                ensure!(status == 0, "`{command}` ended with {status}: {output}");
+                return Ok(output);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("`{command}` did not end within {deadline:?}");
+            }
+            control.set_read_timeout(Some(left))?;
+            match control.read(&mut piece) {
+                Ok(0) => bail!("the guest is gone (while running `{command}`)"),
+                Ok(len) => said.extend_from_slice(&piece[..len]),
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// Waits until the guest agent answers.
+    pub fn wait_for_agent(&self) -> Result<()> {
+        let answers = wait_until("the guest agent answers", AGENT_DEADLINE, || {
+            Ok(self.agent(r#"{"execute":"guest-ping"}"#).is_ok())
+        });
+        answers.with_context(|| self.run("cat /tmp/agent").unwrap_or_default())
+    }
+
+    /// Sends a command to the guest agent and returns its answer.
+    pub fn agent(&self, command: &str) -> Result<String> {
+        self.vm.lab().virsh(&[
+            "qemu-agent-command",
+            "--timeout",
+            "5",
+            self.vm.name(),
+            command,
+        ])
+    }
+
+    /// Says whether the guest's file systems are frozen, as the agent tells.
+    pub fn is_frozen(&self) -> Result<bool> {
+        let status = self.agent(r#"{"execute":"guest-fsfreeze-status"}"#)?;
+        Ok(status.contains("frozen"))
+    }
+
+    /// Returns the VM it runs in.
+    pub const fn vm(&self) -> &Vm {
+        &self.vm
+    }
+}
+
+/// Splits what was read into a command's output and exit status, once that has come.
+fn finished(said: &[u8]) -> Option<(String, i32)> {
+    let text = String::from_utf8_lossy(said);
+    let (output, status) = text.strip_suffix('\n')?.rsplit_once("@exit ")?;
+    Some((output.to_owned(), status.parse().ok()?))
+}
+
+/// Makes an ext4 file system, with a journal, in a raw image of this size.
+pub fn make_ext4(image: &Path, size_bytes: u64) -> Result<()> {
+    std::fs::File::create(image)?.set_len(size_bytes)?;
+    tool("mke2fs")
+        .args(["-q", "-F", "-t", "ext4"])
+        .arg(image)
+        .run()?;
+    Ok(())
+}
+
+/// Returns the elements of `<os>` and `<devices>` that make a VM boot the guest.
+pub(crate) fn xml(lab: &Lab, vm: &str) -> Result<(String, String)> {
+    let Assets { kernel, initrd } = assets()?;
+    let os = format!(
+        "<kernel>{}</kernel><initrd>{}</initrd>\
+         <cmdline>console=ttyS0 panic=-1 quiet</cmdline>",
+        kernel.display(),
+        initrd.display()
+    );
+    let console = lab.path(&format!("{vm}-console.log"));
+    let mut devices = format!(
+        "<serial type='file'><source path='{}'/></serial>\n\
+         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\n",
+        console.display()
+    );
+    let ports = [
+        ("control", control_socket(lab, vm)),
+        ("writer", writer_socket(lab, vm)),
+    ];
+    for (name, socket) in ports {
+        writeln!(
+            devices,
+            "<channel type='unix'><source mode='bind' path='{}'/>\
+             <target type='virtio' name='org.highwater.{name}'/></channel>",
+            socket.display()
+        )?;
+    }
+    Ok((os, devices))
+}
+
+fn control_socket(lab: &Lab, vm: &str) -> std::path::PathBuf {
+    lab.path(&format!("{vm}.control"))
+}
+
+fn writer_socket(lab: &Lab, vm: &str) -> std::path::PathBuf {
+    lab.path(&format!("{vm}.writer"))
+}
