@@ -48,7 +48,7 @@ pub(crate) fn is_wanted() -> bool {
 /// Is the guard, until its mover is gone.
 pub(crate) fn run() -> ExitCode {
     // Fails only if we lead a session already: then nobody's Ctrl-C reaches us.
-    drop(rustix::process::setsid());
+    let _ = rustix::process::setsid();
     // Ends with its mover and for no other reason: whoever asks the whole
     // process group to end wants the VM tidied up.
     let ignored = Arc::new(AtomicBool::new(false));

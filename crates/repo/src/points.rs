@@ -62,6 +62,33 @@ pub(crate) fn list(objects: &Objects, folder: &str) -> Result<PointList, RepoErr
     Ok(list)
 }
 
+/// Returns the ids of a VM's points, oldest first; what is named otherwise is
+/// nobody's point.
+pub(crate) fn ids(objects: &Objects, vm: &VmIdentity) -> Result<Vec<PointId>, RepoError> {
+    let folder = format!("{}/", objects.ids.vm_key(vm));
+    let listed = objects
+        .store
+        .list(ObjectKind::Point, &folder)
+        .map_err(|error| RepoError::store("list restore points", error))?;
+    let names = listed
+        .iter()
+        .filter_map(|listed| listed.key.name().rsplit('/').next());
+    let mut ids: Vec<PointId> = names.filter_map(|name| name.parse().ok()).collect();
+    ids.sort();
+    Ok(ids)
+}
+
+/// Reads one manifest.
+pub(crate) fn manifest(
+    objects: &Objects,
+    vm: &VmIdentity,
+    point: PointId,
+) -> Result<Manifest, RepoError> {
+    let found = read(objects, &key_of(objects, vm, point))?;
+    let missing = || RepoError::new(RepoErrorKind::Damaged, format!("read restore point {point}"));
+    found.ok_or_else(|| missing().because("it is not there"))
+}
+
 /// Says whether a point's manifest exists.
 pub(crate) fn exists(
     objects: &Objects,

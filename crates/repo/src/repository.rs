@@ -10,7 +10,7 @@ use crate::error::{Flaw, RepoError, RepoErrorKind};
 use crate::fetch::{Sink, fetch};
 use crate::hash::IdKeys;
 use crate::image::ImageReader;
-use crate::manifest::{ImageRoot, VmIdentity};
+use crate::manifest::{ImageRoot, Manifest, VmIdentity};
 use crate::objects::Objects;
 use crate::points::{self, PointList};
 use crate::seal::Cipher;
@@ -154,6 +154,17 @@ impl Repository {
     /// Returns the restore points of one VM.
     pub fn points_of(&self, vm: &VmIdentity) -> Result<PointList, RepoError> {
         points::list(&self.objects, &format!("{}/", self.objects.ids.vm_key(vm)))
+    }
+
+    /// Returns the ids of one VM's restore points, oldest first, without
+    /// reading them.
+    pub fn point_ids(&self, vm: &VmIdentity) -> Result<Vec<PointId>, RepoError> {
+        points::ids(&self.objects, vm)
+    }
+
+    /// Reads the manifest of a restore point.
+    pub fn manifest(&self, vm: &VmIdentity, id: PointId) -> Result<Manifest, RepoError> {
+        points::manifest(&self.objects, vm, id)
     }
 
     /// Returns whether the manifest of a restore point exists.

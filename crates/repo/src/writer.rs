@@ -6,6 +6,8 @@ use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::Sender;
 
+use highwater_model::ChunkSize;
+
 use crate::compress::Compression;
 use crate::error::{RepoError, RepoErrorKind};
 use crate::lane::{Lane, PackLane};
@@ -104,6 +106,11 @@ impl Writer {
             parked: Mutex::default(),
             pages,
         })
+    }
+
+    /// Returns the repository's chunk size.
+    pub fn chunk_size(&self) -> ChunkSize {
+        self.session.objects.config.chunk_size
     }
 
     /// Opens a way for one worker thread.
