@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef,
+    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef,
 };
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
 use highwater_plan::{DiskPlan, Level, VmGate, gate};
@@ -112,7 +112,7 @@ pub fn backup(
         observed_at: context.clock.now(),
     };
     let (facts, history, planned) = job.prepare()?;
-    let session = job.begin(&planned)?;
+    let session = job.begin(&facts, &planned)?;
     let (manifest, copied) = match job.copy_and_commit(&facts, &history, &planned, &session, started) {
         Ok(done) => done,
         Err(error) => {
@@ -243,7 +243,7 @@ impl Job<'_> {
         Ok(())
     }
 
-    fn begin(&mut self, planned: &[PlannedDisk]) -> Result<Begin, BackupError> {
+    fn begin(&mut self, facts: &VmFacts, planned: &[PlannedDisk]) -> Result<Begin, BackupError> {
         self.stop_if_cancelled()?;
         let session = SessionId::random();
         let marked: Vec<String> = planned
@@ -267,7 +267,7 @@ impl Job<'_> {
                 })
                 .collect(),
             new_mark,
-            quiesce: self.options.quiesce,
+            quiesce: quiesce(self.options.quiesce, facts.agent),
             freeze_mountpoints: self.options.freeze_mountpoints.clone(),
             socket_dir: self.options.socket_dir.join(session.to_string()),
             scratch_dir: self.options.scratch_dir.join(session.to_string()),
@@ -366,6 +366,12 @@ impl Job<'_> {
         self.context.observer.event(&Event::Healed(&what));
         self.healed.push(what);
     }
+}
+
+/// A VM without an agent's channel is not warned about at every backup: its
+/// points say `crash`, and there is nothing to repair.
+fn quiesce(wanted: Quiesce, agent: Agent) -> Quiesce {
+    if wanted == Quiesce::Try && agent == Agent::Missing { Quiesce::Off } else { wanted }
 }
 
 fn read_mode(plan: &DiskPlan) -> ReadMode {

@@ -38,12 +38,23 @@ pub struct VmFacts {
     pub checkpoints: Vec<CheckpointFacts>,
     /// A running job that keeps us from starting (backup, migration, …).
     pub job: Option<JobFacts>,
-    /// Whether the definition has a guest agent channel, and it is connected.
-    pub agent_connected: bool,
+    /// Whether the guest agent could be asked.
+    pub agent: Agent,
     /// The hypervisor process, if it runs and can be identified.
     pub process: Option<ProcessIdentity>,
     /// Versions for the report, e.g. `("libvirt", "11.3.0")`.
     pub versions: Vec<(String, String)>,
+}
+
+/// Whether a guest agent can be asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Agent {
+    /// The definition has no channel for one.
+    Missing,
+    /// There is a channel, and nobody at its other end.
+    Silent,
+    /// Connected.
+    Connected,
 }
 
 /// Whether and how a VM runs.

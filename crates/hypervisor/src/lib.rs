@@ -15,7 +15,7 @@ mod order;
 
 pub use driver::{Driver, ErrorKind, HypervisorError};
 pub use facts::{
-    BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile, FirmwareRole,
+    Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile, FirmwareRole,
     JobFacts, MarkSupport, NoMarks, ProcessIdentity, RootNode, RunState, SkipReason, SkippedDisk,
     VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
 };

@@ -6,7 +6,7 @@
 
 use std::path::PathBuf;
 
-use highwater_hypervisor::{FirmwareFile, FirmwareRole, WriteErrorPolicy};
+use highwater_hypervisor::{Agent, FirmwareFile, FirmwareRole, WriteErrorPolicy};
 use roxmltree::{Document, Node};
 
 /// A domain with a few hundred devices has about 300 KiB; this is far beyond.
@@ -24,7 +24,7 @@ const DEPTH_MAX: usize = CHAIN_MAX + 56;
 pub(crate) struct DomainXml {
     pub(crate) firmware: Vec<FirmwareFile>,
     pub(crate) tpm: Option<TpmXml>,
-    pub(crate) agent_connected: bool,
+    pub(crate) agent: Agent,
     pub(crate) disks: Vec<DiskXml>,
 }
 
@@ -205,7 +205,11 @@ pub(crate) fn parse(text: &str) -> Result<DomainXml, XmlError> {
     Ok(DomainXml {
         firmware: child(domain, "os").map(firmware).unwrap_or_default(),
         tpm: device_list("tpm").find_map(tpm),
-        agent_connected: device_list("channel").any(is_connected_agent),
+        agent: device_list("channel")
+            .filter_map(agent)
+            .find(|agent| *agent == Agent::Connected)
+            .or_else(|| device_list("channel").find_map(agent))
+            .unwrap_or(Agent::Missing),
         disks: device_list("disk").filter_map(disk).collect(),
     })
 }
@@ -243,11 +247,11 @@ fn tpm(node: Node<'_, '_>) -> Option<TpmXml> {
     })
 }
 
-fn is_connected_agent(channel: Node<'_, '_>) -> bool {
-    child(channel, "target").is_some_and(|target| {
-        target.attribute("name") == Some("org.qemu.guest_agent.0")
-            && target.attribute("state") == Some("connected")
-    })
+fn agent(channel: Node<'_, '_>) -> Option<Agent> {
+    let target = child(channel, "target")?;
+    let is_agents = target.attribute("name") == Some("org.qemu.guest_agent.0");
+    let connected = target.attribute("state") == Some("connected");
+    is_agents.then_some(if connected { Agent::Connected } else { Agent::Silent })
 }
 
 /// A disk without a target name cannot be spoken of, so it is left out;
@@ -472,7 +476,7 @@ mod tests {
                 version: "2.0".into()
             })
         );
-        assert!(domain.agent_connected);
+        assert_eq!(domain.agent, Agent::Connected);
     }
 
     #[test]

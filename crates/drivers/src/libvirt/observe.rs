@@ -74,7 +74,7 @@ impl LibvirtDriver {
             skipped,
             checkpoints: checkpoints(vm, &domain)?,
             job,
-            agent_connected: definition.agent_connected,
+            agent: definition.agent,
             process: is_on
                 .then(|| vm.uuid.as_deref().and_then(host::qemu_process))
                 .flatten()

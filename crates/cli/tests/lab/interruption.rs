@@ -1,0 +1,127 @@
+//! Signals, locks, foreign jobs, and a repository that fails.
+
+use std::os::unix::fs::PermissionsExt as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use highwater_testkit::{DiskSpec, Vm, tool};
+
+use crate::support::{Bed, mode};
+
+const MIB: u64 = 1 << 20;
+
+fn busy_vm(bed: &Bed) -> Result<Vm> {
+    let vm = bed.lab.vm("web01").disk(DiskSpec::qcow2("vda", 256 * MIB)).start()?;
+    bed.backup(&vm, &[])?;
+    // What cannot be compressed keeps the backup busy long enough.
+    let noise = bed.lab.path("noise");
+    tool("dd").args(["if=/dev/urandom", "bs=1M", "count=64", "status=none"]).arg(format!("of={}", noise.display())).run()?;
+    vm.write("vda", &format!("write -s {} 0 64M", noise.display()))?;
+    Ok(vm)
+}
+
+fn wait_for_job(vm: &Vm) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !vm.job_running()? {
+        ensure!(Instant::now() < deadline, "no job began");
+    }
+    Ok(())
+}
+
+fn a_signal_ends_cleanly(signal: &str) -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let marks = vm.checkpoints()?;
+    let child = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
+    wait_for_job(&vm)?;
+    tool("kill").args([signal, &child.id().to_string()]).run()?;
+    let output = child.wait_with_output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(130), "{}: {stderr}", output.status);
+    ensure!(stderr.contains("error: interrupted"), "{stderr}");
+    ensure!(stderr.contains("state: no restore point was added"), "{stderr}");
+    ensure!(vm.checkpoints()? == marks, "{:?}", vm.checkpoints()?);
+    bed.assert_tidy(&vm, 1)?;
+    let report = bed.backup(&vm, &[])?;
+    ensure!(mode(&report, "vda") == "incremental", "{report}");
+    Ok(())
+}
+
+#[test]
+fn sigint_ends_cleanly_with_130_and_keeps_the_old_mark() -> Result<()> {
+    a_signal_ends_cleanly("-INT")
+}
+
+#[test]
+fn sigterm_ends_cleanly_with_130_and_keeps_the_old_mark() -> Result<()> {
+    a_signal_ends_cleanly("-TERM")
+}
+
+#[test]
+fn a_second_backup_of_the_same_vm_is_told_who_holds_it() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let mut first = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
+    wait_for_job(&vm)?;
+    // Stopped, it holds the VM for ten seconds more: the second one waits for
+    // that and goes on.
+    tool("kill").args(["-STOP", &first.id().to_string()]).run()?;
+    let report = bed.backup(&vm, &[]).context("the second backup waits for the dying first")?;
+    assert_eq!(mode(&report, "vda"), "incremental");
+    tool("kill").args(["-CONT", &first.id().to_string()]).run()?;
+    let first = first.wait()?;
+    ensure!(!first.success(), "the first backup lost its session and must not claim success");
+    bed.assert_tidy(&vm, 1)
+}
+
+#[test]
+fn a_foreign_backup_job_is_respected() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    bed.lab.virsh(&["backup-begin", "web01"])?;
+    let (code, stderr) = bed.fail(&["backup", "web01"])?;
+    assert_eq!(code, 11, "{stderr}");
+    assert!(stderr.contains("a job runs on it"), "{stderr}");
+    assert!(vm.job_running()?);
+    // A push backup's target lies beside the image; it ends by itself.
+    Ok(())
+}
+
+#[test]
+fn a_repository_that_cannot_be_written_leaves_the_old_mark_and_no_session() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let marks = vm.checkpoints()?;
+    // Root may write whatever the mode says: a file where a directory is due
+    // stops even root.
+    let packs = bed.repo().join("packs");
+    let away = bed.repo().join("packs.away");
+    tool("mv").arg(&packs).arg(&away).run()?;
+    std::fs::File::create(&packs)?.set_permissions(std::fs::Permissions::from_mode(0o400))?;
+    let (code, stderr) = bed.fail(&["backup", "web01"])?;
+    assert_eq!(code, 1, "{stderr}");
+    assert!(stderr.contains("error: cannot store the backup of VM `web01`"), "{stderr}");
+    assert_eq!(vm.checkpoints()?, marks);
+    bed.assert_tidy(&vm, 1)?;
+    std::fs::remove_file(&packs)?;
+    tool("mv").arg(&away).arg(&packs).run()?;
+    let report = bed.backup(&vm, &[])?;
+    assert_eq!(mode(&report, "vda"), "incremental");
+    Ok(())
+}
+
+#[test]
+fn qemu_killed_in_mid_backup_is_an_error_and_the_next_backup_heals() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let child = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
+    wait_for_job(&vm)?;
+    vm.kill_qemu()?;
+    let output = child.wait_with_output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(1), "{}: {stderr}", output.status);
+    vm.start()?;
+    let report = bed.backup(&vm, &[])?;
+    assert_eq!(mode(&report, "vda"), "rescan: bitmap-missing");
+    bed.assert_tidy(&vm, 1)
+}

@@ -1,0 +1,14 @@
+//! The program against real libvirt and QEMU; one private libvirtd per test.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may stop at the first surprise"
+)]
+
+mod correctness;
+mod healing;
+mod interruption;
+mod levels;
+mod restore;
+mod support;
