@@ -23,19 +23,17 @@ pub(crate) fn rfc3339(time: Timestamp) -> String {
 /// alone is its last moment, a minute its last.
 pub(crate) fn parse(text: &str) -> Option<Timestamp> {
     let text = text.replace(' ', "T");
-    let moment = match text.parse::<jiff::Timestamp>() {
-        Ok(exact) => exact,
-        Err(_) => zoned_to_the_minute(&text).or_else(|| local(&text))?,
-    };
+    let moment = zoned(&text).or_else(|| local(&text))?;
     Some(Timestamp::from_unix_ms(moment.as_millisecond().saturating_add(999)))
 }
 
-/// `2026-11-20T03:00Z` and `…+01:00`, which lack the seconds RFC 3339 wants.
-fn zoned_to_the_minute(text: &str) -> Option<jiff::Timestamp> {
+/// With `Z` or an offset; `2026-11-20T03:00Z` is the whole minute.
+fn zoned(text: &str) -> Option<jiff::Timestamp> {
     let time = text.find('T')?;
     let zone = text.get(time..)?.find(['Z', 'z', '+', '-'])?.checked_add(time)?;
     let (clock, zone) = text.split_at_checked(zone)?;
-    format!("{clock}:59{zone}").parse().ok()
+    let seconds = if clock.matches(':').count() == 1 { ":59" } else { "" };
+    format!("{clock}{seconds}{zone}").parse().ok()
 }
 
 fn local(text: &str) -> Option<jiff::Timestamp> {

@@ -453,7 +453,7 @@ impl Vm {
         for node in self.nodes()? {
             let of_a_disk = node["file"]
                 .as_str()
-                .is_some_and(|file| images.iter().any(|image| file.ends_with(image)));
+                .is_some_and(|file| images.iter().any(|image| is_part_of(file, image)));
             let is_filter = node["drv"] == "copy-before-write" || node["drv"] == "snapshot-access";
             let by_a_tool = node["node-name"]
                 .as_str()
@@ -478,6 +478,12 @@ impl Vm {
 }
 
 /// libvirt opens no file for writing but disks, scratch and firmware variables.
+/// An image file, or the raw data file beside it.
+fn is_part_of(file: &str, image: &str) -> bool {
+    let without_extension = |path| Path::new(path).with_extension("");
+    file.ends_with(image) || without_extension(file) == without_extension(image)
+}
+
 fn has_scratch_file(node: &Value) -> bool {
     let file = node["file"].as_str().map(Path::new);
     node["ro"] == false

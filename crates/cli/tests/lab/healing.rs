@@ -126,7 +126,7 @@ fn an_image_replaced_by_a_copy_of_itself_is_read_as_a_whole() -> Result<()> {
 fn killed_while_copying(bed: &Bed, vm: &Vm) -> Result<()> {
     let mut child = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
     let deadline = Instant::now() + Duration::from_secs(20);
-    while !vm.job_running()? {
+    while !vm.job_running().unwrap_or_default() {
         ensure!(Instant::now() < deadline, "no job began");
         ensure!(child.try_wait()?.is_none(), "it ended before it could be killed");
     }
@@ -147,7 +147,7 @@ fn a_killed_backup_leaves_nothing_at_the_vm_and_keeps_the_old_mark() -> Result<(
     }
     killed_while_copying(&bed, &vm)?;
     let deadline = Instant::now() + Duration::from_secs(10);
-    while vm.job_running()? || vm.checkpoints()? != marks {
+    while vm.job_running().unwrap_or(true) || vm.checkpoints()? != marks {
         ensure!(Instant::now() < deadline, "the guard did not tidy up: {:?}", vm.checkpoints()?);
     }
     bed.assert_tidy(&vm, 1)?;

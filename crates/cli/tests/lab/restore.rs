@@ -5,7 +5,7 @@ use std::fs;
 use anyhow::Result;
 use highwater_testkit::{DiskSpec, Vm};
 
-use crate::support::{Bed, assert_same, point, reference};
+use crate::support::{Bed, point, reference};
 
 const MIB: u64 = 1 << 20;
 
@@ -100,8 +100,14 @@ fn an_odd_raw_file_gets_its_own_length_back() -> Result<()> {
 fn a_flipped_byte_in_a_pack_is_never_restored() -> Result<()> {
     let bed = Bed::start()?;
     let (_, point) = backed_up(&bed)?;
-    let find = highwater_testkit::tool("find").arg(bed.repo().join("packs")).args(["-type", "f", "-size", "+3k"]);
-    let pack = find.run()?.lines().next().map(str::to_owned).expect("there is a pack of chunks");
+    let packs = highwater_testkit::tool("find")
+        .arg(bed.repo().join("packs"))
+        .args(["-type", "f", "-printf", "%s %p\\n"])
+        .run()?;
+    let largest = packs.lines().filter_map(|line| line.split_once(' ')).max_by_key(|(size, _)| {
+        size.parse::<u64>().unwrap_or_default()
+    });
+    let pack = largest.map(|(_, path)| path.to_owned()).expect("there is a pack");
     let mut bytes = fs::read(&pack)?;
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
