@@ -342,6 +342,12 @@ fn a_map_of_more_extents_than_one_reply_carries_is_whole() -> Result<()> {
     let export = json!({"type": "nbd", "id": "e1", "node-name": "d0", "name": "marked",
         "bitmaps": ["fine"]});
     monitor.execute("block-export-add", &export)?;
+    let mut bitmaps = options(true, &["qemu:dirty-bitmap:"]);
+    bitmaps.export = String::from("marked");
+    assert_eq!(
+        list_meta_contexts(&server.endpoint, &bitmaps)?,
+        ["qemu:dirty-bitmap:fine"]
+    );
     let context = "qemu:dirty-bitmap:fine";
     for extended in HEADERS {
         let mut wanted = options(extended, &["base:allocation", context]);

@@ -36,19 +36,23 @@ pub(super) enum Work {
 /// Block status as it comes in, each context by itself.
 pub(super) struct Status {
     asked: Vec<u32>,
+    kept: Vec<u32>,
     answered: Vec<(u32, Vec<Extent>)>,
 }
 
 impl Status {
-    pub(super) const fn asking(ids: Vec<u32>) -> Self {
+    /// Expects an answer from each of `asked`; the extents of `kept` are wanted.
+    pub(super) const fn asking(asked: Vec<u32>, kept: Vec<u32>) -> Self {
         Self {
-            asked: ids,
+            asked,
+            kept,
             answered: Vec::new(),
         }
     }
 
-    /// Begins the chunk of a context; each may answer once.
-    pub(super) fn begin(&mut self, context: u32) -> Result<(), ProtocolError> {
+    /// Begins the chunk of a context; each may answer once. Returns whether
+    /// its extents are wanted.
+    pub(super) fn begin(&mut self, context: u32) -> Result<bool, ProtocolError> {
         if !self.asked.contains(&context) {
             return Err(ProtocolError::UnknownContext(context));
         }
@@ -60,7 +64,7 @@ impl Status {
             return Err(ProtocolError::ContextTwice(context));
         }
         self.answered.push((context, Vec::new()));
-        Ok(())
+        Ok(self.kept.contains(&context))
     }
 
     /// Adds an extent to the context begun last.
@@ -81,7 +85,8 @@ impl Status {
             return Err(ProtocolError::ContextMissing(*id));
         }
         let mut named = Vec::with_capacity(self.answered.len());
-        for (id, extents) in self.answered {
+        let kept = |(id, _): &(u32, Vec<Extent>)| self.kept.contains(id);
+        for (id, extents) in self.answered.into_iter().filter(kept) {
             let context = contexts.iter().find(|context| context.id == id);
             let context = context
                 .ok_or(ProtocolError::UnknownContext(id))?

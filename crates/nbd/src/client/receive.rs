@@ -180,7 +180,7 @@ fn take_status(
     let head = channel.payload(StatusHead::len_of(wide), |payload| {
         StatusHead::decode(payload, descriptors, wide)
     })?;
-    status.begin(head.context)?;
+    let kept = status.begin(head.context)?;
     let size = Descriptor::len_of(wide);
     let (mut at, mut left) = (pending.range.start(), descriptors);
     while left > 0 {
@@ -191,7 +191,9 @@ fn take_status(
                 let Descriptor { len, flags } = read_descriptor(descriptor, wide)?;
                 let range = ByteRange::new(at, len).ok_or(ProtocolError::OutsideTheRequest)?;
                 at = range.end();
-                push_clipped(status, range, flags, size_bytes, extents_held)?;
+                if kept {
+                    push_clipped(status, range, flags, size_bytes, extents_held)?;
+                }
             }
             Ok(())
         })?;
