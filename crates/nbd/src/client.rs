@@ -28,7 +28,7 @@ use crate::wire::{
 };
 use assembly::Assembly;
 pub use completion::{Completion, ContextExtents, Extent, Fragments, Holes};
-use pending::{Pending, Status, Work};
+use pending::{Pending, Status, Straggler, Work};
 
 /// Which metadata contexts are asked.
 #[derive(Clone, Copy)]
@@ -50,6 +50,7 @@ pub struct Connection {
     ready: VecDeque<(u64, Completion)>,
     /// Extents held in unfinished and unclaimed block status replies.
     extents_held: usize,
+    stragglers: VecDeque<Straggler>,
     header: Vec<u8>,
     broken: bool,
 }
@@ -128,6 +129,7 @@ impl Connection {
             pending: Vec::new(),
             ready: VecDeque::new(),
             extents_held: 0,
+            stragglers: VecDeque::new(),
             header: Vec::with_capacity(128),
             broken: false,
         })

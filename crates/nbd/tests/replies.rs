@@ -538,3 +538,30 @@ fn a_flood_of_extents_is_refused_at_a_fixed_number() {
     let mut connection = connect(Structured, &contexts, &speech);
     assert_eq!(map(&mut connection, "x-a:b").unwrap(), [(0, SIZE, 0)]);
 }
+
+#[test]
+fn after_a_failed_block_status_only_its_other_contexts_may_come_late() {
+    let contexts = [(9, ALLOCATION), (5, DIRTY)];
+    let failed = || say().error(true, 1, 5, "no status here");
+    let after = |speech: Speech| {
+        let mut connection = connect(Structured, &contexts, &speech.hole(true, 2, 0, 512));
+        assert!(matches!(
+            connection.block_status(range(0, SIZE)),
+            Err(NbdError::Request { .. })
+        ));
+        connection.read_at(0, &mut [1; 512])
+    };
+    after(failed().status(true, 1, 5, &[(4096, 1), (4096, 0)])).unwrap();
+    after(failed().error(true, 1, 5, "nor here").error(true, 1, 5, "")).unwrap();
+    let late = failed()
+        .error(true, 1, 5, "")
+        .error(true, 1, 5, "")
+        .error(true, 1, 5, "");
+    for speech in [failed().hole(true, 1, 0, 512), failed().none(1), late] {
+        let error = after(speech).unwrap_err();
+        assert!(
+            matches!(error, NbdError::Protocol(Broken::UnknownCookie(1))),
+            "{error:?}"
+        );
+    }
+}

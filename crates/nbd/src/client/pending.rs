@@ -33,6 +33,13 @@ pub(super) enum Work {
     Effect,
 }
 
+/// A failed block status request that its server may not be done with.
+pub(super) struct Straggler {
+    pub(super) handle: u64,
+    /// How many chunks may still come: one for each context.
+    pub(super) left: usize,
+}
+
 /// Block status as it comes in, each context by itself.
 pub(super) struct Status {
     asked: Vec<u32>,
@@ -72,6 +79,11 @@ impl Status {
         if let Some((_, extents)) = self.answered.last_mut() {
             extents.push(extent);
         }
+    }
+
+    /// Returns how many contexts were asked.
+    pub(super) const fn asked(&self) -> usize {
+        self.asked.len()
     }
 
     /// Returns how many extents are held.
