@@ -97,6 +97,19 @@ impl Channel {
         Ok(value)
     }
 
+    /// Takes `len` bytes and forgets them.
+    pub(crate) fn skip(&mut self, len: u64) -> Result<(), NbdError> {
+        let mut left = len;
+        while left > 0 {
+            let piece = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(self.input.len());
+            self.payload(piece, |_| Ok(()))?;
+            left = left.saturating_sub(piece as u64);
+        }
+        Ok(())
+    }
+
     /// Fills `target`, which may be larger than the buffer, without copying
     /// what has not arrived yet.
     pub(crate) fn read_into(&mut self, target: &mut [u8]) -> Result<(), NbdError> {

@@ -8,6 +8,7 @@
 mod assembly;
 mod blocking;
 mod completion;
+mod limits;
 mod pending;
 mod receive;
 
@@ -27,7 +28,14 @@ use crate::wire::{
 };
 use assembly::Assembly;
 pub use completion::{Completion, ContextExtents, Extent, Fragments, Holes};
-use pending::{Pending, Status, Work};
+use pending::{Pending, Status, Straggler, Work};
+
+/// Which metadata contexts are asked.
+#[derive(Clone, Copy)]
+enum Contexts {
+    All,
+    One(u32),
+}
 
 /// A connection to one export of an NBD server.
 ///
@@ -42,6 +50,7 @@ pub struct Connection {
     ready: VecDeque<(u64, Completion)>,
     /// Extents held in unfinished and unclaimed block status replies.
     extents_held: usize,
+    stragglers: VecDeque<Straggler>,
     header: Vec<u8>,
     broken: bool,
 }
@@ -120,6 +129,7 @@ impl Connection {
             pending: Vec::new(),
             ready: VecDeque::new(),
             extents_held: 0,
+            stragglers: VecDeque::new(),
             header: Vec::with_capacity(128),
             broken: false,
         })
@@ -184,7 +194,6 @@ impl Connection {
             assembly: Assembly::new(range, fragments),
         };
         self.submit(cookie, Command::Read, flags, range, work, Vec::new())
-            .map(drop)
     }
 
     /// Asks what each negotiated metadata context says about `range`.
@@ -192,32 +201,38 @@ impl Connection {
         if self.export.contexts.is_empty() {
             return Err(UsageError::NoContexts.into());
         }
-        let ids = self
+        self.submit_status(cookie, range, Contexts::All)
+    }
+
+    /// Asks for all contexts, or for one where the server lets us choose. What
+    /// the others say for want of a choice is checked and not kept.
+    fn submit_status(
+        &mut self,
+        cookie: u64,
+        range: ByteRange,
+        wanted: Contexts,
+    ) -> Result<(), NbdError> {
+        self.check_range(range, self.longest_effect())?;
+        self.check_room()?;
+        let all: Vec<u32> = self
             .export
             .contexts
             .iter()
             .map(|context| context.id)
             .collect();
-        self.submit_status(cookie, range, ids).map(drop)
-    }
-
-    /// Asks for some contexts only, where the server lets us choose.
-    fn submit_status(
-        &mut self,
-        cookie: u64,
-        range: ByteRange,
-        ids: Vec<u32>,
-    ) -> Result<u64, NbdError> {
-        self.check_range(range, self.longest_effect())?;
-        self.check_room()?;
         let mut payload = Vec::new();
         let mut flags = 0;
-        if self.export.can_choose_contexts() && ids.len() < self.export.contexts.len() {
-            flags = NBD_CMD_FLAG_PAYLOAD_LEN;
-            payload.extend_from_slice(&range.len().to_be_bytes());
-            payload.extend(ids.iter().flat_map(|id| id.to_be_bytes()));
-        }
-        let work = Work::Status(Status::asking(ids));
+        let status = match wanted {
+            Contexts::All => Status::asking(all.clone(), all),
+            Contexts::One(id) if self.export.can_choose_contexts() => {
+                flags = NBD_CMD_FLAG_PAYLOAD_LEN;
+                payload.extend_from_slice(&range.len().to_be_bytes());
+                payload.extend_from_slice(&id.to_be_bytes());
+                Status::asking(vec![id], vec![id])
+            }
+            Contexts::One(id) => Status::asking(all, vec![id]),
+        };
+        let work = Work::Status(status);
         self.submit(cookie, Command::BlockStatus, flags, range, work, payload)
     }
 
@@ -241,7 +256,6 @@ impl Connection {
         };
         let work = Work::Write { buffer: Vec::new() };
         self.submit(cookie, Command::Write, flags, range, work, buffer)
-            .map(drop)
     }
 
     /// Writes zeroes to `range`, which may be longer than a read.
@@ -269,7 +283,6 @@ impl Connection {
             Work::Effect,
             Vec::new(),
         )
-        .map(drop)
     }
 
     /// Tells the server that nobody needs the content of `range` any more.
@@ -281,7 +294,6 @@ impl Connection {
         self.check_range(range, self.longest_effect())?;
         self.check_room()?;
         self.submit(cookie, Command::Trim, 0, range, Work::Effect, Vec::new())
-            .map(drop)
     }
 
     /// Makes all writes completed so far durable. Its completion's range is empty.
@@ -292,7 +304,6 @@ impl Connection {
         self.check_room()?;
         let nowhere = ByteRange::new(0, 0).ok_or(UsageError::Empty)?;
         self.submit(cookie, Command::Flush, 0, nowhere, Work::Effect, Vec::new())
-            .map(drop)
     }
 
     /// Waits for the next request to be done, in whatever order the server chose.
@@ -353,7 +364,7 @@ impl Connection {
         range: ByteRange,
         work: Work,
         payload: Vec<u8>,
-    ) -> Result<u64, NbdError> {
+    ) -> Result<(), NbdError> {
         self.check_alive()?;
         let handle = self.next_handle;
         self.next_handle = handle.wrapping_add(1);
@@ -396,7 +407,7 @@ impl Connection {
         self.send(&payload)?;
         self.header = header;
         self.keep_written(handle, payload);
-        Ok(handle)
+        Ok(())
     }
 
     /// Sends all of `bytes`, taking replies in when the server insists.
@@ -446,74 +457,5 @@ impl Connection {
             .sum();
         self.extents_held = self.extents_held.saturating_sub(held);
         done
-    }
-
-    fn check_alive(&self) -> Result<(), NbdError> {
-        if self.broken {
-            return Err(NbdError::Broken);
-        }
-        if self.channel.canceller().is_cancelled() {
-            return Err(NbdError::Cancelled {
-                doing: "use the NBD connection",
-            });
-        }
-        Ok(())
-    }
-
-    fn check_room(&self) -> Result<(), UsageError> {
-        let in_flight = self.in_flight();
-        if in_flight >= self.in_flight_max {
-            return Err(UsageError::PipelineFull(in_flight));
-        }
-        Ok(())
-    }
-
-    fn check_writable(&self) -> Result<(), UsageError> {
-        if self.export.is_read_only() {
-            Err(UsageError::NotOffered("writing"))
-        } else {
-            Ok(())
-        }
-    }
-
-    /// Checks a range whose bytes travel; returns its length.
-    fn check_payload(&self, range: ByteRange) -> Result<usize, UsageError> {
-        let max = u64::from(self.export.block_sizes.maximum);
-        self.check_range(range, max)?;
-        usize::try_from(range.len()).map_err(|_| UsageError::TooLong {
-            len: range.len(),
-            max,
-        })
-    }
-
-    /// Longest range of a request without a payload: what the header can say,
-    /// and on compact headers a multiple of any block size.
-    fn longest_effect(&self) -> u64 {
-        match self.export.header_style {
-            HeaderStyle::Extended => i64::MAX.cast_unsigned(),
-            HeaderStyle::Simple | HeaderStyle::Structured => 0xffff_0000,
-        }
-    }
-
-    /// "Size constraints". The end of an export whose size is no multiple of
-    /// its own block size is let through: whether it can be reached is for the
-    /// server to say.
-    fn check_range(&self, range: ByteRange, max: u64) -> Result<(), UsageError> {
-        let (len, size_bytes) = (range.len(), self.export.size_bytes);
-        if range.is_empty() {
-            return Err(UsageError::Empty);
-        }
-        if range.end() > size_bytes {
-            return Err(UsageError::BeyondTheEnd { range, size_bytes });
-        }
-        if len > max {
-            return Err(UsageError::TooLong { len, max });
-        }
-        let block = self.export.block_sizes.minimum;
-        let aligned = |at: u64| at.checked_rem(u64::from(block)) == Some(0);
-        if !aligned(range.start()) || !(aligned(range.end()) || range.end() == size_bytes) {
-            return Err(UsageError::Unaligned { range, block });
-        }
-        Ok(())
     }
 }

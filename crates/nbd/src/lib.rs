@@ -27,6 +27,31 @@
 //!   buffer, and a fixed number of extents; a length from the peer is checked
 //!   before anything is allocated for it.
 //!
+//! ```no_run
+//! use highwater_model::ByteRange;
+//! use highwater_nbd::{ConnectOptions, Connection, Endpoint, NbdError};
+//!
+//! # fn main() -> Result<(), NbdError> {
+//! let dirty = "qemu:dirty-bitmap:mark";
+//! let options = ConnectOptions {
+//!     meta_contexts: vec![dirty.to_owned()],
+//!     ..ConnectOptions::for_export("vda")
+//! };
+//! let endpoint = Endpoint::Unix("/run/session/nbd.sock".into());
+//! let mut connection = Connection::connect(&endpoint, &options)?;
+//! if let Some(whole) = ByteRange::new(0, connection.export().size_bytes) {
+//!     let mut dirty_bytes = 0;
+//!     connection.map(dirty, whole, &mut |range, flags| {
+//!         dirty_bytes += if flags & 1 == 0 { 0 } else { range.len() };
+//!         Ok::<(), NbdError>(())
+//!     })?;
+//! }
+//! let mut boot_sector = [0; 512];
+//! connection.read_at(0, &mut boot_sector)?;
+//! connection.disconnect()
+//! # }
+//! ```
+//!
 //! Section names in the documentation are those of the protocol's `proto.md`;
 //! extended headers are its `extension-ext-header` branch.
 //!

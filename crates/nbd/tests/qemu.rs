@@ -342,6 +342,12 @@ fn a_map_of_more_extents_than_one_reply_carries_is_whole() -> Result<()> {
     let export = json!({"type": "nbd", "id": "e1", "node-name": "d0", "name": "marked",
         "bitmaps": ["fine"]});
     monitor.execute("block-export-add", &export)?;
+    let mut bitmaps = options(true, &["qemu:dirty-bitmap:"]);
+    bitmaps.export = String::from("marked");
+    assert_eq!(
+        list_meta_contexts(&server.endpoint, &bitmaps)?,
+        ["qemu:dirty-bitmap:fine"]
+    );
     let context = "qemu:dirty-bitmap:fine";
     for extended in HEADERS {
         let mut wanted = options(extended, &["base:allocation", context]);
@@ -439,5 +445,39 @@ fn a_server_killed_while_it_answers_is_a_hang_up_and_its_requests_are_known() ->
         connection.next_completion(),
         Err(NbdError::Broken)
     ));
+    Ok(())
+}
+
+#[test]
+fn block_status_that_qemu_fails_for_one_of_two_contexts_leaves_the_connection_usable() -> Result<()>
+{
+    let (server, mut monitor) = storage_daemon()?;
+    let broken = json!({"driver": "blkdebug", "node-name": "broken", "image": "d0",
+        "inject-error": [{"event": "none", "iotype": "block-status", "errno": 5}]});
+    monitor.execute("block-export-del", &json!({"id": "e0", "mode": "hard"}))?;
+    monitor.execute("blockdev-add", &broken)?;
+    let bitmap = json!({"node": "broken", "name": "mark", "disabled": true});
+    monitor.execute("block-dirty-bitmap-add", &bitmap)?;
+    let export = json!({"type": "nbd", "id": "e1", "node-name": "broken", "name": "broken",
+        "bitmaps": ["mark"]});
+    monitor.execute("block-export-add", &export)?;
+    for extended in HEADERS {
+        let mut wanted = options(extended, &["base:allocation", "qemu:dirty-bitmap:mark"]);
+        wanted.export = String::from("broken");
+        let mut connection = server.connect(&wanted)?;
+        for _ in 0..3 {
+            let status = connection.block_status(range(0, MIB));
+            assert!(
+                matches!(status, Err(NbdError::Request { .. })),
+                "{status:?}"
+            );
+            // Without fragments QEMU does not look for holes, which would fail as well.
+            connection.submit_read_with(1, range(0, 512), vec![1; 512], Fragments::Forbidden)?;
+            assert_eq!(connection.next_completion()?.result?, [0; 512]);
+        }
+        // With extended headers the broken context need not be asked at all.
+        let mapped = map(&mut connection, "qemu:dirty-bitmap:mark");
+        assert_eq!(mapped.is_ok(), extended, "{mapped:?}");
+    }
     Ok(())
 }

@@ -1,5 +1,8 @@
 //! Replies that break the protocol, and odd ones that do not.
-#![allow(clippy::needless_pass_by_value, reason = "a speech is made for one call")]
+#![allow(
+    clippy::needless_pass_by_value,
+    reason = "a speech is made for one call"
+)]
 #![allow(
     clippy::unwrap_used,
     reason = "a test ends where something is not as it must be"
@@ -511,4 +514,54 @@ fn a_failed_block_status_leaves_the_connection_usable() {
     let error = connection.block_status(range(0, SIZE)).unwrap_err();
     assert!(matches!(error, NbdError::Request { .. }), "{error:?}");
     connection.read_at(0, &mut [1; 512]).unwrap();
+}
+
+#[test]
+fn a_flood_of_extents_is_refused_at_a_fixed_number() {
+    // Each chunk is as large as the protocol allows, three of them are too much.
+    let million = vec![(1, 0); 1 << 20];
+    let contexts = [(1, "x-a:a"), (2, "x-a:b"), (3, "x-a:c")];
+    let speech = (1..=3).fold(say(), |speech, id| speech.status(id == 3, 1, id, &million));
+    let mut connection = connect(Structured, &contexts, &speech);
+    let error = connection.block_status(range(0, SIZE)).unwrap_err();
+    let (what, limit) = ("the number of extents", 2 << 20);
+    let because = Broken::TooLarge {
+        what,
+        len: limit,
+        limit,
+    };
+    assert!(
+        matches!(&error, NbdError::Protocol(found) if *found == because),
+        "{error:?}"
+    );
+    // A map keeps one context only, and so gets by.
+    let mut connection = connect(Structured, &contexts, &speech);
+    assert_eq!(map(&mut connection, "x-a:b").unwrap(), [(0, SIZE, 0)]);
+}
+
+#[test]
+fn after_a_failed_block_status_only_its_other_contexts_may_come_late() {
+    let contexts = [(9, ALLOCATION), (5, DIRTY)];
+    let failed = || say().error(true, 1, 5, "no status here");
+    let after = |speech: Speech| {
+        let mut connection = connect(Structured, &contexts, &speech.hole(true, 2, 0, 512));
+        assert!(matches!(
+            connection.block_status(range(0, SIZE)),
+            Err(NbdError::Request { .. })
+        ));
+        connection.read_at(0, &mut [1; 512])
+    };
+    after(failed().status(true, 1, 5, &[(4096, 1), (4096, 0)])).unwrap();
+    after(failed().error(true, 1, 5, "nor here").error(true, 1, 5, "")).unwrap();
+    let late = failed()
+        .error(true, 1, 5, "")
+        .error(true, 1, 5, "")
+        .error(true, 1, 5, "");
+    for speech in [failed().hole(true, 1, 0, 512), failed().none(1), late] {
+        let error = after(speech).unwrap_err();
+        assert!(
+            matches!(error, NbdError::Protocol(Broken::UnknownCookie(1))),
+            "{error:?}"
+        );
+    }
 }

@@ -99,3 +99,45 @@ impl Assembly {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn assembly() -> Assembly {
+        Assembly::new(ByteRange::between(100, 164).unwrap(), Fragments::Allowed)
+    }
+
+    proptest! {
+        #[test]
+        fn bytes_are_claimed_exactly_once_as_a_list_of_bytes_says(
+            chunks in proptest::collection::vec((90_usize..170, 0_usize..40), 0..40),
+        ) {
+            let mut assembly = assembly();
+            let mut claimed = [false; 64];
+            for (offset, len) in chunks {
+                let place = (offset >= 100 && len > 0 && offset + len <= 164)
+                    .then(|| offset - 100..offset + len - 100);
+                let free = place.filter(|place| !claimed[place.clone()].contains(&true));
+                prop_assert_eq!(assembly.claim(offset as u64, len as u64).ok(), free.clone());
+                free.into_iter().flatten().for_each(|at| claimed[at] = true);
+                prop_assert_eq!(assembly.check_whole().is_ok(), !claimed.contains(&false));
+            }
+        }
+
+        #[test]
+        fn a_read_cut_anywhere_and_shuffled_is_whole_only_with_its_last_piece(
+            order in Just((0..32_u64).collect::<Vec<_>>()).prop_shuffle(),
+        ) {
+            let mut assembly = assembly();
+            for at in order {
+                prop_assert!(assembly.check_whole().is_err());
+                assembly.claim(100 + 2 * at, 2).unwrap();
+            }
+            prop_assert!(assembly.check_whole().is_ok());
+            prop_assert_eq!(assembly.pieces.len(), 1);
+        }
+    }
+}

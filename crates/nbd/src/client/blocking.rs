@@ -5,7 +5,7 @@
 
 use highwater_model::ByteRange;
 
-use super::{Connection, ContextExtents, Holes};
+use super::{Connection, ContextExtents, Contexts, Holes};
 use crate::error::{NbdError, ProtocolError, UsageError};
 
 /// Longest piece of a plain read or write: large enough for full speed, small
@@ -141,16 +141,7 @@ impl Connection {
             .min(self.export.size_bytes.max(to));
         let end = end.min(start.saturating_add(self.longest_effect()));
         let ask = ByteRange::between(start, end).ok_or(UsageError::Empty)?;
-        let ids = if self.export.can_choose_contexts() {
-            vec![id]
-        } else {
-            self.export
-                .contexts
-                .iter()
-                .map(|context| context.id)
-                .collect()
-        };
-        self.submit_status(0, ask, ids)?;
+        self.submit_status(0, ask, Contexts::One(id))?;
         let done = self.wait_for_last("ask for the block status of", ask)?;
         let answer = done
             .extents

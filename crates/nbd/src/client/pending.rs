@@ -33,22 +33,33 @@ pub(super) enum Work {
     Effect,
 }
 
+/// A failed block status request that its server may not be done with.
+pub(super) struct Straggler {
+    pub(super) handle: u64,
+    /// How many chunks may still come: one for each context.
+    pub(super) left: usize,
+}
+
 /// Block status as it comes in, each context by itself.
 pub(super) struct Status {
     asked: Vec<u32>,
+    kept: Vec<u32>,
     answered: Vec<(u32, Vec<Extent>)>,
 }
 
 impl Status {
-    pub(super) const fn asking(ids: Vec<u32>) -> Self {
+    /// Expects an answer from each of `asked`; the extents of `kept` are wanted.
+    pub(super) const fn asking(asked: Vec<u32>, kept: Vec<u32>) -> Self {
         Self {
-            asked: ids,
+            asked,
+            kept,
             answered: Vec::new(),
         }
     }
 
-    /// Begins the chunk of a context; each may answer once.
-    pub(super) fn begin(&mut self, context: u32) -> Result<(), ProtocolError> {
+    /// Begins the chunk of a context; each may answer once. Returns whether
+    /// its extents are wanted.
+    pub(super) fn begin(&mut self, context: u32) -> Result<bool, ProtocolError> {
         if !self.asked.contains(&context) {
             return Err(ProtocolError::UnknownContext(context));
         }
@@ -60,7 +71,7 @@ impl Status {
             return Err(ProtocolError::ContextTwice(context));
         }
         self.answered.push((context, Vec::new()));
-        Ok(())
+        Ok(self.kept.contains(&context))
     }
 
     /// Adds an extent to the context begun last.
@@ -68,6 +79,11 @@ impl Status {
         if let Some((_, extents)) = self.answered.last_mut() {
             extents.push(extent);
         }
+    }
+
+    /// Returns how many contexts were asked.
+    pub(super) const fn asked(&self) -> usize {
+        self.asked.len()
     }
 
     /// Returns how many extents are held.
@@ -81,7 +97,8 @@ impl Status {
             return Err(ProtocolError::ContextMissing(*id));
         }
         let mut named = Vec::with_capacity(self.answered.len());
-        for (id, extents) in self.answered {
+        let kept = |(id, _): &(u32, Vec<Extent>)| self.kept.contains(id);
+        for (id, extents) in self.answered.into_iter().filter(kept) {
             let context = contexts.iter().find(|context| context.id == id);
             let context = context
                 .ok_or(ProtocolError::UnknownContext(id))?

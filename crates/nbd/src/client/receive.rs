@@ -2,7 +2,7 @@
 
 use highwater_model::ByteRange;
 
-use super::pending::{Pending, Work};
+use super::pending::{Pending, Straggler, Work};
 use super::{Connection, Extent};
 use crate::channel::Channel;
 use crate::error::{Errno, NbdError, ProtocolError, RequestError};
@@ -14,6 +14,8 @@ use crate::wire::{
 /// Most extents held at a time over all block status requests in flight:
 /// 48 MiB. QEMU sends at most 131072 per context.
 pub(super) const EXTENTS_HELD_MAX: usize = 1 << 21;
+/// Most failed block status requests whose stragglers are put up with.
+const STRAGGLERS_MAX: usize = 64;
 /// Descriptors taken from the stream at a time.
 const DESCRIPTORS_AT_ONCE: u32 = 1024;
 
@@ -35,7 +37,9 @@ impl Connection {
             .pending
             .iter()
             .position(|pending| pending.handle == cookie);
-        let index = known.ok_or(ProtocolError::UnknownCookie(cookie))?;
+        let Some(index) = known else {
+            return self.take_straggler(header);
+        };
         let pending = self
             .pending
             .get_mut(index)
@@ -72,11 +76,47 @@ impl Connection {
             let pending = self.pending.swap_remove(index);
             if let (Work::Status(status), Some(_)) = (&pending.work, &pending.error) {
                 self.extents_held = self.extents_held.saturating_sub(status.len());
+                self.stragglers.push_back(Straggler {
+                    handle: cookie,
+                    left: status.asked(),
+                });
+                if self.stragglers.len() > STRAGGLERS_MAX {
+                    self.stragglers.pop_front();
+                }
             }
             let done = pending.finish(&self.export.contexts)?;
             self.ready.push_back((cookie, done));
         }
         Ok(())
+    }
+
+    /// Takes in what QEMU says after it has failed a block status request.
+    ///
+    /// With several contexts it ends its reply with the error of one (flag
+    /// `NBD_REPLY_FLAG_DONE`) and then goes on to the next context as if nothing
+    /// had been (seen with 10.0.2). The request has failed already, so what
+    /// the others say is checked and forgotten; nothing else may come late.
+    fn take_straggler(&mut self, header: ReplyHeader) -> Result<(), NbdError> {
+        let (ReplyHeader::Simple { cookie, .. } | ReplyHeader::Chunk { cookie, .. }) = header;
+        let unknown = ProtocolError::UnknownCookie(cookie);
+        let ReplyHeader::Chunk {
+            last, kind, len, ..
+        } = header
+        else {
+            return Err(unknown.into());
+        };
+        let straggler = self
+            .stragglers
+            .iter_mut()
+            .find(|straggler| straggler.handle == cookie);
+        let Some(left) = straggler.filter(|straggler| straggler.left > 0) else {
+            return Err(unknown.into());
+        };
+        left.left = left.left.saturating_sub(1);
+        match Chunk::classify(self.export.header_style, kind, last, len)? {
+            Chunk::Status { .. } | Chunk::Error { .. } => self.channel.skip(len),
+            Chunk::None | Chunk::Data(_) | Chunk::Hole => Err(unknown.into()),
+        }
     }
 }
 
@@ -180,7 +220,7 @@ fn take_status(
     let head = channel.payload(StatusHead::len_of(wide), |payload| {
         StatusHead::decode(payload, descriptors, wide)
     })?;
-    status.begin(head.context)?;
+    let kept = status.begin(head.context)?;
     let size = Descriptor::len_of(wide);
     let (mut at, mut left) = (pending.range.start(), descriptors);
     while left > 0 {
@@ -191,7 +231,9 @@ fn take_status(
                 let Descriptor { len, flags } = read_descriptor(descriptor, wide)?;
                 let range = ByteRange::new(at, len).ok_or(ProtocolError::OutsideTheRequest)?;
                 at = range.end();
-                push_clipped(status, range, flags, size_bytes, extents_held)?;
+                if kept {
+                    push_clipped(status, range, flags, size_bytes, extents_held)?;
+                }
             }
             Ok(())
         })?;

@@ -388,3 +388,63 @@ pub fn decode_error(kind: u16, payload: &[u8]) -> Result<RequestError, ProtocolE
         offset,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn requests_are_encoded_as_the_protocol_shows_them() {
+        let request = Request {
+            flags: 0x0102,
+            command: Command::BlockStatus,
+            cookie: 0x1112_1314_1516_1718,
+            offset: 0x2122_2324_2526_2728,
+            len: 0x3132_3334,
+        };
+        let mut compact = Vec::new();
+        request
+            .encode(HeaderStyle::Structured, &mut compact)
+            .unwrap();
+        let fields = b"\x01\x02\x00\x07\x11\x12\x13\x14\x15\x16\x17\x18!\"#$%&'(";
+        assert_eq!(
+            compact,
+            [&b"\x25\x60\x95\x13"[..], fields, b"1234"].concat()
+        );
+        let mut extended = Vec::new();
+        request
+            .encode(HeaderStyle::Extended, &mut extended)
+            .unwrap();
+        assert_eq!(
+            extended,
+            [&b"\x21\xe4\x1c\x71"[..], fields, b"\0\0\0\x001234"].concat()
+        );
+        let long = Request {
+            len: 1 << 32,
+            ..request
+        };
+        assert!(long.encode(HeaderStyle::Structured, &mut compact).is_none());
+        assert!(long.encode(HeaderStyle::Extended, &mut extended).is_some());
+    }
+
+    #[test]
+    fn a_reply_header_cut_off_anywhere_asks_for_more() {
+        let structured = b"\x66\x8e\x33\xef\0\x01\0\x05\0\0\0\0\0\0\0\x09\0\0\0\x0c";
+        for len in 0..structured.len() {
+            let step = ReplyHeader::decode(HeaderStyle::Structured, &structured[..len]);
+            assert!(
+                matches!(step, Ok(Step::Need(needed)) if needed > len),
+                "{len} bytes"
+            );
+        }
+        let header = ReplyHeader::Chunk {
+            cookie: 9,
+            last: true,
+            kind: 5,
+            offset: None,
+            len: 12,
+        };
+        let step = ReplyHeader::decode(HeaderStyle::Structured, structured);
+        assert_eq!(step, Ok(Step::Done(header, 20)));
+    }
+}
