@@ -95,8 +95,11 @@ fn throughput(threads: usize) -> Result<()> {
             let before = writer.stats().stored_bytes_chunks;
             let start = Instant::now();
             thread::scope(|scope| {
-                let work = |bytes| scope.spawn(|| add(&writer, bytes));
-                let lanes: Vec<_> = all.iter().map(work).collect();
+                let writer = &writer;
+                let lanes: Vec<_> = all
+                    .iter()
+                    .map(|bytes| scope.spawn(move || add(writer, bytes)))
+                    .collect();
                 lanes
                     .into_iter()
                     .try_for_each(|lane| lane.join().expect("no panic"))
