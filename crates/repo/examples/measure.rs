@@ -61,7 +61,9 @@ fn data(chunks: usize, salt: u64) -> Vec<u8> {
         // Words from a small alphabet, repeated at odd distances.
         if at % 8 < 5 {
             let (head, tail) = block.split_at_mut(64);
-            head.iter_mut().for_each(|byte| *byte = b'a' + *byte % 16);
+            for byte in head.iter_mut() {
+                *byte = b'a' + *byte % 16;
+            }
             tail.chunks_mut(64)
                 .for_each(|part| part.copy_from_slice(&head[..part.len()]));
         }
@@ -69,14 +71,13 @@ fn data(chunks: usize, salt: u64) -> Vec<u8> {
     bytes
 }
 
+/// Prints MB (1e6) per second of wall clock, and per second that the lanes'
+/// threads really had a processor, which is what counts on a busy machine.
 fn throughput(threads: usize) -> Result<()> {
     let chunks = 4096 / threads;
     let all: Vec<Vec<u8>> = (0..threads).map(|n| data(chunks, n as u64)).collect();
-    let total = (threads * chunks * CHUNK) as f64;
-    println!(
-        "{threads} thread(s), {} MiB, MB/s = 1e6",
-        threads * chunks * CHUNK >> 20
-    );
+    let total = (threads * chunks * CHUNK) as f64 / 1e6;
+    println!("{threads} thread(s), {total:.0} MB");
     for encrypted in [false, true] {
         for (name, compression) in [
             ("none", Compression::None),
@@ -84,48 +85,68 @@ fn throughput(threads: usize) -> Result<()> {
             ("zstd:1", Compression::Zstd(1)),
             ("zstd:3", Compression::Zstd(3)),
         ] {
-            let store = Arc::new(MemStore::default());
-            let repo = init(store, encrypted)?;
-            let writer = repo.writer(WriterOptions {
+            let repo = init(Arc::new(MemStore::default()), encrypted)?;
+            let options = WriterOptions {
                 compression,
                 ..WriterOptions::default()
-            })?;
+            };
+            let writer = repo.writer(options)?;
             // The buffers of packs are touched for the first time here.
             add(&writer, &data(600, 99))?;
             let before = writer.stats().stored_bytes_chunks;
-            let start = Instant::now();
-            thread::scope(|scope| {
-                let writer = &writer;
-                let lanes: Vec<_> = all
-                    .iter()
-                    .map(|bytes| scope.spawn(move || add(writer, bytes)))
-                    .collect();
-                lanes
-                    .into_iter()
-                    .try_for_each(|lane| lane.join().expect("no panic"))
-            })?;
-            let added = start.elapsed().as_secs_f64();
-            let stored = (writer.stats().stored_bytes_chunks - before) as f64;
+            let (wall, cpu) = run(&all, |bytes| add(&writer, bytes))?;
+            let stored = (writer.stats().stored_bytes_chunks - before) as f64 / 1e6;
             writer.flush()?;
-            let wanted: Vec<_> = all
-                .iter()
-                .flat_map(|bytes| bytes.chunks(CHUNK))
-                .filter_map(|chunk| repo.chunk_id(chunk))
-                .enumerate()
-                .map(|(at, id)| (at as u64, id))
-                .collect();
-            let start = Instant::now();
-            repo.fetch(&wanted, threads, &|_, _| Ok::<(), RepoError>(()))?;
-            let fetched = start.elapsed().as_secs_f64();
+            let wanted = |bytes: &Vec<u8>| -> Vec<_> {
+                let ids = bytes.chunks(CHUNK).filter_map(|chunk| repo.chunk_id(chunk));
+                ids.enumerate().map(|(at, id)| (at as u64, id)).collect()
+            };
+            let lists: Vec<_> = all.iter().map(wanted).collect();
+            let drop_all = |list: &Vec<_>| repo.fetch(list, 1, &|_, _| Ok::<(), RepoError>(()));
+            let (fetch_wall, fetch_cpu) = run(&lists, drop_all)?;
             println!(
-                "{name:>7} encrypted={encrypted:<5} add {:6.0}  fetch {:6.0}  ratio {:.2}",
-                total / added / 1e6,
-                total / fetched / 1e6,
+                "{name:>7} encrypted={encrypted:<5} add {:5.0} wall {:5.0} cpu   \
+                 fetch {:5.0} wall {:5.0} cpu   ratio {:.2}",
+                total / wall,
+                total / cpu,
+                total / fetch_wall,
+                total / fetch_cpu,
                 total / stored
             );
         }
     }
     Ok(())
+}
+
+/// Works on each part in a thread of its own; returns seconds of wall clock and
+/// of all threads' time on a processor.
+fn run<T: Sync>(
+    parts: &[T],
+    work: impl Fn(&T) -> Result<(), RepoError> + Sync,
+) -> Result<(f64, f64)> {
+    let start = Instant::now();
+    let timed = |part: &T| -> Result<f64> {
+        let before = processor_seconds()?;
+        work(part)?;
+        Ok(processor_seconds()? - before)
+    };
+    let cpu = thread::scope(|scope| {
+        let threads: Vec<_> = parts
+            .iter()
+            .map(|part| scope.spawn(|| timed(part)))
+            .collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().expect("no panic"))
+            .sum::<Result<f64>>()
+    })?;
+    Ok((start.elapsed().as_secs_f64(), cpu))
+}
+
+fn processor_seconds() -> Result<f64> {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
+    let number = text.split_whitespace().next().context("no schedstat")?;
+    Ok(number.parse::<f64>()? / 1e9)
 }
 
 fn add(writer: &Writer, bytes: &[u8]) -> Result<(), RepoError> {

@@ -435,7 +435,9 @@ mod tests {
             }
             let sealer = Sealer::for_pack(None, &[0; 32]);
             let (mut plain, mut with) = (Vec::new(), Decompressor::default());
-            drop(open_record(&sealer, PackKind::Chunks, 0, &mut record, &mut with, &mut plain));
+            let opened =
+                open_record(&sealer, PackKind::Chunks, 0, &mut record, &mut with, &mut plain);
+            prop_assert!(opened.is_err() || record.len() >= RECORD_HEADER_LEN);
             prop_assert!(plain.capacity() <= 2 * PLAIN_LEN_MAX as usize);
         }
     }

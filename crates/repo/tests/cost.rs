@@ -1,5 +1,11 @@
 //! What an increment costs besides the changed bytes themselves.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic"
+)]
+
 mod support;
 
 use std::sync::Arc;

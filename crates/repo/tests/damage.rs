@@ -1,5 +1,11 @@
 //! No damaged byte ever leads to a wrong byte of an image.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic"
+)]
+
 mod support;
 
 use std::sync::Arc;
@@ -246,4 +252,16 @@ fn records_and_packs_cannot_change_places() {
             assert!(wrong.count() >= 1, "{one} replaced by {two}");
         }
     }
+}
+
+#[test]
+fn a_config_that_was_tampered_with_opens_with_no_key() {
+    let small = Small::new(Some(key_file()));
+    let text = String::from_utf8(small.store.bytes(&ObjectKey::config()).unwrap()).unwrap();
+    let line = text.lines().next().unwrap().replace("65536", "131072");
+    let forged = format!("{line}\n{}\n", blake3::hash(line.as_bytes()).to_hex());
+    let store = small.store.fork();
+    store.damage(&ObjectKey::config(), forged.as_bytes());
+    let error = Repository::open(Arc::new(store), small.secret.as_ref()).unwrap_err();
+    assert_eq!(error.kind(), RepoErrorKind::WrongKey);
 }

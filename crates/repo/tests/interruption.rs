@@ -1,6 +1,12 @@
 //! Whatever store call fails, and however: every restore point that was
 //! committed is whole, nothing else is visible, and the next save succeeds.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic"
+)]
+
 mod support;
 
 use std::sync::Arc;
@@ -247,4 +253,26 @@ fn a_failed_upload_fails_everything_after_it() {
         );
         assert_eq!(repo.points().unwrap().points, []);
     }
+}
+
+#[test]
+fn a_tree_that_met_an_error_cannot_be_finished() {
+    let memory = MemStore::default();
+    let bytes = image(1, 200);
+    let repo = init(Arc::new(memory.clone()), None).unwrap();
+    let parent = save(&repo, "a", 1, &bytes).unwrap().disks[0].image;
+    let mut met = 0;
+    for n in 4..12 {
+        let store = Arc::new(FaultyStore::new(memory.fork(), Fault::Call(n)));
+        let repo = Repository::open(store, None).unwrap();
+        let writer = repo.writer(options()).unwrap();
+        let mut tree = writer.tree(Some(&parent), parent.size_bytes).unwrap();
+        let failed = [3, 70, 140]
+            .map(|at| tree.set(at, None))
+            .iter()
+            .any(Result::is_err);
+        assert_eq!(tree.finish().is_err(), failed, "call {n}");
+        met += u32::from(failed);
+    }
+    assert!(met >= 3, "the faults hit the tree");
 }

@@ -3,6 +3,12 @@
 //! The oracle builds every tree from nothing, from the words of docs/format.md,
 //! and shares no code with the crate.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic"
+)]
+
 mod support;
 
 use std::collections::BTreeMap;
@@ -231,7 +237,7 @@ fn calls_that_make_no_sense_are_refused() {
     let mut lane = writer.lane();
     assert_eq!(kind(lane.add(&[]).map(drop)), RepoErrorKind::Usage);
     assert_eq!(
-        kind(lane.add(&[0; CHUNK + 1]).map(drop)),
+        kind(lane.add(&vec![0; CHUNK + 1]).map(drop)),
         RepoErrorKind::Usage
     );
 }
