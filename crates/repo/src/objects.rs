@@ -122,7 +122,7 @@ impl Objects {
         if place.kind != kind {
             return Err(Flaw("it lies in a pack of the other kind"));
         }
-        open_record(
+        let named = open_record(
             sealer,
             kind,
             place.record.offset,
@@ -130,6 +130,9 @@ impl Objects {
             decompressor,
             plain,
         )?;
+        if named != place.record.id {
+            return Err(Flaw("another object lies there"));
+        }
         let id = match kind {
             PackKind::Chunks => self.ids.chunk_id(plain),
             PackKind::Pages => self.ids.page_id(plain),

@@ -166,8 +166,11 @@ pub(crate) struct PackBuilder {
 
 impl PackBuilder {
     /// Starts a pack in `buffer`, whose length is the pack's greatest length.
-    pub(crate) fn new(kind: PackKind, seal: Option<&SealKey>, mut buffer: Vec<u8>) -> Self {
-        let salt = random();
+    pub(crate) fn new(kind: PackKind, seal: Option<&SealKey>, buffer: Vec<u8>) -> Self {
+        Self::with_salt(kind, seal, random(), buffer)
+    }
+
+    fn with_salt(kind: PackKind, seal: Option<&SealKey>, salt: Salt, mut buffer: Vec<u8>) -> Self {
         let sealer = Sealer::for_pack(seal, &salt);
         let header = PackHeader {
             kind,
@@ -309,4 +312,133 @@ fn associated(kind: PackKind, record_header: &[u8]) -> [u8; RECORD_HEADER_LEN + 
         .zip(record_header)
         .for_each(|(to, from)| *to = *from);
     bytes
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use zeroize::Zeroizing;
+
+    use super::*;
+    use crate::compress::Compression;
+
+    const PLAIN: &[u8] = b"some plain bytes that are forty-two bytes.";
+
+    fn build(seal: Option<&SealKey>, kind: PackKind) -> FinishedPack {
+        let mut pack = PackBuilder::with_salt(kind, seal, [9; 32], vec![0; 4096]);
+        let mut compressor = Compressor::new(Compression::Zstd(1)).unwrap();
+        for id in [1, 2] {
+            assert!(pack.has_room_for(PLAIN.len()));
+            pack.append(ObjectId::from_bytes([id; 32]), PLAIN, &mut compressor);
+        }
+        pack.finish()
+    }
+
+    fn key() -> SealKey {
+        SealKey(Zeroizing::new([3; 32]))
+    }
+
+    #[test]
+    fn the_bytes_of_a_plain_pack_never_change() {
+        let record = |id| {
+            [
+                &[id; 32][..],
+                &[42, 0, 0, 0],
+                &[42, 0, 0, 0],
+                &[0, 0, 0, 0],
+                PLAIN,
+            ]
+            .concat()
+        };
+        let header = [b"HWPACK".as_slice(), &[1, 1, 0], &[0; 7], &[9; 32]].concat();
+        let wanted = [header, record(1), record(2)].concat();
+        let pack = build(None, PackKind::Chunks);
+        assert_eq!(pack.bytes(), wanted);
+        let place = |id, offset| RecordPlace {
+            id: ObjectId::from_bytes([id; 32]),
+            offset,
+            record_len: 86,
+            plain_len: 42,
+        };
+        assert_eq!(pack.records, [place(1, 48), place(2, 134)]);
+    }
+
+    #[test]
+    fn the_bytes_of_a_sealed_pack_never_change() {
+        let hash = blake3::hash(build(Some(&key()), PackKind::Chunks).bytes());
+        let wanted = "f9d59eb601068d4e2b7266c199d2746d3fd4269dc23a231839f8fafb0fd3ba1d";
+        assert_eq!(hash.to_hex().as_str(), wanted);
+    }
+
+    /// Opens the record at `offset` as if it were of `kind` and lay at `nonce`.
+    fn open(bytes: &[u8], kind: PackKind, offset: usize, nonce: u32) -> Result<Vec<u8>, Flaw> {
+        let len = RECORD_HEADER_LEN + PLAIN.len() + 16;
+        let mut record = bytes[offset..offset + len].to_vec();
+        let sealer = Sealer::for_pack(Some(&key()), &PackHeader::decode(bytes)?.salt);
+        let mut plain = Vec::new();
+        let mut decompressor = Decompressor::default();
+        open_record(
+            &sealer,
+            kind,
+            nonce,
+            &mut record,
+            &mut decompressor,
+            &mut plain,
+        )?;
+        Ok(plain)
+    }
+
+    #[test]
+    fn a_sealed_record_opens_only_in_its_place_and_as_its_kind() {
+        let pack = build(Some(&key()), PackKind::Chunks);
+        let (first, second) = (HEADER_LEN, pack.records[1].offset);
+        assert_eq!(
+            open(pack.bytes(), PackKind::Chunks, first, 48).unwrap(),
+            PLAIN
+        );
+        assert!(
+            open(pack.bytes(), PackKind::Chunks, first, second).is_err(),
+            "moved"
+        );
+        assert!(
+            open(pack.bytes(), PackKind::Pages, first, 48).is_err(),
+            "as a page"
+        );
+        for at in 0..RECORD_HEADER_LEN {
+            let mut bad = pack.bytes().to_vec();
+            bad[first + at] ^= 1;
+            assert!(
+                open(&bad, PackKind::Chunks, first, 48).is_err(),
+                "header byte {at}"
+            );
+        }
+        let other = PackBuilder::new(PackKind::Chunks, Some(&key()), vec![0; 4096]).finish();
+        let salted = [&other.bytes()[..HEADER_LEN], &pack.bytes()[HEADER_LEN..]].concat();
+        assert!(
+            open(&salted, PackKind::Chunks, first, 48).is_err(),
+            "into another pack"
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn no_record_makes_the_reader_panic_or_take_more_memory_than_a_chunk(
+            mut record in proptest::collection::vec(any::<u8>(), 0..200),
+            codec in 0..4_u8,
+            plain_len in prop_oneof![0..300_u32, any::<u32>()],
+        ) {
+            let stored = u32::try_from(record.len().saturating_sub(RECORD_HEADER_LEN)).unwrap();
+            if let Some(head) = record.get_mut(32..44) {
+                head[..4].copy_from_slice(&plain_len.to_le_bytes());
+                head[4..8].copy_from_slice(&stored.to_le_bytes());
+                head[8..].copy_from_slice(&[codec, 0, 0, 0]);
+            }
+            let sealer = Sealer::for_pack(None, &[0; 32]);
+            let (mut plain, mut with) = (Vec::new(), Decompressor::default());
+            let opened =
+                open_record(&sealer, PackKind::Chunks, 0, &mut record, &mut with, &mut plain);
+            prop_assert!(opened.is_err() || record.len() >= RECORD_HEADER_LEN);
+            prop_assert!(plain.capacity() <= 2 * PLAIN_LEN_MAX as usize);
+        }
+    }
 }

@@ -31,6 +31,8 @@ pub struct TreeBuilder<'a> {
     /// content is longer now, with zeroes at its end.
     grown_chunk: Option<u64>,
     bytes: Vec<u8>,
+    /// An error left the tree half changed: it can no longer be finished.
+    is_broken: bool,
 }
 
 struct OpenPage {
@@ -63,6 +65,7 @@ impl<'a> TreeBuilder<'a> {
             next: 0,
             grown_chunk: parent.and_then(|parent| grown_chunk(&parent, size_bytes)),
             bytes: Vec::with_capacity(PAGE_LEN_MAX),
+            is_broken: false,
         };
         tree.put_parent_under_new_levels();
         Ok(tree)
@@ -78,6 +81,12 @@ impl<'a> TreeBuilder<'a> {
             );
             return Err(RepoError::usage("build a tree", why));
         }
+        let outcome = self.try_set(chunk_index, id);
+        self.is_broken |= outcome.is_err();
+        outcome
+    }
+
+    fn try_set(&mut self, chunk_index: u64, id: Option<ObjectId>) -> Result<(), RepoError> {
         match self.grown_chunk {
             Some(grown) if grown < chunk_index => self.lengthen(grown)?,
             Some(grown) if grown == chunk_index => self.grown_chunk = None,
@@ -89,6 +98,12 @@ impl<'a> TreeBuilder<'a> {
     /// Closes the tree; returns its root. Its pages are durable when
     /// [`Writer::flush`] has returned.
     pub fn finish(mut self) -> Result<ImageRoot, RepoError> {
+        if self.is_broken {
+            return Err(RepoError::usage(
+                "build a tree",
+                "an earlier call has failed",
+            ));
+        }
         if let Some(grown) = self.grown_chunk {
             self.lengthen(grown)?;
         }

@@ -1,5 +1,11 @@
 //! Making, opening, saving, reading back.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test may panic"
+)]
+
 mod support;
 
 use std::sync::Arc;

@@ -36,6 +36,10 @@ impl From<StoreError> for LoadError {
     }
 }
 
+/// Tables of 700 million objects. A file with holes can claim any length, and
+/// its tables are read into memory.
+const TABLES_LEN_MAX: u64 = 1 << 30;
+
 /// Whether a pack was looked for, and found with its exact length.
 const UNKNOWN: u8 = 0;
 const THERE: u8 = 1;
@@ -66,6 +70,7 @@ impl IndexFile {
         }
         let tables_len = counts
             .tables_len()
+            .filter(|len| *len <= TABLES_LEN_MAX)
             .ok_or(Flaw("its counts are impossible"))?;
         let mut bytes = vec![0; narrow(tables_len)?];
         store.get_range(&listed.key, wide(HEADER_LEN), &mut bytes)?;

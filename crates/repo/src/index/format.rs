@@ -347,3 +347,126 @@ pub(crate) fn prefix_of(id: &ObjectId) -> u64 {
         .copied()
         .map_or(0, u64::from_be_bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn row(id: u8, pack_no: u32) -> IndexRow {
+        let id = ObjectId::from_bytes([id; 32]);
+        IndexRow {
+            pack_no,
+            place: RecordPlace {
+                id,
+                offset: 48,
+                record_len: 86,
+                plain_len: 42,
+            },
+        }
+    }
+
+    #[test]
+    fn the_bytes_of_an_index_never_change() {
+        let pack = IndexPack {
+            id: [7; 32],
+            len: 1000,
+            kind: PackKind::Pages,
+        };
+        let bytes = encode(
+            &[[5; 32]],
+            &[pack],
+            &mut vec![row(9, 0), row(2, 0), row(2, 1)],
+        );
+        let front = [
+            b"HWINDX".as_slice(),
+            &[1, 0],
+            &[1, 0, 0, 0],
+            &[1, 0, 0, 0],
+            &[2, 0, 0, 0, 0, 0, 0, 0],
+        ]
+        .concat();
+        // Ids of equal bytes set one bit each: 0x02020202 & 63 and so on.
+        let bits = |m: u64| {
+            [0, 6, 12, 18]
+                .iter()
+                .fold(0, |all, by| all | 1_u64 << (m >> by & 63))
+        };
+        let filter = bits(0x0202_0202) | bits(0x0909_0909);
+        let tables = [
+            &[5; 32][..],
+            &[7; 32],
+            &1000_u64.to_le_bytes(),
+            &[2, 0, 0, 0, 0, 0, 0, 0],
+            &[2; 8],
+            &filter.to_le_bytes(),
+        ]
+        .concat();
+        let hash = blake3::hash(&[front.clone(), tables.clone()].concat());
+        let row = |id: u8| {
+            [
+                &[id; 32][..],
+                &[0; 4],
+                &[48, 0, 0, 0],
+                &[86, 0, 0, 0],
+                &[42, 0, 0, 0],
+            ]
+            .concat()
+        };
+        let mut block = [row(2), row(9)].concat();
+        block.resize(4064, 0);
+        let block_hash = blake3::hash(&block);
+        let wanted = [
+            front,
+            hash.as_bytes().to_vec(),
+            vec![0; 8],
+            tables,
+            block,
+            block_hash.as_bytes().to_vec(),
+        ]
+        .concat();
+        assert!(bytes == wanted);
+    }
+
+    #[test]
+    fn the_filter_passes_all_that_is_there_and_little_else() {
+        let id = |n: u64| ObjectId::from_bytes(blake3::hash(&n.to_le_bytes()).into());
+        let place = |n| RecordPlace {
+            id: id(n),
+            offset: 0,
+            record_len: 0,
+            plain_len: 0,
+        };
+        let rows: Vec<_> = (0..20_000)
+            .map(|n| IndexRow {
+                pack_no: 0,
+                place: place(n),
+            })
+            .collect();
+        let filter = Filter::of(&rows, 20_000 * FILTER_BITS_PER_ROW / 64);
+        assert!((0..20_000).all(|n| filter.may_hold(&id(n))));
+        let passed = (20_000..120_000)
+            .filter(|n| filter.may_hold(&id(*n)))
+            .count();
+        assert!(passed < 4_000, "{passed} of 100000 absent ids pass");
+    }
+
+    proptest! {
+        #[test]
+        fn no_header_makes_the_reader_panic_or_expect_more_than_the_file_has(
+            counts in any::<(u32, u32, u64)>(),
+            rest in proptest::collection::vec(any::<u8>(), 0..300),
+        ) {
+            let mut bytes = [0; HEADER_LEN];
+            bytes[..7].copy_from_slice(b"HWINDX\x01");
+            bytes[8..12].copy_from_slice(&counts.0.to_le_bytes());
+            bytes[12..16].copy_from_slice(&counts.1.to_le_bytes());
+            bytes[16..24].copy_from_slice(&counts.2.to_le_bytes());
+            let header = Header::decode(&bytes).unwrap();
+            let len = header.counts.file_len();
+            prop_assert!(len.is_none_or(|len| len >= counts.2.saturating_mul(48)));
+            prop_assert!(Tables::decode(&header, &rest).is_err());
+        }
+    }
+}
