@@ -28,6 +28,7 @@ mod marks;
 mod observe;
 mod quiesce;
 mod record_xml;
+mod scratch;
 mod scratch_image;
 mod sys;
 

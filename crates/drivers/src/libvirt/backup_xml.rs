@@ -7,15 +7,13 @@ use std::path::Path;
 use highwater_hypervisor::{DiskOrder, NewMark, ReadMode, Redefinition};
 use highwater_model::SessionId;
 
-use super::domain_xml::{EncryptionXml, SecretBy};
-
 /// One disk of a backup job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BackupDisk<'a> {
     pub(crate) order: &'a DiskOrder,
     pub(crate) scratch: &'a Path,
-    /// Encrypt the scratch file like the disk.
-    pub(crate) encryption: Option<&'a EncryptionXml>,
+    /// UUID of libvirt's secret that opens the scratch file, if it is encrypted.
+    pub(crate) secret: Option<&'a str>,
 }
 
 /// Returns the name under which a disk, and its bitmap, is exported. It carries
@@ -62,35 +60,18 @@ pub(crate) fn domain_backup(session: SessionId, socket: &Path, disks: &[BackupDi
             ),
         );
         line(&mut xml, 3, "<driver type='qcow2'/>");
-        match disk.encryption {
-            None => line(
-                &mut xml,
-                3,
-                &format!("<scratch file='{}'/>", path(disk.scratch)),
-            ),
-            Some(encryption) => {
+        let scratch = path(disk.scratch);
+        match disk.secret {
+            None => line(&mut xml, 3, &format!("<scratch file='{scratch}'/>")),
+            Some(secret) => {
+                line(&mut xml, 3, &format!("<scratch file='{scratch}'>"));
+                line(&mut xml, 4, "<encryption format='luks'>");
+                let secret = escape(secret);
                 line(
                     &mut xml,
-                    3,
-                    &format!("<scratch file='{}'>", path(disk.scratch)),
+                    5,
+                    &format!("<secret type='passphrase' uuid='{secret}'/>"),
                 );
-                line(
-                    &mut xml,
-                    4,
-                    &format!("<encryption format='{}'>", escape(&encryption.format)),
-                );
-                if let Some((by, name)) = &encryption.secret {
-                    let by = match by {
-                        SecretBy::Uuid => "uuid",
-                        SecretBy::Usage => "usage",
-                    };
-                    let name = escape(name);
-                    line(
-                        &mut xml,
-                        5,
-                        &format!("<secret type='passphrase' {by}='{name}'/>"),
-                    );
-                }
                 line(&mut xml, 4, "</encryption>");
                 line(&mut xml, 3, "</scratch>");
             }
@@ -100,6 +81,15 @@ pub(crate) fn domain_backup(session: SessionId, socket: &Path, disks: &[BackupDi
     line(&mut xml, 1, "</disks>");
     xml.push_str("</domainbackup>\n");
     xml
+}
+
+/// Writes `<secret>`: kept in the daemon's memory only, and told to no client.
+pub(crate) fn scratch_secret(session: SessionId, uuid: &str) -> String {
+    format!(
+        "<secret ephemeral='yes' private='yes'>\n  <uuid>{}</uuid>\n  \
+         <description>scratch files of highwater session {session}</description>\n</secret>\n",
+        escape(uuid)
+    )
 }
 
 /// Writes `<domaincheckpoint>` for a mark to be created with the backup.
@@ -217,10 +207,6 @@ mod tests {
             target: "vdb".into(),
             mode: ReadMode::Since(mark()),
         };
-        let secret = EncryptionXml {
-            format: "luks".into(),
-            secret: Some((SecretBy::Usage, "it's <mine>".into())),
-        };
         let xml = domain_backup(
             session(),
             Path::new("/run/s/n.sock"),
@@ -228,12 +214,12 @@ mod tests {
                 BackupDisk {
                     order: &full,
                     scratch: Path::new("/s/a&b"),
-                    encryption: None,
+                    secret: None,
                 },
                 BackupDisk {
                     order: &since,
                     scratch: Path::new("/s/vdb"),
-                    encryption: Some(&secret),
+                    secret: Some("it's <mine>"),
                 },
             ],
         );
@@ -251,7 +237,7 @@ mod tests {
       <driver type='qcow2'/>
       <scratch file='/s/vdb'>
         <encryption format='luks'>
-          <secret type='passphrase' usage='it&apos;s &lt;mine&gt;'/>
+          <secret type='passphrase' uuid='it&apos;s &lt;mine&gt;'/>
         </encryption>
       </scratch>
     </disk>

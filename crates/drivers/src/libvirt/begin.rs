@@ -3,16 +3,16 @@
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Consistency, ErrorKind, Export, ExportAddress, HypervisorError, Quiesce,
-    ReadMode, RunState, VmRef, WriteErrorPolicy,
+    BeginOrder, Begun, Consistency, DiskOrder, ErrorKind, Export, ExportAddress, HypervisorError,
+    Quiesce, ReadMode, RunState, VmRef,
 };
 use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
 use super::connection::LibvirtDriver;
-use super::directories::{SessionPaths, free_bytes, refuse_without_room};
+use super::directories::{SessionPaths, free_bytes};
 use super::disks::skip_reason;
-use super::domain_xml::{DiskXml, DomainXml, EncryptionXml};
+use super::domain_xml::{DiskXml, DomainXml};
 use super::end::stop_job;
 use super::error::explain;
 use super::host::{self, User};
@@ -20,21 +20,12 @@ use super::jobs::{self, backup_job, run_state};
 use super::observe::{checkpoints, read_definition};
 use super::quiesce::{self, Frozen, Outcome};
 use super::record_xml::BackupJob;
-use super::scratch_image;
+use super::scratch;
 use super::sys::events::EventListener;
 use super::sys::handles::DomainHandle;
 
 /// `VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL`: scratch files are ours.
 const REUSE_SCRATCH: u32 = 1;
-
-/// A scratch file that is not reserved needs room for what the guest overwrites
-/// while the backup runs. Nobody knows how much; a sixteenth of the disks, at
-/// most 4 GiB, is refused to start with, since it would hardly ever do.
-const ROOM_DIVISOR: u64 = 16;
-const ROOM_BYTES_MAX: u64 = 4 << 30;
-/// The session is given up while this part of that room is left, so that the
-/// abort comes before the guest is paused.
-const RESERVE_DIVISOR: u64 = 4;
 
 /// What is watched while a session runs.
 pub(super) struct Watch {
@@ -51,12 +42,11 @@ pub(super) struct Watch {
 }
 
 /// One ordered disk and what is known about it.
-struct Ordered<'a> {
-    order: &'a highwater_hypervisor::DiskOrder,
-    disk: &'a DiskXml,
-    size_bytes: u64,
-    scratch: PathBuf,
-    encryption: Option<&'a EncryptionXml>,
+pub(super) struct Ordered<'a> {
+    pub(super) order: &'a DiskOrder,
+    pub(super) disk: &'a DiskXml,
+    pub(super) size_bytes: u64,
+    pub(super) scratch: PathBuf,
 }
 
 impl LibvirtDriver {
@@ -104,7 +94,7 @@ impl LibvirtDriver {
         if state == RunState::PausedOnError {
             paths.note_stopped_before()?;
         }
-        let reserve = prepare_scratch(ordered, paths, qemu)?;
+        let scratch = scratch::prepare(order.session, domain, ordered, paths, qemu)?;
         // Before the job: nothing that happens to it may go unheard.
         let listener = EventListener::open(domain)
             .map_err(|error| explain(format!("cannot watch VM `{}`", order.vm.name), &error))?;
@@ -116,12 +106,12 @@ impl LibvirtDriver {
                 .map(|one| BackupDisk {
                     order: one.order,
                     scratch: &one.scratch,
-                    encryption: one.encryption,
+                    secret: scratch.secret.as_deref().filter(|_| one.disk.encrypted),
                 })
                 .collect::<Vec<_>>(),
         );
         let checkpoint_xml = order.new_mark.as_ref().map(backup_xml::new_checkpoint);
-        let flags = if reserve.is_none() { REUSE_SCRATCH } else { 0 };
+        let flags = if scratch.is_ours { REUSE_SCRATCH } else { 0 };
         let mut warnings = Vec::new();
         let frozen = if state == RunState::Running {
             match quiesce::freeze(
@@ -155,7 +145,7 @@ impl LibvirtDriver {
         }
         let consistency = confirm_paused(&order.vm, domain, state, consistency)?;
         let job = expect_our_job(order, domain, paths)?;
-        if let Some((dir, reserve_bytes)) = &reserve {
+        if let Some((dir, reserve_bytes)) = &scratch.reserve {
             warnings.extend(arm_thresholds(domain, &job, dir, *reserve_bytes));
         }
         self.watches.insert(
@@ -168,7 +158,7 @@ impl LibvirtDriver {
                     .iter()
                     .filter_map(|one| one.disk.alias.clone())
                     .collect(),
-                reserve,
+                reserve: scratch.reserve,
             },
         );
         report(
@@ -250,27 +240,17 @@ fn match_disks<'a>(
             let because = format!("disk `{target}` cannot be backed up ({reason:?})");
             return Err(refused(ErrorKind::NoSuchDisk, because));
         }
-        let encryption = disk.encryption.as_ref();
-        // Reads of the export are plain text, and so would the scratch file be.
-        if encryption.is_some_and(|one| one.format != "luks" || one.secret.is_none()) {
-            return Err(refused(
-                ErrorKind::Scratch,
-                format!("the scratch file of disk `{target}` cannot be encrypted like the disk"),
-            ));
-        }
         let size_bytes = domain.capacity(target).map_err(|error| {
             explain(
                 format!("cannot ask for the size of disk `{target}`"),
                 &error,
             )
         })?;
-        let scratch = paths.scratch(target);
         ordered.push(Ordered {
             order: wanted,
             disk,
             size_bytes,
-            scratch,
-            encryption,
+            scratch: paths.scratch(target),
         });
     }
     let marked = order.new_mark.iter().flat_map(|mark| &mark.disks);
@@ -283,47 +263,6 @@ fn match_disks<'a>(
         }
     }
     Ok(ordered)
-}
-
-/// Makes sure that there is room for scratch files. Returns where to keep an
-/// eye on it, or `None` if all of it is reserved.
-fn prepare_scratch(
-    ordered: &[Ordered<'_>],
-    paths: &SessionPaths,
-    qemu: Option<&User>,
-) -> Result<Option<(PathBuf, u64)>, HypervisorError> {
-    let dir = paths.scratch_dir();
-    let loses_writes = |one: &Ordered<'_>| one.disk.write_errors != WriteErrorPolicy::Pause;
-    if !ordered.iter().any(loses_writes) {
-        let total = ordered
-            .iter()
-            .fold(0_u64, |sum, one| sum.saturating_add(one.size_bytes));
-        let room = (total / ROOM_DIVISOR).min(ROOM_BYTES_MAX);
-        refuse_without_room(dir, room)?;
-        return Ok(Some((dir.to_path_buf(), room / RESERVE_DIVISOR)));
-    }
-    // One flag of the start call covers all disks, so all get a reserved file.
-    if let Some(one) = ordered.iter().find(|one| one.encryption.is_some()) {
-        return Err(HypervisorError::new(
-            ErrorKind::Scratch,
-            format!(
-                "cannot reserve a scratch file for disk `{}`",
-                one.order.target
-            ),
-        )
-        .because("it would have to be encrypted")
-        .hint("set `error_policy` to `enospace` or `stop` on the VM's disks"));
-    }
-    // QEMU rounds the size of a raw image up to whole sectors.
-    let size = |one: &Ordered<'_>| one.size_bytes.div_ceil(512).saturating_mul(512);
-    let needed = ordered.iter().fold(0_u64, |sum, one| {
-        sum.saturating_add(scratch_image::reserved_bytes(size(one)))
-    });
-    refuse_without_room(dir, needed)?;
-    for one in ordered {
-        scratch_image::create_reserved(&one.scratch, size(one), qemu)?;
-    }
-    Ok(None)
 }
 
 /// Says how consistent the point is, and thaws.

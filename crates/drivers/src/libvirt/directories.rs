@@ -79,6 +79,11 @@ impl SessionPaths {
             .join(format!("hw-{}-{target}.scratch", self.session))
     }
 
+    /// Where the key of encrypted scratch files is while they are made.
+    pub(super) fn key(&self) -> PathBuf {
+        self.scratch_dir.join(format!("hw-{}.key", self.session))
+    }
+
     fn made_by_us(&self, dir: &Path) -> PathBuf {
         dir.join(format!("hw-{}.session", self.session))
     }

@@ -85,7 +85,7 @@ pub(crate) fn facts(
             None => RootNode::Unknown("the VM is off".to_owned()),
         },
         write_errors: disk.write_errors,
-        encrypted: disk.encryption.is_some(),
+        encrypted: disk.encrypted,
         counters: queries.counters(&disk.target),
         chain,
     })

@@ -51,8 +51,8 @@ pub(crate) struct DiskXml {
     pub(crate) transient: bool,
     /// The disk is being copied elsewhere (`<mirror>`).
     pub(crate) mirrored: bool,
-    /// What a LUKS image is opened with.
-    pub(crate) encryption: Option<EncryptionXml>,
+    /// The image, or one below it, is encrypted at rest.
+    pub(crate) encrypted: bool,
     /// The image and its backing files, topmost first; empty without a medium.
     pub(crate) chain: Vec<LinkXml>,
 }
@@ -80,22 +80,6 @@ pub(crate) enum SourceXml {
     Network(String),
     /// A device that does not go through QEMU's block layer.
     PassedThrough,
-}
-
-/// What a LUKS image is opened with: a secret that libvirt keeps.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct EncryptionXml {
-    /// `luks`; anything else cannot be given to a scratch file.
-    pub(crate) format: String,
-    /// How the secret is named: attribute (`uuid` or `usage`) and value.
-    pub(crate) secret: Option<(SecretBy, String)>,
-}
-
-/// How a secret is named.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum SecretBy {
-    Uuid,
-    Usage,
 }
 
 /// Why a text is not the XML it should be.
@@ -258,7 +242,6 @@ fn agent(channel: Node<'_, '_>) -> Option<Agent> {
 /// libvirt never writes one.
 fn disk(node: Node<'_, '_>) -> Option<DiskXml> {
     let driver = child(node, "driver");
-    let source = child(node, "source");
     Some(DiskXml {
         target: child(node, "target")?.attribute("dev")?.to_owned(),
         device: node.attribute("device").unwrap_or("disk").to_owned(),
@@ -276,30 +259,12 @@ fn disk(node: Node<'_, '_>) -> Option<DiskXml> {
         shareable: child(node, "shareable").is_some(),
         transient: child(node, "transient").is_some(),
         mirrored: child(node, "mirror").is_some(),
-        // Older definitions have it in the disk, newer ones in its source.
-        encryption: source
-            .and_then(|source| child(source, "encryption"))
-            .or_else(|| child(node, "encryption"))
-            .map(encryption),
+        // In the disk or in a source of it, by the age of the definition.
+        encrypted: node
+            .descendants()
+            .any(|inner| inner.has_tag_name("encryption")),
         chain: chain(node),
     })
-}
-
-fn encryption(node: Node<'_, '_>) -> EncryptionXml {
-    let secret = child(node, "secret").and_then(|secret| {
-        let by_uuid = secret
-            .attribute("uuid")
-            .map(|uuid| (SecretBy::Uuid, uuid.to_owned()));
-        by_uuid.or_else(|| {
-            secret
-                .attribute("usage")
-                .map(|usage| (SecretBy::Usage, usage.to_owned()))
-        })
-    });
-    EncryptionXml {
-        format: node.attribute("format").unwrap_or_default().to_owned(),
-        secret,
-    }
 }
 
 fn chain(disk: Node<'_, '_>) -> Vec<LinkXml> {
@@ -454,13 +419,7 @@ mod tests {
         assert!(disk("vdi").readonly);
         assert_eq!(disk("sda").device, "cdrom");
         assert_eq!(disk("vdc").write_errors, WriteErrorPolicy::Report);
-        assert_eq!(
-            disk("vdm").encryption.unwrap().secret,
-            Some((
-                SecretBy::Uuid,
-                "f981dd17-143f-45bc-88e6-ed1fe20ce9da".into()
-            ))
-        );
+        assert!(disk("vdm").encrypted && !disk("vda").encrypted);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use super::connection::LibvirtDriver;
 use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
 use super::jobs::{backup_job, run_state};
+use super::scratch::forget_secret;
 use super::sys::handles::DomainHandle;
 
 /// How long an aborted job may take to vanish; it has to finish requests that
@@ -123,6 +124,7 @@ pub(super) fn stop_job(
             Err(error) => return Err(explain(message(), &error)),
         }
     }
+    ended.warnings.extend(forget_secret(session, domain));
     let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
     let had_session = ended.ended_job || paths.exist();
     if is_stopped && had_session && !paths.was_stopped_before() {

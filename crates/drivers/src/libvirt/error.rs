@@ -14,6 +14,7 @@ pub(crate) mod code {
     pub(crate) const NO_DOMAIN: i32 = 42;
     pub(crate) const AUTH_FAILED: i32 = 45;
     pub(crate) const OPERATION_INVALID: i32 = 55;
+    pub(crate) const NO_SECRET: i32 = 66;
     pub(crate) const CONFIG_UNSUPPORTED: i32 = 67;
     pub(crate) const OPERATION_TIMEOUT: i32 = 68;
     pub(crate) const AUTH_CANCELLED: i32 = 79;

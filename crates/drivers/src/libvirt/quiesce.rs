@@ -14,7 +14,6 @@
 //! libvirt's own call for freezing obeys a limit that is set for the whole VM
 //! and for everybody, and by default there is none.
 
-use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -148,9 +147,13 @@ impl Frozen<'_> {
             return Ok(self.since.elapsed());
         };
         let thawed = thaw_until_sure(self.domain);
-        // Only now: until here it would have stepped in.
-        watchdog.stop();
-        thawed.map(|()| self.since.elapsed()).map_err(|because| {
+        let elapsed = self.since.elapsed();
+        // Only now: until here it would have stepped in, and if it has, the
+        // guest was frozen no longer than that.
+        let elapsed = watchdog
+            .stop()
+            .map_or(elapsed, |stepped_in| elapsed.min(stepped_in));
+        thawed.map(|()| elapsed).map_err(|because| {
             HypervisorError::new(
                 ErrorKind::CannotFreeze,
                 format!(
@@ -177,7 +180,7 @@ impl Drop for Frozen<'_> {
 /// Thaws over a connection of its own when the first one takes too long.
 struct Watchdog {
     stop: Sender<()>,
-    thread: JoinHandle<()>,
+    thread: JoinHandle<Option<Duration>>,
 }
 
 impl Watchdog {
@@ -188,11 +191,12 @@ impl Watchdog {
         let thread = std::thread::Builder::new()
             .name("thaw-watchdog".to_owned())
             .spawn(move || {
-                let _alive = Arc::clone(&connection);
-                if stopped.recv_timeout(FREEZE_DEADLINE) == Err(RecvTimeoutError::Timeout) {
-                    // The first connection tries too and reports the outcome.
-                    drop(thaw_until_sure(&domain));
+                let since = Instant::now();
+                if stopped.recv_timeout(FREEZE_DEADLINE) != Err(RecvTimeoutError::Timeout) {
+                    return None;
                 }
+                // The first connection tries too and reports the outcome.
+                thaw_until_sure(&domain).ok().map(|()| since.elapsed())
             })
             .map_err(|error| {
                 HypervisorError::new(
@@ -207,10 +211,11 @@ impl Watchdog {
         Ok(Self { stop, thread })
     }
 
-    fn stop(self) {
+    /// Ends it: at once, or when its own attempts are over. Returns when it
+    /// thawed the guest, counted from its start.
+    fn stop(self) -> Option<Duration> {
         drop(self.stop);
-        // It ends by itself: at once, or when its own attempts are over.
-        drop(self.thread.join());
+        self.thread.join().ok().flatten()
     }
 }
 
@@ -267,4 +272,47 @@ pub(super) fn paused_guest(vm: &VmRef) -> HypervisorError {
         format!("cannot freeze the file systems of VM `{}`", vm.name),
     )
     .because("the VM is paused, so its agent cannot answer")
+}
+
+#[cfg(test)]
+mod tests {
+    use highwater_hypervisor::Driver as _;
+    use highwater_testkit::{DiskSpec, Lab, MIB, guest};
+
+    use super::*;
+    use crate::libvirt::{LibvirtDriver, LibvirtOptions};
+
+    /// The first connection does nothing, as if its start call hung.
+    #[test]
+    fn a_guest_is_thawed_after_five_seconds_whatever_the_first_connection_waits_for() {
+        let lab = Lab::start().unwrap();
+        guest::make_ext4(&lab.path("files.raw"), 16 * MIB).unwrap();
+        let files = DiskSpec::existing("vda", &lab.path("files.raw"), "raw");
+        let vm = lab.vm("web01").disk(files).guest().start().unwrap();
+        let inside = vm.guest().unwrap();
+        inside.wait_for_agent().unwrap();
+        let mut driver = LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap();
+        let found = driver.find("web01").unwrap();
+        let domain = driver.domain(&found).unwrap();
+
+        let Outcome::Frozen(frozen) =
+            freeze(&found, &domain, &driver.dialer, Quiesce::Require, &[]).unwrap()
+        else {
+            panic!("not frozen")
+        };
+        assert!(frozen.holds());
+        let since = Instant::now();
+        while inside.is_frozen().unwrap() {
+            assert!(
+                since.elapsed() < FREEZE_DEADLINE * 2,
+                "nobody thawed the guest"
+            );
+        }
+        assert!(!frozen.holds());
+        let elapsed = frozen.thaw().unwrap();
+        assert!(
+            elapsed > FREEZE_DEADLINE && elapsed < FREEZE_DEADLINE * 2,
+            "{elapsed:?}"
+        );
+    }
 }

@@ -132,6 +132,11 @@ api! {
         volume_lookup_by_name = "virStorageVolLookupByName": fn(Opaque, *const c_char) -> Opaque;
         volume_get_path = "virStorageVolGetPath": fn(Opaque) -> *mut c_char;
         volume_free = "virStorageVolFree": fn(Opaque) -> c_int;
+        secret_lookup_by_uuid = "virSecretLookupByUUIDString": fn(Opaque, *const c_char) -> Opaque;
+        secret_define_xml = "virSecretDefineXML": fn(Opaque, *const c_char, c_uint) -> Opaque;
+        secret_set_value = "virSecretSetValue": fn(Opaque, *const u8, usize, c_uint) -> c_int;
+        secret_undefine = "virSecretUndefine": fn(Opaque) -> c_int;
+        secret_free = "virSecretFree": fn(Opaque) -> c_int;
         event_register_default_impl = "virEventRegisterDefaultImpl": fn() -> c_int;
         event_run_default_impl = "virEventRunDefaultImpl": fn() -> c_int;
         domain_event_register_any = "virConnectDomainEventRegisterAny": fn(Opaque, Opaque, c_int, EventCallback, *mut c_void, Option<FreeCallback>) -> c_int;

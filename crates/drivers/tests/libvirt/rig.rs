@@ -180,3 +180,68 @@ pub(crate) fn assert_only_marks(rig: &Rig, vm: &Vm, order: &BeginOrder, marks: &
         order.scratch_dir.display()
     );
 }
+
+/// Makes a qcow2 image with LUKS, and a secret of libvirt's that opens it.
+/// Returns the `<encryption>` element that its disk needs.
+pub(crate) fn make_luks(lab: &Lab, image: &Path) -> String {
+    let uuid = "f981dd17-143f-45bc-88e6-ed1fe20ce9da";
+    let secret = lab.path("secret.xml");
+    std::fs::write(
+        &secret,
+        format!("<secret ephemeral='no' private='no'><uuid>{uuid}</uuid></secret>"),
+    )
+    .unwrap();
+    lab.virsh(&["secret-define", secret.to_str().unwrap()])
+        .unwrap();
+    std::fs::write(lab.path("passphrase"), "sesame").unwrap();
+    let file = format!("--file={}", lab.path("passphrase").display());
+    lab.virsh(&["secret-set-value", uuid, &file, "--plain"])
+        .unwrap();
+    tool("qemu-img")
+        .args([
+            "create",
+            "-q",
+            "-f",
+            "qcow2",
+            "--object",
+            "secret,id=s,data=sesame",
+        ])
+        .args([
+            "-o",
+            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+        ])
+        .arg(image)
+        .arg("8M")
+        .run()
+        .unwrap();
+    format!("<encryption format='luks'><secret type='passphrase' uuid='{uuid}'/></encryption>")
+}
+
+/// A small file system. Mounted before the lab starts: what is mounted later is
+/// not seen inside.
+pub(crate) struct SmallSpace(tempfile::TempDir);
+
+impl SmallSpace {
+    pub(crate) fn mount(size: &str) -> Self {
+        let dir = tempfile::Builder::new()
+            .prefix("hws-")
+            .tempdir_in("/dev/shm")
+            .unwrap();
+        tool("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
+            .arg(dir.path())
+            .run()
+            .unwrap();
+        Self(dir)
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+}
+
+impl Drop for SmallSpace {
+    fn drop(&mut self) {
+        drop(tool("umount").arg("-l").arg(self.0.path()).run());
+    }
+}

@@ -5,9 +5,9 @@ use std::os::unix::fs::MetadataExt as _;
 use highwater_hypervisor::{
     Consistency, Driver as _, ErrorKind, JobFacts, Quiesce, RunState, SkipReason,
 };
-use highwater_testkit::{DiskSpec, ErrorPolicy, MIB, compare_images, tool};
+use highwater_testkit::{DiskSpec, ErrorPolicy, MIB, compare_images};
 
-use crate::rig::{Rig, assert_only_marks, dirty_ranges, mark_name, read_export};
+use crate::rig::{Rig, assert_only_marks, dirty_ranges, make_luks, mark_name, read_export};
 
 #[test]
 fn a_full_and_then_a_mixed_backup_export_exactly_the_point_in_time() {
@@ -328,63 +328,60 @@ fn where_a_full_scratch_file_would_lose_writes_its_space_is_reserved() {
 }
 
 #[test]
-fn the_scratch_file_of_an_encrypted_disk_is_encrypted_with_the_same_secret() {
+fn the_scratch_file_of_an_encrypted_disk_is_encrypted_with_a_key_for_the_session_alone() {
     let mut rig = Rig::start();
     let lab = rig.lab.clone();
-    let uuid = "f981dd17-143f-45bc-88e6-ed1fe20ce9da";
-    let (secret, image) = (lab.path("secret.xml"), lab.path("luks.qcow2"));
-    std::fs::write(
-        &secret,
-        format!("<secret ephemeral='no' private='no'><uuid>{uuid}</uuid></secret>"),
-    )
-    .unwrap();
-    lab.virsh(&["secret-define", secret.to_str().unwrap()])
-        .unwrap();
-    std::fs::write(lab.path("passphrase"), "sesame").unwrap();
-    let file = format!("--file={}", lab.path("passphrase").display());
-    lab.virsh(&["secret-set-value", uuid, &file, "--plain"])
-        .unwrap();
-    tool("qemu-img")
-        .args([
-            "create",
-            "-q",
-            "-f",
-            "qcow2",
-            "--object",
-            "secret,id=s,data=sesame",
-        ])
-        .args([
-            "-o",
-            "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
-        ])
-        .arg(&image)
-        .arg("8M")
-        .run()
-        .unwrap();
+    let image = lab.path("luks.qcow2");
+    let encryption = make_luks(&lab, &image);
+    // Beside a disk that is not, and whose scratch file needs all its space.
     let vm = lab
         .vm("web01")
-        .disk(DiskSpec::existing("vda", &image, "qcow2").element(&format!(
-            "<encryption format='luks'><secret type='passphrase' uuid='{uuid}'/></encryption>"
-        )))
+        .disk(DiskSpec::existing("vda", &image, "qcow2").element(&encryption))
+        .disk(DiskSpec::qcow2("vdb", 8 * MIB).error_policy(ErrorPolicy::Ignore))
         .start()
         .unwrap();
-    assert!(rig.observe(&vm).disks[0].encrypted);
-    let secret_data = vec![0x5e_u8; 64 << 10];
-    vm.write("vda", "write -P 0x5e 0 2M").unwrap();
-    let order = rig.order(&vm, &[("vda", None)]);
-    let since = std::time::Instant::now();
+    let encrypted: Vec<_> = rig
+        .observe(&vm)
+        .disks
+        .iter()
+        .map(|disk| disk.encrypted)
+        .collect();
+    assert_eq!(encrypted, [true, false]);
+    let secrets = || lab.virsh(&["secret-list"]).unwrap().lines().count();
+    let secrets_before = secrets();
+    let clear_text = vec![0x5e_u8; 64 << 10];
+    for disk in ["vda", "vdb"] {
+        vm.write(disk, "write -P 0x5e 0 2M").unwrap();
+    }
+    let order = rig.order(&vm, &[("vda", None), ("vdb", None)]);
     let begun = rig.driver.begin(&order).unwrap();
-    eprintln!("begin {:?}", since.elapsed());
-    vm.write("vda", "write -P 0 0 2M").unwrap();
-    let scratch = std::fs::read_dir(&order.scratch_dir)
+    assert_eq!(secrets(), secrets_before + 1);
+    for disk in ["vda", "vdb"] {
+        vm.write(disk, "write -P 0 0 2M").unwrap();
+    }
+    let mut files: Vec<_> = std::fs::read_dir(&order.scratch_dir)
         .unwrap()
-        .map(|file| std::fs::read(file.unwrap().path()).unwrap())
-        .find(|bytes| bytes.len() > 2 << 20)
-        .unwrap();
-    assert!(!scratch.chunks(64 << 10).any(|chunk| chunk == secret_data));
-    let read = std::fs::read(read_export(&begun.exports[0], &lab.path("read.raw"))).unwrap();
-    assert!(read[..2 << 20].iter().all(|byte| *byte == 0x5e));
+        .map(|file| file.unwrap().path())
+        .filter(|path| !path.to_string_lossy().ends_with(".session"))
+        .collect();
+    files.sort();
+    let is_clear: Vec<_> = files
+        .iter()
+        .map(|file| {
+            std::fs::read(file)
+                .unwrap()
+                .chunks(64 << 10)
+                .any(|chunk| chunk == clear_text)
+        })
+        .collect();
+    assert_eq!(is_clear, [false, true], "{files:?}");
+    for export in &begun.exports {
+        let read = std::fs::read(read_export(export, &lab.path("read.raw"))).unwrap();
+        assert_eq!(read.len(), 8 << 20);
+        assert!(read[..2 << 20].iter().all(|byte| *byte == 0x5e));
+    }
     rig.driver.end(&order).unwrap();
+    assert_eq!(secrets(), secrets_before);
     let mark = order.new_mark.as_ref().unwrap().name.clone();
     assert_only_marks(&rig, &vm, &order, &[&mark]);
 }

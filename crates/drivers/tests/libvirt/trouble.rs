@@ -1,40 +1,9 @@
 //! Sessions that break, and guests that must not suffer from it.
 
-use std::path::Path;
-
 use highwater_hypervisor::{BeginOrder, Driver as _, ErrorKind};
-use highwater_testkit::{DiskSpec, MIB, Vm, tool};
+use highwater_testkit::{DiskSpec, MIB, Vm};
 
-use crate::rig::{Rig, assert_only_marks};
-
-/// A small file system for scratch files. Mounted before the lab starts: what
-/// is mounted later is not seen inside.
-struct SmallScratch(tempfile::TempDir);
-
-impl SmallScratch {
-    fn mount(size: &str) -> Self {
-        let dir = tempfile::Builder::new()
-            .prefix("hws-")
-            .tempdir_in("/dev/shm")
-            .unwrap();
-        tool("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "none"])
-            .arg(dir.path())
-            .run()
-            .unwrap();
-        Self(dir)
-    }
-
-    fn path(&self) -> &Path {
-        self.0.path()
-    }
-}
-
-impl Drop for SmallScratch {
-    fn drop(&mut self) {
-        drop(tool("umount").arg("-l").arg(self.0.path()).run());
-    }
-}
+use crate::rig::{Rig, SmallSpace, assert_only_marks};
 
 #[test]
 fn qemu_that_dies_ends_the_session_and_leaves_only_its_mark() {
@@ -83,7 +52,7 @@ fn a_job_ended_by_an_admin_is_a_lost_session() {
 
 /// A VM with 16 MiB of data on `vda`, and a session whose scratch file has only
 /// `size` to grow.
-fn start_with_small_scratch(rig: &mut Rig, scratch: &SmallScratch) -> (Vm, BeginOrder) {
+fn start_with_small_scratch(rig: &mut Rig, scratch: &SmallSpace) -> (Vm, BeginOrder) {
     let vm = rig
         .lab
         .vm("web01")
@@ -98,7 +67,7 @@ fn start_with_small_scratch(rig: &mut Rig, scratch: &SmallScratch) -> (Vm, Begin
 
 #[test]
 fn scratch_space_that_runs_low_is_noticed_before_the_guest_is() {
-    let scratch = SmallScratch::mount("6M");
+    let scratch = SmallSpace::mount("6M");
     let mut rig = Rig::start();
     let (vm, order) = start_with_small_scratch(&mut rig, &scratch);
     rig.driver.begin(&order).unwrap();
@@ -115,7 +84,7 @@ fn scratch_space_that_runs_low_is_noticed_before_the_guest_is() {
 
 #[test]
 fn too_little_scratch_space_is_refused_before_the_guest_is_touched() {
-    let scratch = SmallScratch::mount("2M");
+    let scratch = SmallSpace::mount("2M");
     let mut rig = Rig::start();
     let (vm, order) = start_with_small_scratch(&mut rig, &scratch);
     let error = rig.driver.begin(&order).unwrap_err();

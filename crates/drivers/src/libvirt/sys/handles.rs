@@ -136,6 +136,43 @@ impl ConnectionHandle {
     }
 }
 
+impl ConnectionHandle {
+    /// Gives libvirt a secret.
+    pub(crate) fn define_secret(&self, xml: &str, value: &[u8]) -> Result<(), CallError> {
+        let xml = c_text(xml)?;
+        // SAFETY: an open connection, a valid string and bytes of the length
+        // passed along; the object found is freed once, after its last use.
+        unsafe {
+            let secret = self
+                .api
+                .found((self.api.secret_define_xml)(self.raw, xml.as_ptr(), 0))?;
+            let outcome = self.api.checked((self.api.secret_set_value)(
+                secret,
+                value.as_ptr(),
+                value.len(),
+                0,
+            ));
+            (self.api.secret_free)(secret);
+            outcome.map(drop)
+        }
+    }
+
+    /// Has libvirt forget a secret.
+    pub(crate) fn forget_secret(&self, uuid: &str) -> Result<(), CallError> {
+        let uuid = c_text(uuid)?;
+        // SAFETY: an open connection and a valid string; the object found is
+        // freed once, after its last use.
+        unsafe {
+            let secret = self
+                .api
+                .found((self.api.secret_lookup_by_uuid)(self.raw, uuid.as_ptr()))?;
+            let outcome = self.api.checked((self.api.secret_undefine)(secret));
+            (self.api.secret_free)(secret);
+            outcome.map(drop)
+        }
+    }
+}
+
 impl Drop for ConnectionHandle {
     fn drop(&mut self) {
         // SAFETY: opened once, closed once; domains hold the handle alive.
@@ -192,6 +229,11 @@ pub(crate) struct JobStats {
 impl DomainHandle {
     fn api(&self) -> &'static Api {
         self.connection.api
+    }
+
+    /// Returns the connection it was found on.
+    pub(crate) fn connection(&self) -> &ConnectionHandle {
+        &self.connection
     }
 
     /// Returns the domain's name.

@@ -1,0 +1,175 @@
+//! Decides what scratch files a session needs, and makes those that are ours.
+//!
+//! libvirt makes them, inside the start call, where it can: plain files that
+//! grow. It cannot reserve their space, and one that is encrypted it makes so
+//! slowly that the guest stands still meanwhile; where a disk needs either, all
+//! files of the session are made here, before anything is frozen.
+
+use std::fs::OpenOptions;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use highwater_hypervisor::{ErrorKind, HypervisorError, WriteErrorPolicy};
+use highwater_model::{Nonce, SessionId};
+
+use super::backup_xml::scratch_secret;
+use super::begin::Ordered;
+use super::directories::{SessionPaths, refuse_without_room};
+use super::error::{code, explain};
+use super::host::User;
+use super::scratch_image::{self, Space};
+use super::sys::CallError;
+use super::sys::handles::DomainHandle;
+
+/// A scratch file that is not reserved needs room for what the guest overwrites
+/// while the backup runs. Nobody knows how much; a sixteenth of the disks, at
+/// most 4 GiB, is refused to start with, since it would hardly ever do.
+const ROOM_DIVISOR: u64 = 16;
+const ROOM_BYTES_MAX: u64 = 4 << 30;
+/// The session is given up while this part of that room is left, so that the
+/// abort comes before the guest is paused.
+const RESERVE_DIVISOR: u64 = 4;
+
+/// The scratch files of a session.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Scratch {
+    /// They were made here; libvirt is to use them as they are.
+    pub(super) is_ours: bool,
+    /// UUID of the secret that opens encrypted ones.
+    pub(super) secret: Option<String>,
+    /// Where to keep an eye on the room that is left, and how much must be;
+    /// `None` if all of it is reserved.
+    pub(super) reserve: Option<(PathBuf, u64)>,
+}
+
+/// Makes sure that there is room, and makes the files that libvirt cannot make.
+pub(super) fn prepare(
+    session: SessionId,
+    domain: &DomainHandle,
+    ordered: &[Ordered<'_>],
+    paths: &SessionPaths,
+    qemu: Option<&User>,
+) -> Result<Scratch, HypervisorError> {
+    let loses_writes = |one: &Ordered<'_>| one.disk.write_errors != WriteErrorPolicy::Pause;
+    let space = if ordered.iter().any(loses_writes) {
+        Space::Reserved
+    } else {
+        Space::AsNeeded
+    };
+    let dir = paths.scratch_dir();
+    let needed = room_needed(ordered, space);
+    refuse_without_room(dir, needed)?;
+    let encrypted = ordered.iter().any(|one| one.disk.encrypted);
+    let reserve = (space == Space::AsNeeded).then(|| (dir.to_path_buf(), needed / RESERVE_DIVISOR));
+    if space == Space::AsNeeded && !encrypted {
+        return Ok(Scratch {
+            is_ours: false,
+            secret: None,
+            reserve,
+        });
+    }
+    // One flag of the start call covers all disks, so all files are ours.
+    let secret = if encrypted {
+        Some(Secret::define(session, domain, paths)?)
+    } else {
+        None
+    };
+    for one in ordered {
+        let key = secret
+            .as_ref()
+            .filter(|_| one.disk.encrypted)
+            .map(|secret| secret.key.as_path());
+        scratch_image::create(&one.scratch, image_bytes(one), space, key, qemu)?;
+    }
+    let secret = secret.map(Secret::remove_key).transpose()?;
+    Ok(Scratch {
+        is_ours: true,
+        secret,
+        reserve,
+    })
+}
+
+fn room_needed(ordered: &[Ordered<'_>], space: Space) -> u64 {
+    let sum = |bytes: fn(&Ordered<'_>) -> u64| {
+        ordered
+            .iter()
+            .fold(0_u64, |sum, one| sum.saturating_add(bytes(one)))
+    };
+    match space {
+        Space::Reserved => sum(|one| scratch_image::reserved_bytes(image_bytes(one))),
+        Space::AsNeeded => (sum(|one| one.size_bytes) / ROOM_DIVISOR).min(ROOM_BYTES_MAX),
+    }
+}
+
+/// QEMU rounds the size of a raw image up to whole sectors.
+fn image_bytes(one: &Ordered<'_>) -> u64 {
+    one.size_bytes.div_ceil(512).saturating_mul(512)
+}
+
+/// A key for this session alone, known to libvirt's memory and, while the files
+/// are made, to a private file.
+struct Secret {
+    uuid: String,
+    key: PathBuf,
+}
+
+impl Secret {
+    fn define(
+        session: SessionId,
+        domain: &DomainHandle,
+        paths: &SessionPaths,
+    ) -> Result<Self, HypervisorError> {
+        let uuid = secret_uuid(session);
+        let value = format!("{}{}", Nonce::random(), Nonce::random());
+        domain
+            .connection()
+            .define_secret(&scratch_secret(session, &uuid), value.as_bytes())
+            .map_err(|error| explain("cannot give libvirt a key for scratch files", &error))?;
+        let key = paths.key();
+        write_key(&key, &value).map_err(|error| key_trouble(&key, &error))?;
+        Ok(Self { uuid, key })
+    }
+
+    fn remove_key(self) -> Result<String, HypervisorError> {
+        std::fs::remove_file(&self.key).map_err(|error| key_trouble(&self.key, &error))?;
+        Ok(self.uuid)
+    }
+}
+
+fn write_key(path: &Path, value: &str) -> io::Result<()> {
+    OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?
+        .write_all(value.as_bytes())
+}
+
+fn key_trouble(path: &Path, error: &io::Error) -> HypervisorError {
+    HypervisorError::new(
+        ErrorKind::Scratch,
+        format!("cannot keep a key in `{}` for a moment", path.display()),
+    )
+    .because(error.to_string())
+}
+
+/// Has libvirt forget the session's key, if it had one. Returns a warning.
+pub(super) fn forget_secret(session: SessionId, domain: &DomainHandle) -> Option<String> {
+    match domain.connection().forget_secret(&secret_uuid(session)) {
+        Ok(())
+        | Err(CallError {
+            code: code::NO_SECRET | code::NO_SUPPORT,
+            ..
+        }) => None,
+        Err(error) => Some(format!("cannot remove the key of scratch files: {error}")),
+    }
+}
+
+/// Follows from the session, so that whoever ends it finds the secret.
+fn secret_uuid(session: SessionId) -> String {
+    let digits = session.to_string();
+    let (high, low) = digits.split_at_checked(4).unwrap_or((&digits, ""));
+    // The first half is "hw-sessi".
+    format!("68772d73-6573-7369-{high}-{low}")
+}
