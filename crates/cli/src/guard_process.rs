@@ -1,7 +1,7 @@
 //! The guard as a process: how it is started, and what it does.
 //!
-//! It is this very binary, started again with a socket as its stdin and a name
-//! nobody types. It leaves our unix session at once, so that Ctrl-C at the
+//! It is this very binary, started again with sockets as its stdin and stdout
+//! and a name nobody types. It leaves our unix session at once, so that Ctrl-C at the
 //! terminal ends the mover and never the one that tidies up.
 
 use std::os::fd::OwnedFd;
@@ -25,14 +25,15 @@ const NAME: &str = "highwater-guard";
 /// Starts a guard and connects it to a hypervisor.
 pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
     let (ours, theirs) = UnixStream::pair().map_err(|source| cannot_start(&source))?;
+    let (lifeline, cutter) = UnixStream::pair().map_err(|source| cannot_start(&source))?;
     Command::new("/proc/self/exe")
         .arg0(NAME)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
-        .stdout(Stdio::null())
+        .stdout(Stdio::from(OwnedFd::from(cutter)))
         .stderr(Stdio::null())
         .spawn()
         .map_err(|source| cannot_start(&source))?;
-    Guard::connect(ours, uri, &settings::runtime_dir())
+    Guard::connect(ours, lifeline, uri, &settings::runtime_dir())
 }
 
 fn cannot_start(source: &std::io::Error) -> GuardError {
@@ -57,10 +58,10 @@ pub(crate) fn run() -> ExitCode {
             return ExitCode::FAILURE;
         }
     }
-    let Ok(socket) = std::io::stdin().as_fd().try_clone_to_owned() else {
-        return ExitCode::FAILURE;
-    };
-    serve(UnixStream::from(socket), &connect);
+    let socket = std::io::stdin().as_fd().try_clone_to_owned();
+    let lifeline = std::io::stdout().as_fd().try_clone_to_owned();
+    let (Ok(socket), Ok(lifeline)) = (socket, lifeline) else { return ExitCode::FAILURE };
+    serve(UnixStream::from(socket), UnixStream::from(lifeline), &connect);
     ExitCode::SUCCESS
 }
 

@@ -309,6 +309,7 @@ impl Job<'_> {
         let watch = CopyWatch {
             cancel: self.context.cancel,
             lost: &|| self.context.guard.lost(),
+            entrust: &|socket| self.context.guard.entrust(&socket),
             observer: self.context.observer,
         };
         let copied = copy_disks(&writer, &jobs, &self.options.tuning, &watch)

@@ -20,6 +20,7 @@
 
 mod client;
 mod host;
+mod lifeline;
 mod lock;
 mod wire;
 

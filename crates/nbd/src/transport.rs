@@ -104,6 +104,14 @@ impl Canceller {
     pub fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::SeqCst)
     }
+
+    /// Returns another descriptor of the connection's socket, if it has one
+    /// and is still there: whoever holds it can shut the connection down even
+    /// when this process cannot.
+    pub fn duplicate(&self) -> io::Result<Option<OwnedFd>> {
+        let socket = self.socket.upgrade();
+        socket.map(|socket| socket.try_clone()).transpose()
+    }
 }
 
 /// A non-blocking socket that waits with `poll`.

@@ -11,12 +11,13 @@
 //! Memory: the buffer pool, the tokens (each stands for one item between map
 //! and tree) and the lanes' open packs; nothing grows with the disk.
 
+use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
-use highwater_hypervisor::{Export, HypervisorError};
+use highwater_hypervisor::{ErrorKind, Export, HypervisorError};
 use highwater_model::{ByteRange, ObjectId};
 use highwater_nbd::{Canceller, NbdError};
 use highwater_repo::{ImageRoot, RepoError, Writer};
@@ -116,6 +117,8 @@ pub(super) struct CopyWatch<'a> {
     pub(super) cancel: &'a Cancel,
     /// Why the session broke, if it did.
     pub(super) lost: &'a (dyn Fn() -> Option<HypervisorError> + Sync),
+    /// Gives the guard the means to cut a connection.
+    pub(super) entrust: &'a (dyn Fn(OwnedFd) -> Result<(), HypervisorError> + Sync),
     pub(super) observer: &'a dyn Observer,
 }
 
@@ -160,6 +163,7 @@ pub(super) struct Shared<'a> {
     /// Everything stops: the user's wish, a lost session, a store error.
     pub(super) stop: AtomicBool,
     store_error: Mutex<Option<RepoError>>,
+    entrust: &'a (dyn Fn(OwnedFd) -> Result<(), HypervisorError> + Sync),
     cancellers: Mutex<Vec<Canceller>>,
     pub(super) filled: Sender<Filled>,
     pub(super) pool_take: Receiver<Vec<u8>>,
@@ -171,13 +175,25 @@ impl Shared<'_> {
         self.stop.load(Ordering::SeqCst)
     }
 
-    /// Has this connection cut when everything stops.
-    pub(super) fn cut_on_stop(&self, canceller: Canceller) {
+    /// Has this connection cut when everything stops: by us, or by the guard
+    /// if we cannot. No request may be sent before.
+    pub(super) fn cut_on_stop(&self, canceller: Canceller) -> Result<(), CopyError> {
+        let lost = |source| CopyError::SessionLost { source };
+        let socket = canceller.duplicate().map_err(|source| {
+            lost(
+                HypervisorError::new(ErrorKind::Other, "cannot duplicate an NBD connection")
+                    .because(source.to_string()),
+            )
+        })?;
+        if let Some(socket) = socket {
+            (self.entrust)(socket).map_err(lost)?;
+        }
         let mut all = self.cancellers.lock().unwrap_or_else(PoisonError::into_inner);
         if self.stopped() {
             canceller.cancel();
         }
         all.push(canceller);
+        Ok(())
     }
 
     fn stop_all(&self) {
@@ -218,6 +234,7 @@ pub(super) fn copy_disks(
         chunk_size,
         stop: AtomicBool::new(false),
         store_error: Mutex::new(None),
+        entrust: watch.entrust,
         cancellers: Mutex::new(Vec::new()),
         filled,
         pool_take,

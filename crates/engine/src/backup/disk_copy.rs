@@ -55,7 +55,7 @@ impl Disk<'_> {
         self.failed.load(Ordering::SeqCst) || self.shared.stopped()
     }
 
-    fn connect(&self, contexts: Vec<String>) -> Result<Connection, CopyError> {
+    fn connect(&self, contexts: Vec<String>) -> Result<Link, CopyError> {
         let endpoint = match &self.job.export.address {
             ExportAddress::Unix(path) => Endpoint::Unix(path.clone()),
             ExportAddress::Tcp(host, port) => Endpoint::Tcp { host: host.clone(), port: *port },
@@ -68,8 +68,18 @@ impl Disk<'_> {
         let connection = Connection::connect(&endpoint, &options).map_err(|source| {
             CopyError::Connect { disk: self.job.target.clone(), source: Box::new(source) }
         })?;
-        self.shared.cut_on_stop(connection.canceller());
-        Ok(connection)
+        self.shared.cut_on_stop(connection.canceller())?;
+        Ok(Link(connection))
+    }
+}
+
+/// A connection that ends when it is dropped, although the guard holds another
+/// descriptor of its socket.
+struct Link(Connection);
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.0.canceller().cancel();
     }
 }
 
@@ -90,7 +100,7 @@ pub(super) fn run_disk(
         Ok(first) => first,
         Err(error) => return (job.size_bytes, Err(error)),
     };
-    let size_bytes = first.export().size_bytes;
+    let size_bytes = first.0.export().size_bytes;
     let mapper = match &job.read {
         ReadPlan::All => Mapper { dirty: None, allocation: Some(first) },
         ReadPlan::Dirty { .. } => Mapper { dirty: Some(first), allocation: None },
@@ -102,8 +112,8 @@ pub(super) fn run_disk(
 /// for all contexts of a connection, wanted or not, and the map of allocation
 /// is worth asking for around dirty chunks only.
 struct Mapper {
-    dirty: Option<Connection>,
-    allocation: Option<Connection>,
+    dirty: Option<Link>,
+    allocation: Option<Link>,
 }
 
 impl Mapper {
@@ -112,7 +122,7 @@ impl Mapper {
         if self.allocation.is_none() {
             self.allocation = Some(disk.connect(vec![ALLOCATION.to_owned()])?);
         }
-        Ok(self.allocation.as_mut().expect("made above"))
+        Ok(&mut self.allocation.as_mut().expect("made above").0)
     }
 }
 
@@ -258,7 +268,7 @@ fn map_window(
         }
         ReadPlan::Dirty { context, tail_from } => {
             let mut dirty = 0_u64;
-            let connection = mapper.dirty.as_mut().expect("made for this plan");
+            let connection = &mut mapper.dirty.as_mut().expect("made for this plan").0;
             connection
                 .map(context, window, &mut |range, state| {
                     if state & STATE_DIRTY != 0 {
@@ -304,7 +314,7 @@ fn read_items(
 ) -> Result<(), CopyError> {
     // Connected at the first item: QEMU drops a client that idles in the
     // handshake, and an empty increment needs no second connection.
-    let mut connection: Option<Connection> = None;
+    let mut link: Option<Link> = None;
     let mut waiting: BTreeMap<u64, ByteRange> = BTreeMap::new();
     loop {
         if disk.stopped() {
@@ -314,12 +324,12 @@ fn read_items(
         let next = if more { next_item(disk, items, waiting.is_empty()) } else { Next::NotNow };
         match next {
             Next::Item(item, buffer) => {
-                let connection = match &mut connection {
-                    Some(connection) => connection,
-                    None => connection.insert(disk.connect(Vec::new())?),
+                let link = match &mut link {
+                    Some(link) => link,
+                    None => link.insert(disk.connect(Vec::new())?),
                 };
                 waiting.insert(item.seq, item.range);
-                connection
+                link.0
                     .submit_read(item.seq, item.range, buffer)
                     .map_err(|source| read_error(disk, item.range, source))?;
                 continue;
@@ -327,9 +337,9 @@ fn read_items(
             Next::End if waiting.is_empty() => return Ok(()),
             Next::End | Next::NotNow => {}
         }
-        let Some(connection) = connection.as_mut().filter(|_| !waiting.is_empty()) else { continue };
+        let Some(link) = link.as_mut().filter(|_| !waiting.is_empty()) else { continue };
         let range = waiting.values().next().copied();
-        let completion = connection.next_completion().map_err(|source| match range {
+        let completion = link.0.next_completion().map_err(|source| match range {
             Some(range) => read_error(disk, range, source),
             None => CopyError::Map { disk: disk.job.target.clone(), source: Box::new(source) },
         })?;

@@ -1,6 +1,7 @@
 //! The mover's side: asks the guard, and beats so that the guard knows it lives.
 
 use std::io::BufReader;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
@@ -12,6 +13,7 @@ use highwater_hypervisor::{
 };
 use highwater_model::SessionId;
 
+use super::lifeline::Giver;
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 
 /// The guard allows ten times this.
@@ -33,6 +35,7 @@ pub struct Guard {
     stream: Arc<Mutex<UnixStream>>,
     replies: Mutex<Replies>,
     lost: Arc<Mutex<Option<HypervisorError>>>,
+    lifeline: Giver,
 }
 
 #[derive(Debug)]
@@ -42,8 +45,14 @@ struct Replies {
 }
 
 impl Guard {
-    /// Speaks to the guard at the other end of `stream` and has it connect.
-    pub fn connect(stream: UnixStream, uri: &str, lock_dir: &Path) -> Result<Self, GuardError> {
+    /// Speaks to the guard at the other end of `stream` and has it connect;
+    /// `lifeline` leads to the same guard.
+    pub fn connect(
+        stream: UnixStream,
+        lifeline: UnixStream,
+        uri: &str,
+        lock_dir: &Path,
+    ) -> Result<Self, GuardError> {
         let gone = |source: std::io::Error| guard_gone().because(source.to_string());
         let reading = stream.try_clone().map_err(gone)?;
         let (sender, receiver) = channel();
@@ -63,7 +72,12 @@ impl Guard {
                 std::thread::sleep(BEAT_EVERY);
             }
         });
-        let guard = Self { stream, replies: Mutex::new(Replies { next_id: 1, receiver }), lost };
+        let guard = Self {
+            stream,
+            replies: Mutex::new(Replies { next_id: 1, receiver }),
+            lost,
+            lifeline: Giver::new(lifeline),
+        };
         let hello = Request::Hello { connect: uri.to_owned(), lock_dir: lock_dir.to_owned() };
         guard.done(hello)?;
         Ok(guard)
@@ -125,6 +139,12 @@ impl Guard {
     /// Changes a mark.
     pub fn mark(&self, vm: &VmRef, order: &MarkOrder) -> Result<(), GuardError> {
         self.done(Request::Mark { vm: vm.clone(), order: order.clone() })
+    }
+
+    /// Gives the guard the means to cut an NBD connection that reads from its
+    /// session. To be called before the connection's first request.
+    pub fn entrust(&self, socket: &impl AsFd) -> Result<(), GuardError> {
+        self.lifeline.give(socket).map_err(|source| guard_gone().because(source.to_string()))
     }
 
     /// Returns why the running session broke, if the guard said so.

@@ -19,6 +19,7 @@ use highwater_hypervisor::{
     BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder,
 };
 
+use super::lifeline::Cutter;
 use super::lock::{self, VmLock};
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 
@@ -30,16 +31,24 @@ const CHECK_EVERY: Duration = Duration::from_secs(1);
 
 /// Serves one mover over `stream` until it is gone, then settles and returns.
 ///
-/// `connect` opens the driver for a connection URI.
+/// Over `lifeline` the mover hands its NBD connections. `connect` opens the driver for a connection URI.
 pub fn serve(
     stream: UnixStream,
+    lifeline: UnixStream,
     connect: &dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>,
 ) {
     let (sender, requests) = channel();
     let Ok(reading) = stream.try_clone() else { return };
     // Ends with the stream; nobody needs to wait for it.
     std::thread::spawn(move || read_requests(reading, &sender));
-    let mut host = Host { stream, driver: None, lock_dir: PathBuf::new(), lock: None, session: None };
+    let mut host = Host {
+        stream,
+        cutter: Cutter::new(lifeline),
+        driver: None,
+        lock_dir: PathBuf::new(),
+        lock: None,
+        session: None,
+    };
     host.run(&requests, connect);
     host.abandon();
 }
@@ -55,6 +64,7 @@ fn read_requests(stream: UnixStream, sender: &Sender<Message>) {
 
 struct Host {
     stream: UnixStream,
+    cutter: Cutter,
     driver: Option<Box<dyn Driver>>,
     lock_dir: PathBuf,
     lock: Option<VmLock>,
@@ -94,6 +104,7 @@ impl Host {
             }
             if checked.elapsed() >= CHECK_EVERY {
                 checked = Instant::now();
+                self.cutter.take();
                 if self.tell_if_lost().is_err() {
                     return;
                 }
@@ -156,6 +167,8 @@ impl Host {
     /// Ends the session at the VM. Trouble here is a warning: the next run
     /// repairs it.
     fn finish(&mut self, order: &BeginOrder, outcome: Outcome) -> Ended {
+        // First: QEMU waits for whoever does not read.
+        self.cutter.cut();
         let Ok(driver) = self.driver() else { return Ended::default() };
         let mut ended = driver.end(order).unwrap_or_else(|error| Ended {
             ended_job: false,
