@@ -2,8 +2,8 @@
 
 #![allow(
     clippy::unwrap_used,
-    clippy::indexing_slicing,
-    reason = "a test may panic"
+    clippy::cast_precision_loss,
+    reason = "a test may panic and print"
 )]
 
 mod support;

@@ -206,8 +206,8 @@ fn a_save_into_a_directory_cut_off_at_any_call_leaves_the_repository_whole() {
     let faults = (0..healthy.calls()).flat_map(|n| [Fault::Call(n), Fault::From(n)]);
     for fault in faults.chain((0..healthy.puts()).map(Fault::PutDoneButFailed)) {
         let place = folder();
-        let faulty = FaultyStore::new(LocalStore::new(place.path()), fault);
-        let outcomes = workload(Arc::new(faulty), &images);
+        let store = FaultyStore::new(LocalStore::new(place.path()), fault);
+        let outcomes = workload(Arc::new(store), &images);
         check_survivor(
             Arc::new(LocalStore::new(place.path())),
             outcomes,
