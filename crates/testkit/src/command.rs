@@ -2,6 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{Read, Write as _};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -127,6 +128,18 @@ fn drain<R: Read + Send + 'static>(pipe: Option<R>) -> thread::JoinHandle<Vec<u8
         }
         bytes
     })
+}
+
+/// Finds a program of the system, as a shell would.
+pub(crate) fn which(program: &str) -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    std::env::split_paths(&path)
+        .chain([PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")])
+        .map(|dir| dir.join(program))
+        .find(|file| file.is_file())
+        .with_context(|| {
+            format!("{program} is not installed: `scripts/setup.sh --for test` installs it")
+        })
 }
 
 /// Asks `ready` until it says yes; fails after `deadline`, naming `what`.

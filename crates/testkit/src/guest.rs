@@ -21,24 +21,45 @@ pub use writer::{NumberedWriter, Numbering};
 
 use crate::command::{tool, wait_until};
 use crate::lab::Lab;
-use crate::vm::Vm;
+use crate::vm::{Vm, VmBuilder};
 
 /// Boot takes 3 s alone, and many times that on a busy machine.
 const BOOT_DEADLINE: Duration = Duration::from_mins(2);
 
+/// The kernel, its initial file system twice (packed and unpacked), and some air.
+const MEMORY_MIB: u64 = 256;
+
 /// The agent starts together with the loop that has already answered.
 const AGENT_DEADLINE: Duration = Duration::from_secs(30);
 
-/// The guest's end of a VM made with [`crate::VmBuilder::guest`].
+/// The guest's end of a VM made with [`VmBuilder::guest`].
 #[derive(Debug)]
 pub struct Guest {
     vm: Vm,
     control: Mutex<UnixStream>,
 }
 
+impl VmBuilder {
+    /// Boots a real guest; see [`Vm::guest`].
+    #[must_use]
+    pub fn guest(self) -> Self {
+        let xml = xml(self.lab(), self.name());
+        self.memory_mib(MEMORY_MIB).boot(xml)
+    }
+}
+
+impl Vm {
+    /// Waits until the guest has booted and returns the way to it.
+    ///
+    /// Once per start: there is one line to the guest, and it has one end.
+    pub fn guest(&self) -> Result<Guest> {
+        Guest::connect(self.clone())
+    }
+}
+
 impl Guest {
     /// Waits until the guest has booted.
-    pub(crate) fn connect(vm: Vm) -> Result<Self> {
+    fn connect(vm: Vm) -> Result<Self> {
         let socket = control_socket(vm.lab(), vm.name());
         let control = UnixStream::connect(&socket)
             .with_context(|| format!("cannot reach the guest at {}", socket.display()))?;
@@ -137,7 +158,7 @@ pub fn make_ext4(image: &Path, size_bytes: u64) -> Result<()> {
 }
 
 /// Returns the elements of `<os>` and `<devices>` that make a VM boot the guest.
-pub(crate) fn xml(lab: &Lab, vm: &str) -> Result<(String, String)> {
+fn xml(lab: &Lab, vm: &str) -> Result<(String, String)> {
     let Assets { kernel, initrd } = assets()?;
     let os = format!(
         "<kernel>{}</kernel><initrd>{}</initrd>\

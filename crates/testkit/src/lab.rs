@@ -16,8 +16,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use tempfile::TempDir;
 
 use crate::cache;
-use crate::command::{Tool, tool, wait_until};
-use crate::vm::VmBuilder;
+use crate::command::{Tool, tool, wait_until, which};
 
 /// What libvirt keeps where, and under which name in the lab.
 const PRIVATE: [(&str, &str); 7] = [
@@ -173,11 +172,6 @@ impl Lab {
         Ok(())
     }
 
-    /// Begins the description of a VM.
-    pub fn vm(&self, name: &str) -> VmBuilder {
-        VmBuilder::new(self.clone(), name)
-    }
-
     /// Prepares to run a program inside the namespaces of this libvirtd, where
     /// the process ids that libvirt reports mean something.
     pub fn inside(&self, program: &str) -> Tool {
@@ -304,18 +298,6 @@ fn line_buffered() -> Result<PathBuf> {
         Ok(())
     })?;
     Ok(dir.join("line-buffered.so"))
-}
-
-/// Finds a program of the system, as a shell would.
-pub(crate) fn which(program: &str) -> Result<PathBuf> {
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .chain([PathBuf::from("/usr/sbin"), PathBuf::from("/sbin")])
-        .map(|dir| dir.join(program))
-        .find(|file| file.is_file())
-        .with_context(|| {
-            format!("{program} is not installed: `scripts/setup.sh --for test` installs it")
-        })
 }
 
 /// libvirt passes LD_PRELOAD on to QEMU, and of the rest of our environment little.

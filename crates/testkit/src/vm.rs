@@ -10,7 +10,6 @@ use serde_json::{Value, json};
 
 use crate::command::{tool, wait_until};
 use crate::disk::DiskSpec;
-use crate::guest::{self, Guest};
 use crate::lab::Lab;
 use crate::{images, xml};
 
@@ -27,11 +26,19 @@ pub struct VmBuilder {
     memory_mib: u64,
     os: String,
     devices: String,
-    has_guest: bool,
+    /// Told when the VM is made, so that building it reads as one sentence.
+    problem: Option<anyhow::Error>,
+}
+
+impl Lab {
+    /// Begins the description of a VM.
+    pub fn vm(&self, name: &str) -> VmBuilder {
+        VmBuilder::new(self.clone(), name)
+    }
 }
 
 impl VmBuilder {
-    pub(crate) fn new(lab: Lab, name: &str) -> Self {
+    fn new(lab: Lab, name: &str) -> Self {
         Self {
             lab,
             name: name.to_owned(),
@@ -40,7 +47,7 @@ impl VmBuilder {
             memory_mib: 16,
             os: String::new(),
             devices: String::new(),
-            has_guest: false,
+            problem: None,
         }
     }
 
@@ -91,12 +98,24 @@ impl VmBuilder {
         self.device("<tpm model='tpm-tis'><backend type='emulator' version='2.0'/></tpm>")
     }
 
-    /// Boots a real guest; see [`Vm::guest`].
-    #[must_use]
-    pub fn guest(mut self) -> Self {
-        self.has_guest = true;
-        self.memory_mib = self.memory_mib.max(256);
+    /// Adds what the VM boots: elements of `<os>` and of `<devices>`.
+    pub(crate) fn boot(mut self, xml: Result<(String, String)>) -> Self {
+        match xml {
+            Ok((os, devices)) => {
+                self.os.push_str(&os);
+                self.devices.push_str(&devices);
+            }
+            Err(error) => self.problem = Some(error),
+        }
         self
+    }
+
+    pub(crate) const fn lab(&self) -> &Lab {
+        &self.lab
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Makes the disks and defines the VM, powered off.
@@ -126,6 +145,9 @@ impl VmBuilder {
     }
 
     fn create(mut self) -> Result<(Vm, String)> {
+        if let Some(problem) = self.problem {
+            return Err(problem);
+        }
         let mut disks = Vec::new();
         let mut elements = String::new();
         for spec in &self.disks {
@@ -137,11 +159,6 @@ impl VmBuilder {
             });
         }
         self.devices.insert_str(0, &elements);
-        if self.has_guest {
-            let (os, devices) = guest::xml(&self.lab, &self.name)?;
-            self.os.push_str(&os);
-            self.devices.push_str(&devices);
-        }
         let domain = xml::Domain {
             name: self.name.clone(),
             machine: self.machine,
@@ -218,13 +235,6 @@ impl Vm {
     /// Returns the lab it lives in.
     pub const fn lab(&self) -> &Lab {
         &self.lab
-    }
-
-    /// Waits until the guest has booted and returns the way to it.
-    ///
-    /// Once per start: there is one line to the guest, and it has one end.
-    pub fn guest(&self) -> Result<Guest> {
-        Guest::connect(self.clone())
     }
 
     /// Starts it.

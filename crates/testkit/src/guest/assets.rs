@@ -12,8 +12,7 @@ use anyhow::{Context as _, Result, bail};
 
 use super::initramfs::Initramfs;
 use crate::cache;
-use crate::command::tool;
-use crate::lab::which;
+use crate::command::{tool, which};
 
 const INIT: &str = include_str!("init.sh");
 const NUMBERED_WRITER: &str = include_str!("numbered_writer.c");

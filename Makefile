@@ -1,0 +1,49 @@
+# The front door. People and CI use the same commands; CONTRIBUTING.md tells more.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help setup check test demo bench mutants fuzz
+
+# A rustup in the home directory need not be in PATH.
+export PATH := $(PATH):$(HOME)/.cargo/bin
+
+PROFILE := $(if $(CI),ci,default)
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+setup: ## install what is missing to build and to test
+	@scripts/setup.sh --for test
+
+check: ## format, lints, the project's own rules, fast tests: in a minute, before each commit
+	@scripts/setup.sh --for build
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked --quiet -- -D warnings
+	cargo xtask tidy
+	cargo nextest run --workspace --locked --profile fast
+	cargo test --workspace --locked --doc --quiet
+
+test: ## all tests, with real QEMU, libvirt and guests
+	@scripts/setup.sh --for test
+	cargo test --workspace --locked --doc --quiet
+	cargo nextest run --workspace --locked --profile $(PROFILE)
+
+demo: ## a guided tour: back up, lose, restore
+	@scripts/setup.sh --for demo
+	cargo build --release --locked --bin highwater
+	scripts/demo.sh
+
+bench: ## measure against others, interleaved
+	@scripts/setup.sh --for bench
+	cargo build --release --locked --bin highwater
+	scripts/bench.sh
+
+mutants: ## break the program on purpose; its tests must notice (NAME=... for some)
+	@scripts/setup.sh --for test
+	cargo xtask mutants $(NAME)
+
+# SECONDS is bash's own; a fuzz target is named after what it parses.
+FUZZ_SECONDS ?= 60
+fuzz: ## feed garbage to every parser, FUZZ_SECONDS=60 each
+	@scripts/setup.sh --for fuzz
+	scripts/fuzz.sh $(FUZZ_SECONDS)
