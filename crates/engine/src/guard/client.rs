@@ -23,8 +23,8 @@ const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// this is beyond their sum.
 const REPLY_MAX: Duration = Duration::from_secs(120);
 /// How long a dying holder of the VM's lock is waited for: its guard needs to
-/// notice (10 s) and to settle.
-const LOCK_WAIT_MS: u64 = 15_000;
+/// notice (10 s) and to settle, which libvirt may make it wait for on a busy host.
+const LOCK_WAIT_MS: u64 = 30_000;
 
 /// What can go wrong between mover and guard.
 pub type GuardError = HypervisorError;
