@@ -2,7 +2,6 @@
 """Reads a Highwater repository by docs/format.md alone, without Highwater.
 
   independent_reader.py REPO [--passphrase-file F | --key-file F] list | restore POINT DISK OUTFILE
-
 POINT is a prefix of a point's id. OUTFILE, which must not exist, becomes a sparse raw
 image. All is verified; on damage one line says what, the status is 1, and no OUTFILE
 stays. Needs the modules argon2-cffi, blake3, cryptography, lz4 and zstandard.
@@ -26,7 +25,7 @@ CHUNKS, PAGES = 1, 2
 
 
 class Damage(Exception):
-    """Something is not as the format says."""
+    """Not as the format says."""
 
 
 def need(claim, reason):
@@ -63,8 +62,8 @@ class Repository:
              and not self.config["features_incompat"], "config: unknown format")
         need(self.config["chunk_bytes"] in [1 << n for n in range(16, 23)], "config: chunk_bytes")
         self.cipher = ["none", "aes-256-gcm"].index(self.config["cipher"])
-        id_key, self.seal_key = (self.open_keys(config, passphrase, key_file)
-                                 if self.cipher else (bytes(32), b""))
+        keys = self.open_keys(config, passphrase, key_file) if self.cipher else (bytes(32), b"")
+        id_key, self.seal_key = keys
         self.id_keys = {CHUNKS: derive("highwater 1 chunk id", id_key),
                         PAGES: derive("highwater 1 page id", id_key)}
         self.vm_key = derive("highwater 1 vm key", id_key)
@@ -78,22 +77,23 @@ class Repository:
 
     def names(self, folder):
         names = (file.name for file in (self.root / folder).glob("*"))
-        return sorted(name for name in names if re.fullmatch("[A-Za-z0-9_-]+", name))
+        return sorted(filter(re.compile("[A-Za-z0-9_-]+").fullmatch, names))
 
     def open_keys(self, config, passphrase, key_file):
-        entries = [json.loads(self.load(f"keys/{name}", name)) for name in self.names("keys")]
+        entries = [json.loads(body) for name in self.names("keys")  # Damaged ones are left out.
+                   if blake3(body := self.load(f"keys/{name}")).hexdigest() == name]
         mine = {"version": 1, "repository": self.config["id"]}
+        associated = b"highwater 1 key wrap" + blake3(config).digest()
         for entry in (entry for entry in entries if entry.items() >= mine.items()):
             salt, nonce, wrapped = (bytes.fromhex(entry[it]) for it in ("salt", "nonce", "wrapped"))
-            if entry["kdf"] == "argon2id" and passphrase is not None:
+            if entry["kdf"] == "argon2id" and passphrase and entry["memory_kib"] <= 1 << 20:
                 key = argon2.low_level.hash_secret_raw(
                     passphrase, salt, entry["passes"], entry["memory_kib"], entry["lanes"],
                     32, argon2.low_level.Type.ID, 0x13)
-            elif entry["kdf"] == "blake3" and key_file is not None:
+            elif entry["kdf"] == "blake3" and key_file:
                 key = derive("highwater 1 key file", key_file + salt)
             else:
                 continue
-            associated = b"highwater 1 key wrap" + blake3(config).digest()
             try:
                 keys = AESGCM(key).decrypt(nonce, wrapped, associated)
                 return keys[:32], keys[32:]
@@ -118,8 +118,8 @@ class Repository:
         blocks_at = firsts_at + 8 * blocks + 8 * -(-10 * r_count // 64)
         need((magic, len(data)) == (b"HWINDX\1\0", blocks_at + 4096 * blocks),
              f"index/{name}: unknown format or wrong length")
-        tables = blake3(data[:24] + data[64:blocks_at]).digest()
-        need(tables == data[24:56], f"index/{name}: damaged tables")
+        tables = data[:24] + data[64:blocks_at]
+        need(blake3(tables).digest() == data[24:56], f"index/{name}: damaged tables")
         packs = [unpack_from("<32sQB", data, packs_at + 48 * n) for n in range(p_count)]
         rows, last = [], b""
         for number in range(blocks):
@@ -130,10 +130,8 @@ class Repository:
             for row in range(min(84, r_count - 84 * number)):
                 id_, pack_number, *place = unpack_from("<32sIIII", block, 48 * row)
                 need(last < id_ and pack_number < p_count, f"index/{name}: bad row")
-                last = id_
-                rows.append((id_, packs[pack_number], place))
-        replaced = {data[n:n + 32].hex() for n in range(64, packs_at, 32)}
-        return replaced, rows
+                rows.append((last := id_, packs[pack_number], place))
+        return {data[n:n + 32].hex() for n in range(64, packs_at, 32)}, rows
 
     @cached_property
     def rows(self):
@@ -207,17 +205,17 @@ class Repository:
     def manifest(self, path):
         data = self.load(path)
         need(blake3(data[:-32]).digest() == data[-32:], f"{path}: its hash is another")
-        magic, cipher, _, length = unpack_from("<9sBHI", data)
-        need(magic == b"HWSEAL\1\1\1" and cipher == self.cipher and length <= 64 << 20,
+        magic, length = unpack_from("<12sI", data)
+        need(magic == b"HWSEAL\1\1\1" + bytes([self.cipher, 0, 0]) and length <= 64 << 20,
              f"{path}: unknown format or cipher, or too long")
         payload = self.unseal("highwater 1 object key", data[16:48], 0, data[48:-32],
                               data[:48] + path.encode(), path)
         manifest = json.loads(decompress(1, payload, length, path))
-        need(manifest["version"] == 1, f"{path}: unknown version")
         name, uuid = manifest["vm"]["name"], (manifest["vm"]["uuid"] or "").lower()
         text = f"uuid:{uuid}" if uuid.strip("0-") else f"name:{name}"
         folder = blake3(text.encode(), key=self.vm_key).hexdigest()[:32]
-        need(path == f"points/{folder}/{manifest['point']}", f"{path}: another point's manifest")
+        need((path, 1) == (f"points/{folder}/{manifest['point']}", manifest["version"]),
+             f"{path}: another point's manifest, or an unknown version")
         return manifest
 
 
@@ -246,9 +244,9 @@ def main():
     parser.add_argument("arguments", nargs="*", metavar="POINT DISK OUTFILE")
     args = parser.parse_args()
     try:
-        passphrase = args.passphrase_file and Path(args.passphrase_file).read_bytes()
+        line = args.passphrase_file and Path(args.passphrase_file).read_bytes().splitlines()[0]
         key_file = args.key_file and Path(args.key_file).read_bytes()
-        repository = Repository(args.repo, passphrase and passphrase.splitlines()[0], key_file)
+        repository = Repository(args.repo, line, key_file)
         if args.command == "restore":
             return restore(repository, *args.arguments)
         for point in repository.points():
