@@ -116,8 +116,8 @@ class Repository:
         packs_at, blocks = 64 + 32 * s_count, -(-r_count // 84)
         firsts_at = packs_at + 48 * p_count
         blocks_at = firsts_at + 8 * blocks + 8 * -(-10 * r_count // 64)
-        need((magic, len(data)) == (b"HWINDX\1\0", blocks_at + 4096 * blocks),
-             f"index/{name}: unknown format or wrong length")
+        known = (b"HWINDX\1\0", bytes(8), blocks_at + 4096 * blocks)
+        need((magic, data[56:64], len(data)) == known, f"index/{name}: unknown format or length")
         tables = data[:24] + data[64:blocks_at]
         need(blake3(tables).digest() == data[24:56], f"index/{name}: damaged tables")
         packs = [unpack_from("<32sQB", data, packs_at + 48 * n) for n in range(p_count)]
@@ -162,9 +162,9 @@ class Repository:
         data = self.load(path, pack_id)
         need(data[:16] == b"HWPACK\1" + bytes([kind, self.cipher] + 7 * [0]), f"{path}: bad header")
         header, payload = data[at:at + 44], data[at + 44:at + length]
-        *same, codec = unpack_from("<32sIIB", header)
+        *same, codec, zero = unpack_from("<32sIIB3s", header)
         need(same == [id_, plain_length, len(payload)] and length == 44 + len(payload)
-             and plain_length <= 4 << 20 and (kind == CHUNKS or codec == 0),
+             and zero == bytes(3) and plain_length <= 4 << 20 and (kind == CHUNKS or codec == 0),
              f"{path} at {at}: not the record that the index tells of")
         payload = self.unseal("highwater 1 pack key", data[16:48], at, payload,
                               bytes([kind]) + header, f"{path} at {at}")

@@ -324,13 +324,17 @@ fn what_is_damaged_is_refused_by_program_and_reader_alike() -> Result<()> {
         let chunks = &packs(&repo, CHUNKS)?[0];
         let pages = &packs(&repo, PAGES)?[0];
         let manifest = only_file(&only_file(&repo.join("points"))?)?;
-        for path in [chunks, pages, &manifest, &repo.join("config")] {
+        // With its only index file left out, nothing can be found.
+        let index = only_file(&repo.join("index"))?;
+        for path in [chunks, pages, &index, &manifest, &repo.join("config")] {
             let whole = fs::read(path)?;
             // In a pack: in the first payload, and at the end of the last one.
             for at in [48 + 44 + 3, whole.len() - 1] {
                 flip(path, &whole, at)?;
                 sides.assert_refused(&point, &format!("{} at {at}", path.display()))?;
             }
+            fs::write(path, &whole[..whole.len() - 1])?;
+            sides.assert_refused(&point, &format!("{} cut short", path.display()))?;
             fs::write(path, &whole)?;
         }
         sides.assert_agreed(&point, "vda")?;
