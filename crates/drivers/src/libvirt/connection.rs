@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, RunState,
-    VmFacts, VmRef,
+    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, RunState, VmFacts,
+    VmRef,
 };
 use highwater_model::{Clock, SessionId, SystemClock};
 
