@@ -276,9 +276,6 @@ fn refusal_hint(refusal: highwater_engine::Refusal, vm: &str, disk: &str) -> Str
              or leave the disk out with `-x {disk}`"
         ),
         Refusal::GraphUnknown => format!("leave the disk out with `-x {disk}`"),
-        Refusal::WriteErrorsReachTheGuest => {
-            format!("set error_policy='stop' for the disk, or leave it out with `-x {disk}`")
-        }
         Refusal::BitmapBusy => "end the job that uses it".to_owned(),
         Refusal::NoIncrement(_) => format!("`highwater backup {vm}` reads all of it and goes on"),
     }

@@ -53,8 +53,6 @@ pub struct DiskView {
     pub record: Record,
     /// Whether an export would show what the guest writes.
     pub root: RootView,
-    /// What the guest suffers when the scratch file cannot take a write.
-    pub write_errors: WriteErrors,
 }
 
 /// The newest proven restore point whose mark is on this disk.
@@ -154,15 +152,6 @@ pub enum RootView {
     Differs,
     /// Nobody knows.
     Unknown,
-}
-
-/// What the guest suffers when a write cannot be preserved in the scratch file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WriteErrors {
-    /// It is paused; nothing is lost.
-    Pause,
-    /// It sees an error, or the write is dropped silently.
-    ReachTheGuest,
 }
 
 /// How a disk is read.
@@ -300,8 +289,6 @@ pub enum Refusal {
     GraphChanged,
     /// Whether it would cannot be learned.
     GraphUnknown,
-    /// A full scratch file would make guest writes fail or vanish.
-    WriteErrorsReachTheGuest,
     /// Something uses the mark's bitmap.
     BitmapBusy,
     /// The level wants an increment and there is none, for this reason.
@@ -330,9 +317,6 @@ pub fn plan_disk(
         RootView::Differs => return DiskPlan::Refuse(Refusal::GraphChanged),
         RootView::Unknown => return DiskPlan::Refuse(Refusal::GraphUnknown),
         RootView::Same => {}
-    }
-    if disk.write_errors == WriteErrors::ReachTheGuest {
-        return DiskPlan::Refuse(Refusal::WriteErrorsReachTheGuest);
     }
     match level {
         Level::Copy => return DiskPlan::Copy,
@@ -500,7 +484,6 @@ mod tests {
             },
             record: Record::Proven,
             root: RootView::Same,
-            write_errors: WriteErrors::Pause,
         }
     }
 
@@ -656,7 +639,7 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_bitmap_or_a_changed_graph_or_a_deaf_guest_is_refused() {
+    fn a_busy_bitmap_or_a_changed_graph_is_refused() {
         check(
             |disk, _| disk.bitmap = BitmapView::Busy,
             "refuse BitmapBusy",
@@ -668,10 +651,6 @@ mod tests {
         check(
             |disk, _| disk.root = RootView::Unknown,
             "refuse GraphUnknown",
-        );
-        check(
-            |disk, _| disk.write_errors = WriteErrors::ReachTheGuest,
-            "refuse WriteErrorsReachTheGuest",
         );
     }
 

@@ -11,7 +11,7 @@ mod vm;
 
 pub use disk::{
     BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
-    Record, Refusal, RootView, Why, WriteErrors, plan_disk,
+    Record, Refusal, RootView, Why, plan_disk,
 };
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
 pub use vm::{JobView, VmGate, VmState, gate};

@@ -127,9 +127,6 @@ fn refusal_words(refusal: Refusal) -> String {
             "its image chain was changed behind the hypervisor's back".to_owned()
         }
         Refusal::GraphUnknown => "cannot learn which image the guest writes to".to_owned(),
-        Refusal::WriteErrorsReachTheGuest => {
-            "its error policy would lose guest writes if the scratch file filled up".to_owned()
-        }
         Refusal::BitmapBusy => "its bitmap is in use".to_owned(),
         Refusal::NoIncrement(why) => format!("no increment is possible: {}", why.sentence()),
     }

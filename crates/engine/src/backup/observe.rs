@@ -4,12 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
     BitmapFacts, DiskFacts, JobFacts, MarkSupport, NoMarks, RootNode, RunState, VmFacts,
-    WriteErrorPolicy,
 };
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
     self as plan, BitmapView, DiskPlan, DiskView, Identity, ImageLink, JobView, Level, ParentView,
-    Record, RootView, VmState, WriteErrors, plan_disk,
+    Record, RootView, VmState, plan_disk,
 };
 use highwater_repo::{
     DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, Repository, VmIdentity,
@@ -176,10 +175,6 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
             RootNode::Same => RootView::Same,
             RootNode::Differs { .. } => RootView::Differs,
             RootNode::Unknown(_) => RootView::Unknown,
-        },
-        write_errors: match disk.write_errors {
-            WriteErrorPolicy::Pause => WriteErrors::Pause,
-            WriteErrorPolicy::Report | WriteErrorPolicy::Ignore => WriteErrors::ReachTheGuest,
         },
     }
 }
