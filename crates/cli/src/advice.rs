@@ -244,6 +244,9 @@ fn of_backup(error: &BackupError) -> Advice {
             .hint(refusal_hint(*refusal, vm, disk)),
         BackupError::Tidy { source, .. } => of_hypervisor(source).state(NO_POINT),
         BackupError::Begin { source, .. } => of_hypervisor(source).state(TIDIED),
+        BackupError::GuardLost { vm, source } => of_hypervisor(source)
+            .state("no restore point was added; the next backup tidies what is left at the VM")
+            .hint(format!("run `highwater backup {vm}` again")),
         BackupError::NoExport { .. } => Advice::code(FAILED).state(TIDIED),
         BackupError::Copy { vm, .. } | BackupError::AllDisksFailed { vm, .. } => {
             Advice::code(FAILED)

@@ -17,7 +17,7 @@ use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
 use rustix::fd::AsFd as _;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::settings;
+use crate::{env, settings};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
@@ -28,6 +28,8 @@ pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
     let (lifeline, cutter) = UnixStream::pair().map_err(|source| cannot_start(&source))?;
     Command::new("/proc/self/exe")
         .arg0(NAME)
+        // The guard never opens the repository.
+        .env_remove(env::PASSWORD)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::from(OwnedFd::from(cutter)))
         .stderr(Stdio::null())

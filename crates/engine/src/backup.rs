@@ -366,7 +366,7 @@ impl Job<'_> {
         self.context
             .guard
             .committing()
-            .map_err(|source| BackupError::Begin {
+            .map_err(|source| BackupError::GuardLost {
                 vm: vm.clone(),
                 source,
             })?;

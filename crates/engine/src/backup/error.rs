@@ -45,6 +45,8 @@ pub enum BackupError {
     Tidy { vm: String, source: HypervisorError },
     #[error("cannot freeze a point in time of VM `{vm}`")]
     Begin { vm: String, source: HypervisorError },
+    #[error("cannot commit the backup of VM `{vm}` without its guard")]
+    GuardLost { vm: String, source: HypervisorError },
     #[error("cannot read disk `{disk}` of VM `{vm}`: the hypervisor exports nothing for it")]
     NoExport { vm: String, disk: String },
     #[error("cannot read VM `{vm}`")]
@@ -105,7 +107,8 @@ impl BackupError {
         match self {
             Self::Observe { source, .. }
             | Self::Tidy { source, .. }
-            | Self::Begin { source, .. } => Some(source.kind),
+            | Self::Begin { source, .. }
+            | Self::GuardLost { source, .. } => Some(source.kind),
             _ => None,
         }
     }
