@@ -1,6 +1,6 @@
 //! Why a backup did not happen.
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
+use highwater_hypervisor::{HypervisorError, JobFacts, RunState};
 use highwater_plan::Refusal;
 use highwater_repo::RepoError;
 
@@ -99,17 +99,6 @@ impl BackupError {
         match self {
             Self::CommitUnknown { .. } => Outcome::Unknown,
             _ => Outcome::Failed,
-        }
-    }
-
-    /// Returns the hypervisor's error kind, if one is the cause.
-    pub fn hypervisor_kind(&self) -> Option<ErrorKind> {
-        match self {
-            Self::Observe { source, .. }
-            | Self::Tidy { source, .. }
-            | Self::Begin { source, .. }
-            | Self::GuardLost { source, .. } => Some(source.kind),
-            _ => None,
         }
     }
 }
