@@ -183,6 +183,8 @@ impl Job<'_> {
         }
         let history = History::load(self.context.repo, &self.identity(), &facts)
             .map_err(|source| BackupError::repository(&self.vm.name, source))?;
+        let newest = history.committed.last().copied();
+        self.point = PointId::new_after(self.context.clock.now(), newest);
         if self.tidy_marks(&facts, &history) {
             facts = self.observe()?;
         }

@@ -124,6 +124,20 @@ pub struct PointId(u128);
 const CROCKFORD: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
 
 impl PointId {
+    /// Draws a new id for a backup that begins at `now`, which sorts after
+    /// `newest` even if the clock went backwards since: the order of ids is
+    /// the order of backups, and the newest one is the parent of the next.
+    pub fn new_after(now: Timestamp, newest: Option<Self>) -> Self {
+        let id = Self::new(now);
+        match newest {
+            Some(newest) if id <= newest => {
+                let next_ms = i64::try_from((newest.0 >> 80) + 1).unwrap_or(i64::MAX);
+                Self::new(Timestamp::from_unix_ms(next_ms))
+            }
+            _ => id,
+        }
+    }
+
     /// Draws a new id for a backup that begins at `now`.
     pub fn new(now: Timestamp) -> Self {
         let time = (now.unix_ms() & 0xffff_ffff_ffff).cast_unsigned();
@@ -301,6 +315,15 @@ mod tests {
             late.to_string().to_lowercase().parse::<PointId>().unwrap(),
             late
         );
+    }
+
+    #[test]
+    fn ids_keep_the_order_of_backups_when_the_clock_goes_back() {
+        let newest = PointId::new(Timestamp::from_unix_ms(5_000));
+        for now in [0, 4_999, 5_000, 5_001, 9_000] {
+            let id = PointId::new_after(Timestamp::from_unix_ms(now), Some(newest));
+            assert!(id > newest, "{now}");
+        }
     }
 
     #[test]
