@@ -147,7 +147,7 @@ pub fn select_vm<'a>(points: &'a [Manifest], name: &str) -> Result<Vec<&'a Manif
     }
 }
 
-/// Finds the one point that is meant among all points, sorted by time.
+/// Finds the one point that is meant among all points, in the order of backups.
 pub fn resolve<'a>(
     points: &'a [Manifest],
     wanted: &PointRef,
@@ -161,12 +161,13 @@ pub fn resolve<'a>(
     match &wanted.which {
         Which::Latest => of_vm.last().copied().ok_or_else(none),
         Which::Before(count) => of_vm.iter().rev().nth(*count).copied().ok_or_else(none),
-        Which::AtOrBefore(time) => of_vm
-            .iter()
-            .rev()
-            .find(|point| point.taken_at <= *time)
-            .copied()
-            .ok_or_else(none),
+        Which::AtOrBefore(time) => {
+            let before = of_vm.iter().filter(|point| point.taken_at <= *time);
+            before
+                .max_by_key(|point| point.taken_at)
+                .copied()
+                .ok_or_else(none)
+        }
         Which::IdPrefix(prefix) => {
             let fits: Vec<&Manifest> = of_vm
                 .into_iter()

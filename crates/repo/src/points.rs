@@ -11,7 +11,8 @@ use crate::objects::Objects;
 /// The restore points that were found.
 #[derive(Debug, Default)]
 pub struct PointList {
-    /// Their manifests, by time taken, then by id.
+    /// Their manifests by id, which is the order of one VM's backups even where
+    /// the clock went back.
     pub points: Vec<Manifest>,
     /// Manifests that cannot be used.
     pub damaged: Vec<DamagedPoint>,
@@ -57,8 +58,7 @@ pub(crate) fn list(objects: &Objects, folder: &str) -> Result<PointList, RepoErr
             Err(error) => return Err(error),
         }
     }
-    list.points
-        .sort_by_key(|manifest| (manifest.taken_at, manifest.point));
+    list.points.sort_by_key(|manifest| manifest.point);
     Ok(list)
 }
 
