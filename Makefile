@@ -42,7 +42,7 @@ mutants: ## break the program on purpose; its tests must notice (NAME=... for so
 	@scripts/setup.sh --for test
 	cargo xtask mutants $(NAME)
 
-# SECONDS is bash's own; a fuzz target is named after what it parses.
+# Not SECONDS: that is a variable of bash itself.
 FUZZ_SECONDS ?= 60
 fuzz: ## feed garbage to every parser, FUZZ_SECONDS=60 each
 	@scripts/setup.sh --for fuzz

@@ -22,10 +22,20 @@ pub(crate) const INTERRUPTED: u8 = 130;
 /// Why a command did not do what it was asked to.
 #[derive(Debug)]
 pub(crate) enum CliError {
-    Usage { message: String, hint: String },
-    Read { path: PathBuf, source: std::io::Error },
-    PasswordCommand { reason: String },
-    Output { source: std::io::Error },
+    Usage {
+        message: String,
+        hint: String,
+    },
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    PasswordCommand {
+        reason: String,
+    },
+    Output {
+        source: std::io::Error,
+    },
     Init(RepoError),
     Backup(Box<BackupError>),
     Restore(Box<RestoreError>),
@@ -48,7 +58,10 @@ impl CliError {
             Self::Usage { message, .. } => vec![message.clone()],
             Self::Read { path, source } => one(format!("cannot read {}", path.display()), source),
             Self::PasswordCommand { reason } => {
-                vec!["cannot get the passphrase from its command".to_owned(), reason.clone()]
+                vec![
+                    "cannot get the passphrase from its command".to_owned(),
+                    reason.clone(),
+                ]
             }
             Self::Output { source } => one("cannot write the output".to_owned(), source),
             Self::Init(error) | Self::Repo(error) => chain(error),
@@ -104,7 +117,11 @@ pub(crate) struct Advice {
 
 impl Advice {
     const fn code(code: u8) -> Self {
-        Self { state: None, hint: None, code }
+        Self {
+            state: None,
+            hint: None,
+            code,
+        }
     }
 
     fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -212,19 +229,19 @@ fn of_backup(error: &BackupError) -> Advice {
             };
             Advice::code(BUSY).state(NO_POINT).hint(hint)
         }
-        BackupError::WrongState { .. } => {
-            Advice::code(FAILED).state(NO_POINT).hint("only running or paused VMs can be backed up")
-        }
+        BackupError::WrongState { .. } => Advice::code(FAILED)
+            .state(NO_POINT)
+            .hint("only running or paused VMs can be backed up"),
         BackupError::NoSuchDisk { known, .. } => Advice::code(USAGE)
             .state(NO_POINT)
             .hint(format!("its disks are: {}", known.join(", "))),
         BackupError::DiskCannot { .. } => Advice::code(USAGE).state(NO_POINT),
-        BackupError::NoDisks { .. } => {
-            Advice::code(FAILED).state(NO_POINT).hint("see `virsh domblklist` for its disks")
-        }
-        BackupError::Refused { refusal, vm, disk } => {
-            Advice::code(FAILED).state(NO_POINT).hint(refusal_hint(*refusal, vm, disk))
-        }
+        BackupError::NoDisks { .. } => Advice::code(FAILED)
+            .state(NO_POINT)
+            .hint("see `virsh domblklist` for its disks"),
+        BackupError::Refused { refusal, vm, disk } => Advice::code(FAILED)
+            .state(NO_POINT)
+            .hint(refusal_hint(*refusal, vm, disk)),
         BackupError::Tidy { source, .. } => of_hypervisor(source).state(NO_POINT),
         BackupError::Begin { source, .. } => of_hypervisor(source).state(TIDIED),
         BackupError::NoExport { .. } => Advice::code(FAILED).state(TIDIED),
@@ -244,7 +261,9 @@ fn of_backup(error: &BackupError) -> Advice {
         }
         BackupError::CommitUnknown { vm, .. } => Advice::code(FAILED)
             .state("the restore point may or may not exist; both marks were kept")
-            .hint(format!("the next `highwater backup {vm}` finds out and goes on")),
+            .hint(format!(
+                "the next `highwater backup {vm}` finds out and goes on"
+            )),
         BackupError::Interrupted { .. } => Advice::code(INTERRUPTED).state(TIDIED),
     }
 }
@@ -271,8 +290,10 @@ fn of_restore(error: &RestoreError) -> Advice {
         RestoreError::NoSuchDisk { known, .. } => {
             Advice::code(USAGE).hint(format!("its disks are: {}", known.join(", ")))
         }
-        RestoreError::NeedsOneDisk { known, .. } => Advice::code(USAGE)
-            .hint(format!("choose one with -d: {}; or name a directory", known.join(", "))),
+        RestoreError::NeedsOneDisk { known, .. } => Advice::code(USAGE).hint(format!(
+            "choose one with -d: {}; or name a directory",
+            known.join(", ")
+        )),
         RestoreError::Exists { .. } => Advice::code(FAILED)
             .state("nothing was overwritten")
             .hint("choose another place, or move what is there away"),

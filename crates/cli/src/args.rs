@@ -6,7 +6,12 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 /// Backup, recovery and instant restore for QEMU/KVM virtual machines.
 #[derive(Debug, Parser)]
-#[command(name = "highwater", version, max_term_width = 100, disable_help_subcommand = true)]
+#[command(
+    name = "highwater",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true
+)]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) global: Global,
@@ -23,7 +28,12 @@ pub(crate) struct Global {
     #[arg(short, long, global = true, value_name = "URI")]
     pub(crate) connect: Option<String>,
     /// Read the passphrase from the first line of a file [env: HIGHWATER_PASSWORD_FILE]
-    #[arg(long, global = true, value_name = "FILE", conflicts_with = "password_command")]
+    #[arg(
+        long,
+        global = true,
+        value_name = "FILE",
+        conflicts_with = "password_command"
+    )]
     pub(crate) password_file: Option<PathBuf>,
     /// Read the passphrase from the first line a shell command prints [env: HIGHWATER_PASSWORD_COMMAND]
     #[arg(long, global = true, value_name = "COMMAND")]
@@ -80,7 +90,11 @@ pub(crate) enum Encryption {
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Backup {
     /// VMs, by name or UUID
-    #[arg(value_name = "VM", required_unless_present = "all", conflicts_with = "all")]
+    #[arg(
+        value_name = "VM",
+        required_unless_present = "all",
+        conflicts_with = "all"
+    )]
     pub(crate) vms: Vec<String>,
     /// Back up every running VM of the connection
     #[arg(long)]
@@ -194,7 +208,9 @@ fn compression(text: &str) -> Result<highwater_engine::repository::Compression, 
         // Level 3 is zstd's own default; here level 1 keeps up with a disk.
         "zstd" => Ok(Compression::Zstd(1)),
         _ => {
-            let level = text.strip_prefix("zstd:").and_then(|level| level.parse().ok());
+            let level = text
+                .strip_prefix("zstd:")
+                .and_then(|level| level.parse().ok());
             level
                 .filter(|level| (1..=19).contains(level))
                 .map(Compression::Zstd)

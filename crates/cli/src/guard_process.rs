@@ -60,13 +60,22 @@ pub(crate) fn run() -> ExitCode {
     }
     let socket = std::io::stdin().as_fd().try_clone_to_owned();
     let lifeline = std::io::stdout().as_fd().try_clone_to_owned();
-    let (Ok(socket), Ok(lifeline)) = (socket, lifeline) else { return ExitCode::FAILURE };
-    serve(UnixStream::from(socket), UnixStream::from(lifeline), &connect);
+    let (Ok(socket), Ok(lifeline)) = (socket, lifeline) else {
+        return ExitCode::FAILURE;
+    };
+    serve(
+        UnixStream::from(socket),
+        UnixStream::from(lifeline),
+        &connect,
+    );
     ExitCode::SUCCESS
 }
 
 fn connect(uri: &str) -> Result<Box<dyn Driver>, HypervisorError> {
-    let options = LibvirtOptions { user_config_dir: settings::user_config_dir(), ..LibvirtOptions::default() };
+    let options = LibvirtOptions {
+        user_config_dir: settings::user_config_dir(),
+        ..LibvirtOptions::default()
+    };
     let driver = LibvirtDriver::connect(uri, &options)?;
     Ok(Box::new(driver))
 }

@@ -1,5 +1,10 @@
 //! The JSON that scripts rely on: schema 1.
 
+#![expect(
+    clippy::struct_field_names,
+    reason = "the names of fields are the schema"
+)]
+
 use highwater_engine::repository::Manifest;
 use highwater_engine::{DiskReport, Report, RestoreReport, Status};
 use serde::Serialize;
@@ -119,7 +124,10 @@ pub(crate) struct Backups {
 
 impl Backups {
     pub(crate) const fn new(results: Vec<OneOfSeveral>) -> Self {
-        Self { schema: SCHEMA, results }
+        Self {
+            schema: SCHEMA,
+            results,
+        }
     }
 }
 
@@ -134,7 +142,12 @@ pub(crate) struct Created {
 
 impl Created {
     pub(crate) const fn new(repository: String, encrypted: bool, chunk_bytes: u64) -> Self {
-        Self { schema: SCHEMA, repository, encrypted, chunk_bytes }
+        Self {
+            schema: SCHEMA,
+            repository,
+            encrypted,
+            chunk_bytes,
+        }
     }
 }
 
@@ -151,7 +164,11 @@ impl Points {
         points: impl Iterator<Item = &'a Manifest>,
         damaged: Vec<String>,
     ) -> Self {
-        Self { schema: SCHEMA, points: points.map(Point::new).collect(), damaged }
+        Self {
+            schema: SCHEMA,
+            points: points.map(Point::new).collect(),
+            damaged,
+        }
     }
 }
 
@@ -199,7 +216,11 @@ impl Point {
             sequence: manifest.sequence,
             level: manifest.level.clone(),
             consistency: manifest.consistency.clone(),
-            size_bytes: manifest.disks.iter().map(|disk| disk.image.size_bytes).sum(),
+            size_bytes: manifest
+                .disks
+                .iter()
+                .map(|disk| disk.image.size_bytes)
+                .sum(),
             stored_bytes: manifest.disks.iter().map(|disk| disk.stored_bytes).sum(),
             tags: manifest.tags.clone(),
             group: manifest.group.clone(),
@@ -332,7 +353,11 @@ impl Restored {
                     root: disk.root.to_string(),
                 })
                 .collect(),
-            files: report.files.iter().map(|path| path.display().to_string()).collect(),
+            files: report
+                .files
+                .iter()
+                .map(|path| path.display().to_string())
+                .collect(),
             seconds: seconds(report.elapsed),
         }
     }

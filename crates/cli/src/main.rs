@@ -5,6 +5,7 @@
 mod advice;
 mod args;
 mod commands;
+mod env;
 mod guard_process;
 mod json;
 mod output;
@@ -27,7 +28,11 @@ fn main() -> ExitCode {
         Err(error) => {
             // Help and version are data and go to stdout; mistakes to stderr.
             drop(error.print());
-            return ExitCode::from(if error.use_stderr() { advice::USAGE } else { advice::DONE });
+            return ExitCode::from(if error.use_stderr() {
+                advice::USAGE
+            } else {
+                advice::DONE
+            });
         }
     };
     let json = args.global.json;

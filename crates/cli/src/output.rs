@@ -16,8 +16,9 @@ pub(crate) fn data(text: &str) -> Result<(), CliError> {
 
 /// Writes a JSON document as data.
 pub(crate) fn document(document: &impl serde::Serialize) -> Result<(), CliError> {
-    let mut text = serde_json::to_string(document)
-        .map_err(|error| CliError::Output { source: std::io::Error::other(error) })?;
+    let mut text = serde_json::to_string(document).map_err(|error| CliError::Output {
+        source: std::io::Error::other(error),
+    })?;
     text.push('\n');
     data(&text)
 }
@@ -53,12 +54,20 @@ pub(crate) fn print_error(error: &CliError, advice: &Advice, as_json: bool) {
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width = |column: usize| {
-        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max()
+        rows.iter()
+            .filter_map(|row| row.get(column))
+            .map(|cell| cell.chars().count())
+            .max()
     };
-    let widths: Vec<usize> = (0..columns).map(|column| width(column).unwrap_or_default()).collect();
+    let widths: Vec<usize> = (0..columns)
+        .map(|column| width(column).unwrap_or_default())
+        .collect();
     let mut text = String::new();
     for row in rows {
-        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+        let cells = row
+            .iter()
+            .zip(&widths)
+            .map(|(cell, width)| format!("{cell:width$}"));
         let line = cells.collect::<Vec<_>>().join("  ");
         text.push_str(line.trim_end());
         text.push('\n');

@@ -47,8 +47,16 @@ impl Progress {
             Style::Bars
         };
         let now = Instant::now();
-        let state = State { bars: MultiProgress::new(), disks: HashMap::new(), started: now, told: now };
-        Self { style, state: Mutex::new(state) }
+        let state = State {
+            bars: MultiProgress::new(),
+            disks: HashMap::new(),
+            started: now,
+            told: now,
+        };
+        Self {
+            style,
+            state: Mutex::new(state),
+        }
     }
 
     /// Takes the bars away; what was talked stays.
@@ -91,7 +99,10 @@ impl Progress {
                 }
                 state.told = Instant::now();
                 let elapsed = state.started.elapsed();
-                for disk in disks.iter().filter(|disk| disk.done_bytes < disk.size_bytes) {
+                for disk in disks
+                    .iter()
+                    .filter(|disk| disk.done_bytes < disk.size_bytes)
+                {
                     output::talk(&line(disk, elapsed));
                 }
             }
@@ -107,7 +118,11 @@ fn bar_style() -> ProgressStyle {
 }
 
 fn amounts(disk: &DiskProgress) -> String {
-    format!("read {}, stored {}", format_size(disk.read_bytes), format_size(disk.stored_bytes))
+    format!(
+        "read {}, stored {}",
+        format_size(disk.read_bytes),
+        format_size(disk.stored_bytes)
+    )
 }
 
 fn line(disk: &DiskProgress, elapsed: Duration) -> String {
@@ -140,13 +155,24 @@ impl Observer for Progress {
                 output::talk(&format!("warning: {what}"));
             }
             Event::Warning(what) => self.say(&format!("  warning: {what}")),
-            Event::Planned { disk, mode, reason, size_bytes } => {
+            Event::Planned {
+                disk,
+                mode,
+                reason,
+                size_bytes,
+            } => {
                 let why = reason.map_or_else(String::new, |reason| format!(" ({reason})"));
-                self.say(&format!("  {disk}: {mode}{why}, {}", format_size(*size_bytes)));
+                self.say(&format!(
+                    "  {disk}: {mode}{why}, {}",
+                    format_size(*size_bytes)
+                ));
             }
             Event::Skipped { disk, reason } => self.say(&format!("  {disk}: skipped, {reason}")),
             Event::Beginning | Event::Committing | Event::Committed { .. } => {}
-            Event::Begun { consistency, frozen_ms } => {
+            Event::Begun {
+                consistency,
+                frozen_ms,
+            } => {
                 let how = match consistency {
                     Consistency::Filesystem => "file systems frozen",
                     Consistency::Crash => "as after a power cut",

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 
 use crate::advice::CliError;
 use crate::args::{Encryption, Global};
-use crate::settings::env;
+use crate::env;
 
 /// Longest passphrase or key file accepted, bytes.
 const SECRET_BYTES_MAX: u64 = 64 << 10;
@@ -70,7 +70,10 @@ pub(crate) fn for_init(
 }
 
 fn key_file(global: &Global) -> Option<PathBuf> {
-    global.key_file.clone().or_else(|| std::env::var_os(env::KEY_FILE).map(PathBuf::from))
+    global
+        .key_file
+        .clone()
+        .or_else(|| std::env::var_os(env::KEY_FILE).map(PathBuf::from))
 }
 
 fn passphrase(global: &Global, question: &str) -> Result<Secret, CliError> {
@@ -118,7 +121,10 @@ fn credential() -> Option<PathBuf> {
 }
 
 fn read_key_file(path: &Path) -> Result<Secret, CliError> {
-    let cannot = |source| CliError::Read { path: path.to_owned(), source };
+    let cannot = |source| CliError::Read {
+        path: path.to_owned(),
+        source,
+    };
     let mut bytes = Zeroizing::new(Vec::new());
     File::open(path)
         .and_then(|file| file.take(SECRET_BYTES_MAX).read_to_end(&mut bytes))
@@ -129,7 +135,10 @@ fn read_key_file(path: &Path) -> Result<Secret, CliError> {
 fn first_line_of_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, CliError> {
     File::open(path)
         .and_then(first_line)
-        .map_err(|source| CliError::Read { path: path.to_owned(), source })
+        .map_err(|source| CliError::Read {
+            path: path.to_owned(),
+            source,
+        })
 }
 
 fn first_line_of_command(command: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
@@ -140,7 +149,10 @@ fn first_line_of_command(command: &str) -> Result<Zeroizing<Vec<u8>>, CliError> 
         .stdout(Stdio::piped())
         .spawn()
         .map_err(|source| failed(source.to_string()))?;
-    let output = child.stdout.take().ok_or_else(|| failed("it has no output".to_owned()))?;
+    let output = child
+        .stdout
+        .take()
+        .ok_or_else(|| failed("it has no output".to_owned()))?;
     let line = first_line(output).map_err(|source| failed(source.to_string()))?;
     let status = child.wait().map_err(|source| failed(source.to_string()))?;
     if !status.success() {
@@ -165,7 +177,9 @@ fn prompt(question: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
             hint: "use --password-file, --password-command or HIGHWATER_PASSWORD_FILE".to_owned(),
         });
     }
-    let answer = rpassword::prompt_password(question)
-        .map_err(|source| CliError::Read { path: PathBuf::from("the terminal"), source })?;
+    let answer = rpassword::prompt_password(question).map_err(|source| CliError::Read {
+        path: PathBuf::from("the terminal"),
+        source,
+    })?;
     Ok(Zeroizing::new(answer.into_bytes()))
 }

@@ -8,29 +8,19 @@ use highwater_store::Store;
 
 use crate::advice::CliError;
 use crate::args::Global;
-use crate::secrets;
-
-/// Environment variables, in one place.
-pub(crate) mod env {
-    pub(crate) const REPO: &str = "HIGHWATER_REPO";
-    pub(crate) const PASSWORD: &str = "HIGHWATER_PASSWORD";
-    pub(crate) const PASSWORD_FILE: &str = "HIGHWATER_PASSWORD_FILE";
-    pub(crate) const PASSWORD_COMMAND: &str = "HIGHWATER_PASSWORD_COMMAND";
-    pub(crate) const PASSWORD_FD: &str = "HIGHWATER_PASSWORD_FD";
-    pub(crate) const KEY_FILE: &str = "HIGHWATER_KEY_FILE";
-    /// Where locks and sockets go; tests keep theirs apart.
-    pub(crate) const RUNTIME_DIR: &str = "HIGHWATER_RUNTIME_DIR";
-    /// systemd's directory of credentials.
-    pub(crate) const CREDENTIALS: &str = "CREDENTIALS_DIRECTORY";
-}
+use crate::{env, secrets};
 
 /// Opens the store that the flags or the environment name.
 pub(crate) fn open_store(global: &Global) -> Result<Arc<dyn Store>, CliError> {
     let from_env = || std::env::var(env::REPO).ok().filter(|url| !url.is_empty());
-    let url = global.repo.clone().or_else(from_env).ok_or_else(|| CliError::Usage {
-        message: "cannot tell which repository is meant".to_owned(),
-        hint: "name it with -r PATH or in HIGHWATER_REPO".to_owned(),
-    })?;
+    let url = global
+        .repo
+        .clone()
+        .or_else(from_env)
+        .ok_or_else(|| CliError::Usage {
+            message: "cannot tell which repository is meant".to_owned(),
+            hint: "name it with -r PATH or in HIGHWATER_REPO".to_owned(),
+        })?;
     highwater_store::open(&url).map_err(CliError::from)
 }
 
@@ -45,7 +35,11 @@ pub(crate) fn open_repository(global: &Global) -> Result<Repository, CliError> {
 /// Returns the hypervisor's URI.
 pub(crate) fn connection(global: &Global) -> String {
     global.connect.clone().unwrap_or_else(|| {
-        let uri = if is_root() { "qemu:///system" } else { "qemu:///session" };
+        let uri = if is_root() {
+            "qemu:///system"
+        } else {
+            "qemu:///session"
+        };
         uri.to_owned()
     })
 }
@@ -74,7 +68,10 @@ pub(crate) fn scratch_dir() -> PathBuf {
     }
     let cache = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from);
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cache"));
-    cache.or_else(home).unwrap_or_else(std::env::temp_dir).join("highwater/scratch")
+    cache
+        .or_else(home)
+        .unwrap_or_else(std::env::temp_dir)
+        .join("highwater/scratch")
 }
 
 /// Returns `~/.config`, where a libvirt daemon of this user keeps TPM states.

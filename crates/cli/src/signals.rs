@@ -39,7 +39,10 @@ pub(crate) fn cancel_on_signals() -> Cancel {
     cancel
 }
 
-#[expect(clippy::exit, reason = "a call into a dead repository may hold the main thread for ever")]
+#[expect(
+    clippy::exit,
+    reason = "a call into a dead repository may hold the main thread for ever"
+)]
 fn end_now() {
     std::process::exit(i32::from(advice::INTERRUPTED));
 }

@@ -8,7 +8,11 @@ use jiff::tz::TimeZone;
 pub(crate) fn show(time: Timestamp) -> String {
     jiff::Timestamp::from_millisecond(time.unix_ms()).map_or_else(
         |_| format!("{} ms", time.unix_ms()),
-        |time| time.to_zoned(TimeZone::system()).strftime("%Y-%m-%d %H:%M:%S").to_string(),
+        |time| {
+            time.to_zoned(TimeZone::system())
+                .strftime("%Y-%m-%d %H:%M:%S")
+                .to_string()
+        },
     )
 }
 
@@ -24,15 +28,24 @@ pub(crate) fn rfc3339(time: Timestamp) -> String {
 pub(crate) fn parse(text: &str) -> Option<Timestamp> {
     let text = text.replace(' ', "T");
     let moment = zoned(&text).or_else(|| local(&text))?;
-    Some(Timestamp::from_unix_ms(moment.as_millisecond().saturating_add(999)))
+    Some(Timestamp::from_unix_ms(
+        moment.as_millisecond().saturating_add(999),
+    ))
 }
 
 /// With `Z` or an offset; `2026-11-20T03:00Z` is the whole minute.
 fn zoned(text: &str) -> Option<jiff::Timestamp> {
     let time = text.find('T')?;
-    let zone = text.get(time..)?.find(['Z', 'z', '+', '-'])?.checked_add(time)?;
+    let zone = text
+        .get(time..)?
+        .find(['Z', 'z', '+', '-'])?
+        .checked_add(time)?;
     let (clock, zone) = text.split_at_checked(zone)?;
-    let seconds = if clock.matches(':').count() == 1 { ":59" } else { "" };
+    let seconds = if clock.matches(':').count() == 1 {
+        ":59"
+    } else {
+        ""
+    };
     format!("{clock}{seconds}{zone}").parse().ok()
 }
 
@@ -64,12 +77,23 @@ mod tests {
             ("2026-11-20T03:00Z", "2026-11-20T03:00:59.999Z"),
             ("2026-11-20T03:00+01:00", "2026-11-20T02:00:59.999Z"),
         ] {
-            assert_eq!(parse(text).map(rfc3339).as_deref(), Some(expected), "{text}");
+            assert_eq!(
+                parse(text).map(rfc3339).as_deref(),
+                Some(expected),
+                "{text}"
+            );
         }
         for text in ["2026-11-20", "2026-11-20T03:00", "2026-11-20 03:00:10"] {
             assert!(parse(text).is_some(), "{text}");
         }
-        for text in ["", "yesterday", "2026-13-01", "2026-11-20T25:00Z", "T+", "\u{e4}T\u{e4}-"] {
+        for text in [
+            "",
+            "yesterday",
+            "2026-13-01",
+            "2026-11-20T25:00Z",
+            "T+",
+            "\u{e4}T\u{e4}-",
+        ] {
             assert!(parse(text).is_none(), "{text}");
         }
     }

@@ -61,7 +61,7 @@ fn needs_recovery(image: &std::path::Path) -> bool {
 fn a_guest_is_frozen_for_the_start_call_only() {
     let mut rig = Rig::start();
     let (vm, guest) = start_with_files(&rig);
-    assert!(rig.observe(&vm).agent_connected);
+    assert_eq!(rig.observe(&vm).agent, highwater_hypervisor::Agent::Connected);
     for (wish, consistency) in [
         (Quiesce::Require, Consistency::Filesystem),
         (Quiesce::Off, Consistency::Crash),

@@ -98,9 +98,15 @@ pub fn backup(
     options: &BackupOptions,
 ) -> Result<Report, BackupError> {
     let started = Instant::now();
-    let vm = context.guard.find(vm_name).map_err(|source| BackupError::observe(vm_name, source))?;
+    let vm = context
+        .guard
+        .find(vm_name)
+        .map_err(|source| BackupError::observe(vm_name, source))?;
     context.observer.event(&Event::Started { vm: &vm.name });
-    context.guard.lock(&vm).map_err(|source| BackupError::observe(&vm.name, source))?;
+    context
+        .guard
+        .lock(&vm)
+        .map_err(|source| BackupError::observe(&vm.name, source))?;
 
     let mut job = Job {
         context,
@@ -113,17 +119,25 @@ pub fn backup(
     };
     let (facts, history, planned) = job.prepare()?;
     let session = job.begin(&facts, &planned)?;
-    let (manifest, copied) = match job.copy_and_commit(&facts, &history, &planned, &session, started) {
-        Ok(done) => done,
-        Err(error) => {
-            let outcome = error.outcome();
-            job.finish_session(&session, outcome);
-            return Err(error);
-        }
-    };
+    let (manifest, copied) =
+        match job.copy_and_commit(&facts, &history, &planned, &session, started) {
+            Ok(done) => done,
+            Err(error) => {
+                let outcome = error.outcome();
+                job.finish_session(&session, outcome);
+                return Err(error);
+            }
+        };
     job.finish_session(&session, Outcome::Committed);
     job.give_up_superseded_marks(&history, &manifest, &planned);
-    Ok(report::report(&vm, &manifest, copied, job.healed, job.warnings, started.elapsed()))
+    Ok(report::report(
+        &vm,
+        &manifest,
+        copied,
+        job.healed,
+        job.warnings,
+        started.elapsed(),
+    ))
 }
 
 struct Job<'a> {
@@ -146,14 +160,19 @@ impl Job<'_> {
     /// Observes, tidies and plans; nothing of this run is at the VM yet.
     fn prepare(&mut self) -> Result<(VmFacts, History, Vec<PlannedDisk>), BackupError> {
         let mut facts = self.observe()?;
-        if let VmGate::EndLeftoverFirst(session) = self.gate(&facts) {
+        if let VmGate::EndLeftoverFirst(session) =
+            gate(observe::vm_state(&facts), observe::job_view(&facts))
+        {
             self.end_leftover(session)?;
             facts = self.observe()?;
         }
-        match self.gate(&facts) {
+        match gate(observe::vm_state(&facts), observe::job_view(&facts)) {
             VmGate::Open => {}
             VmGate::EndLeftoverFirst(_) | VmGate::Busy => {
-                return Err(BackupError::Busy { vm: self.vm.name.clone(), job: facts.job });
+                return Err(BackupError::Busy {
+                    vm: self.vm.name.clone(),
+                    job: facts.job,
+                });
             }
             VmGate::WrongState => {
                 return Err(BackupError::WrongState {
@@ -164,7 +183,7 @@ impl Job<'_> {
         }
         let history = History::load(self.context.repo, &self.identity(), &facts)
             .map_err(|source| BackupError::repository(&self.vm.name, source))?;
-        if self.tidy_marks(&facts, &history)? {
+        if self.tidy_marks(&facts, &history) {
             facts = self.observe()?;
         }
         self.check_wanted_disks(&facts)?;
@@ -178,12 +197,11 @@ impl Job<'_> {
         facts.map_err(|source| BackupError::observe(&self.vm.name, source))
     }
 
-    fn gate(&self, facts: &VmFacts) -> VmGate {
-        gate(observe::vm_state(facts), observe::job_view(facts))
-    }
-
     fn identity(&self) -> VmIdentity {
-        VmIdentity { name: self.vm.name.clone(), uuid: self.vm.uuid.clone() }
+        VmIdentity {
+            name: self.vm.name.clone(),
+            uuid: self.vm.uuid.clone(),
+        }
     }
 
     fn check_wanted_disks(&self, facts: &VmFacts) -> Result<(), BackupError> {
@@ -193,7 +211,11 @@ impl Job<'_> {
             .map(|disk| disk.target.as_str())
             .chain(facts.skipped.iter().map(|disk| disk.target.as_str()))
             .collect();
-        let wanted = self.options.only_disks.iter().chain(&self.options.without_disks);
+        let wanted = self
+            .options
+            .only_disks
+            .iter()
+            .chain(&self.options.without_disks);
         for disk in wanted {
             if !known.contains(disk.as_str()) {
                 return Err(BackupError::NoSuchDisk {
@@ -220,7 +242,10 @@ impl Job<'_> {
     fn tell_plan(&self, facts: &VmFacts, planned: &[PlannedDisk]) -> Result<(), BackupError> {
         for skipped in &facts.skipped {
             let reason = record::skip_word(skipped.reason);
-            self.context.observer.event(&Event::Skipped { disk: &skipped.target, reason });
+            self.context.observer.event(&Event::Skipped {
+                disk: &skipped.target,
+                reason,
+            });
         }
         for disk in planned {
             if let DiskPlan::Refuse(refusal) = &disk.plan {
@@ -238,7 +263,9 @@ impl Job<'_> {
             });
         }
         if planned.is_empty() {
-            return Err(BackupError::NoDisks { vm: self.vm.name.clone() });
+            return Err(BackupError::NoDisks {
+                vm: self.vm.name.clone(),
+            });
         }
         Ok(())
     }
@@ -277,7 +304,10 @@ impl Job<'_> {
             .context
             .guard
             .begin(&order)
-            .map_err(|source| BackupError::Begin { vm: self.vm.name.clone(), source })?;
+            .map_err(|source| BackupError::Begin {
+                vm: self.vm.name.clone(),
+                source,
+            })?;
         self.context.observer.event(&Event::Begun {
             consistency: begun.consistency,
             frozen_ms: begun.frozen_ms,
@@ -301,7 +331,10 @@ impl Job<'_> {
         let writer = self
             .context
             .repo
-            .writer(WriterOptions { compression: self.options.compression, ..WriterOptions::default() })
+            .writer(WriterOptions {
+                compression: self.options.compression,
+                ..WriterOptions::default()
+            })
             .map_err(store)?;
         let files = files::save_files(&writer, facts, self.context.clock, &mut self.warnings)
             .map_err(store)?;
@@ -317,8 +350,13 @@ impl Job<'_> {
         if copied.iter().all(|disk| disk.result.is_err()) {
             return Err(BackupError::AllDisksFailed {
                 vm: vm.clone(),
-                disk: copied.first().map(|disk| disk.target.clone()).unwrap_or_default(),
-                source: copied.into_iter().find_map(|disk| disk.result.err().map(Box::new)),
+                disk: copied
+                    .first()
+                    .map(|disk| disk.target.clone())
+                    .unwrap_or_default(),
+                source: copied
+                    .into_iter()
+                    .find_map(|disk| disk.result.err().map(Box::new)),
             });
         }
         let flushed = writer.flush().map_err(store)?;
@@ -328,7 +366,10 @@ impl Job<'_> {
         self.context
             .guard
             .committing()
-            .map_err(|source| BackupError::Begin { vm: vm.clone(), source })?;
+            .map_err(|source| BackupError::Begin {
+                vm: vm.clone(),
+                source,
+            })?;
         self.context.observer.event(&Event::Committing);
         let manifest = record::manifest(&record::Parts {
             job: self,
@@ -342,18 +383,25 @@ impl Job<'_> {
         });
         flushed.commit(&manifest).map_err(|source| {
             if source.kind() == RepoErrorKind::CommitUnknown {
-                BackupError::CommitUnknown { vm: vm.clone(), source: Box::new(source) }
+                BackupError::CommitUnknown {
+                    vm: vm.clone(),
+                    source: Box::new(source),
+                }
             } else {
                 store(source)
             }
         })?;
-        self.context.observer.event(&Event::Committed { point: self.point });
+        self.context
+            .observer
+            .event(&Event::Committed { point: self.point });
         Ok((manifest, copied))
     }
 
     fn stop_if_cancelled(&self) -> Result<(), BackupError> {
         if self.context.cancel.is_raised() {
-            return Err(BackupError::Interrupted { vm: self.vm.name.clone() });
+            return Err(BackupError::Interrupted {
+                vm: self.vm.name.clone(),
+            });
         }
         Ok(())
     }
@@ -372,7 +420,11 @@ impl Job<'_> {
 /// A VM without an agent's channel is not warned about at every backup: its
 /// points say `crash`, and there is nothing to repair.
 fn quiesce(wanted: Quiesce, agent: Agent) -> Quiesce {
-    if wanted == Quiesce::Try && agent == Agent::Missing { Quiesce::Off } else { wanted }
+    if wanted == Quiesce::Try && agent == Agent::Missing {
+        Quiesce::Off
+    } else {
+        wanted
+    }
 }
 
 fn read_mode(plan: &DiskPlan) -> ReadMode {
@@ -391,18 +443,30 @@ fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, B
         .iter()
         .map(|disk| {
             let target = &disk.facts.target;
-            let export = session.begun.exports.iter().find(|export| export.target == *target);
+            let export = session
+                .begun
+                .exports
+                .iter()
+                .find(|export| export.target == *target);
             let export = export.ok_or_else(|| BackupError::NoExport {
                 vm: session.order.vm.name.clone(),
                 disk: target.clone(),
             })?;
             let read = match &disk.plan {
-                DiskPlan::Incremental { tail_from, .. } | DiskPlan::Differential { tail_from, .. } => {
-                    let context = export.dirty_context.clone().ok_or_else(|| BackupError::NoExport {
-                        vm: session.order.vm.name.clone(),
-                        disk: target.clone(),
-                    })?;
-                    ReadPlan::Dirty { context, tail_from: *tail_from }
+                DiskPlan::Incremental { tail_from, .. }
+                | DiskPlan::Differential { tail_from, .. } => {
+                    let context =
+                        export
+                            .dirty_context
+                            .clone()
+                            .ok_or_else(|| BackupError::NoExport {
+                                vm: session.order.vm.name.clone(),
+                                disk: target.clone(),
+                            })?;
+                    ReadPlan::Dirty {
+                        context,
+                        tail_from: *tail_from,
+                    }
                 }
                 DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => {
                     ReadPlan::All

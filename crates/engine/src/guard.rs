@@ -26,6 +26,6 @@ mod wire;
 
 pub use client::{Guard, GuardError};
 pub(crate) use host::one_line;
-pub use host::serve;
+pub use host::{Connect, serve};
 pub use lock::lock_path;
 pub use wire::Outcome;

@@ -11,11 +11,12 @@ mod points;
 mod restore;
 
 pub use backup::{
-    BackupContext, BackupError, BackupOptions, CopyError, DiskReport, Report, Status, Tuning, backup,
+    BackupContext, BackupError, BackupOptions, CopyError, DiskReport, Report, Status, Tuning,
+    backup,
 };
 pub use cancel::Cancel;
 pub use events::{DiskProgress, Event, Observer};
-pub use guard::{Guard, GuardError, Outcome, lock_path, serve};
+pub use guard::{Connect, Guard, GuardError, Outcome, lock_path, serve};
 pub use points::{PointError, PointRef, resolve, select_vm};
 pub use restore::{
     Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,

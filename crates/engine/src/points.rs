@@ -71,7 +71,10 @@ impl PointRef {
             return Ok(Self { vm: None, which });
         }
         let Some(at) = text.rfind(['@', '~']) else {
-            return Ok(Self { vm: Some(text.to_owned()), which: Which::Latest });
+            return Ok(Self {
+                vm: Some(text.to_owned()),
+                which: Which::Latest,
+            });
         };
         let (vm, rest) = text.split_at(at);
         if vm.is_empty() {
@@ -89,32 +92,46 @@ impl PointRef {
         } else {
             id_prefix(rest).ok_or_else(unreadable)?
         };
-        Ok(Self { vm: Some(vm.to_owned()), which })
+        Ok(Self {
+            vm: Some(vm.to_owned()),
+            which,
+        })
     }
 }
 
 fn id_prefix(text: &str) -> Option<Which> {
-    let fits = !text.is_empty() && text.len() <= 26 && text.chars().all(|c| c.is_ascii_alphanumeric());
+    let fits =
+        !text.is_empty() && text.len() <= 26 && text.chars().all(|c| c.is_ascii_alphanumeric());
     fits.then(|| Which::IdPrefix(text.to_ascii_uppercase()))
 }
 
 /// Returns whether `name` (a name, a UUID, or `uuid:…`) means this VM.
 fn means(name: &str, vm: &VmIdentity) -> bool {
     let uuid = name.strip_prefix("uuid:");
-    let by_uuid = |text: &str| vm.uuid.as_deref().is_some_and(|it| it.eq_ignore_ascii_case(text));
+    let by_uuid = |text: &str| {
+        vm.uuid
+            .as_deref()
+            .is_some_and(|it| it.eq_ignore_ascii_case(text))
+    };
     uuid.map_or_else(|| vm.name == name || by_uuid(name), by_uuid)
 }
 
 /// Returns the points of the VM that `name` means, or an error if it means
 /// several VMs (the same name, different UUIDs).
-pub fn select_vm<'a>(
-    points: &'a [Manifest],
-    name: &str,
-) -> Result<Vec<&'a Manifest>, PointError> {
-    let found: Vec<&Manifest> = points.iter().filter(|point| means(name, &point.vm)).collect();
+pub fn select_vm<'a>(points: &'a [Manifest], name: &str) -> Result<Vec<&'a Manifest>, PointError> {
+    let found: Vec<&Manifest> = points
+        .iter()
+        .filter(|point| means(name, &point.vm))
+        .collect();
     let mut keys: Vec<String> = found
         .iter()
-        .map(|point| point.vm.uuid.as_ref().map_or_else(String::new, |uuid| format!("uuid:{uuid}")))
+        .map(|point| {
+            point
+                .vm
+                .uuid
+                .as_ref()
+                .map_or_else(String::new, |uuid| format!("uuid:{uuid}"))
+        })
         .collect();
     keys.sort();
     keys.dedup();
@@ -144,9 +161,12 @@ pub fn resolve<'a>(
     match &wanted.which {
         Which::Latest => of_vm.last().copied().ok_or_else(none),
         Which::Before(count) => of_vm.iter().rev().nth(*count).copied().ok_or_else(none),
-        Which::AtOrBefore(time) => {
-            of_vm.iter().rev().find(|point| point.taken_at <= *time).copied().ok_or_else(none)
-        }
+        Which::AtOrBefore(time) => of_vm
+            .iter()
+            .rev()
+            .find(|point| point.taken_at <= *time)
+            .copied()
+            .ok_or_else(none),
         Which::IdPrefix(prefix) => {
             let fits: Vec<&Manifest> = of_vm
                 .into_iter()
@@ -159,7 +179,10 @@ pub fn resolve<'a>(
                     text: text.to_owned(),
                     what: "restore points",
                     count: several.len(),
-                    candidates: several.iter().map(|point| format!("id:{}", point.point)).collect(),
+                    candidates: several
+                        .iter()
+                        .map(|point| format!("id:{}", point.point))
+                        .collect(),
                 }),
             }
         }
@@ -198,11 +221,18 @@ mod tests {
     /// Resolves and tells the time of the point found, or the error.
     fn check(points: &[Manifest], text: &str, expected: Result<i64, &str>) {
         let to_time = |text: &str| {
-            text.strip_prefix("t-").and_then(|ms| ms.parse().ok()).map(Timestamp::from_unix_ms)
+            text.strip_prefix("t-")
+                .and_then(|ms| ms.parse().ok())
+                .map(Timestamp::from_unix_ms)
         };
-        let found = PointRef::parse(text, &to_time)
-            .and_then(|wanted| resolve(points, &wanted, text).map(|point| point.taken_at.unix_ms()));
-        assert_eq!(found.map_err(|error| error.to_string()), expected.map_err(str::to_owned), "{text}");
+        let found = PointRef::parse(text, &to_time).and_then(|wanted| {
+            resolve(points, &wanted, text).map(|point| point.taken_at.unix_ms())
+        });
+        assert_eq!(
+            found.map_err(|error| error.to_string()),
+            expected.map_err(str::to_owned),
+            "{text}"
+        );
     }
 
     #[test]
@@ -217,7 +247,11 @@ mod tests {
         check(&points, "web@t-2999", Ok(2000));
         check(&points, "web@t-3000", Ok(3000));
         check(&points, &format!("id:{}", points[1].point), Ok(1500));
-        check(&points, &format!("web@{}", points[0].point.to_string().to_lowercase()), Ok(1000));
+        check(
+            &points,
+            &format!("web@{}", points[0].point.to_string().to_lowercase()),
+            Ok(1000),
+        );
         check(&points, "db@1@latest", Ok(1500));
     }
 
@@ -225,11 +259,27 @@ mod tests {
     fn a_point_that_is_not_there_is_not_guessed() {
         let points = points();
         check(&points, "web~3", Err("cannot find restore point `web~3`"));
-        check(&points, "web@t-999", Err("cannot find restore point `web@t-999`"));
-        check(&points, "mail", Err("cannot find a restore point of VM `mail`"));
-        check(&points, "web@ZZZZ", Err("cannot find restore point `web@ZZZZ`"));
+        check(
+            &points,
+            "web@t-999",
+            Err("cannot find restore point `web@t-999`"),
+        );
+        check(
+            &points,
+            "mail",
+            Err("cannot find a restore point of VM `mail`"),
+        );
+        check(
+            &points,
+            "web@ZZZZ",
+            Err("cannot find restore point `web@ZZZZ`"),
+        );
         for text in ["", "@latest", "web@", "web~x", "web@not-a-time", "id:"] {
-            check(&points, text, Err(&format!("cannot read `{text}` as a restore point")));
+            check(
+                &points,
+                text,
+                Err(&format!("cannot read `{text}` as a restore point")),
+            );
         }
     }
 
@@ -237,8 +287,16 @@ mod tests {
     fn an_ambiguous_name_is_refused_with_ways_out() {
         let mut points = points();
         points.push(point("web", Some("c"), 4000));
-        check(&points, "web", Err("cannot choose between 2 VMs that fit `web`"));
+        check(
+            &points,
+            "web",
+            Err("cannot choose between 2 VMs that fit `web`"),
+        );
         check(&points, "uuid:c", Ok(4000));
-        check(&points, "a@0", Err("cannot choose between 3 restore points that fit `a@0`"));
+        check(
+            &points,
+            "a@0",
+            Err("cannot choose between 3 restore points that fit `a@0`"),
+        );
     }
 }

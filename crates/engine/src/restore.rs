@@ -50,7 +50,11 @@ impl Format {
     }
 
     fn of_source(disk: &DiskRecord) -> Self {
-        if disk.format == "qcow2" { Self::Qcow2 } else { Self::Raw }
+        if disk.format == "qcow2" {
+            Self::Qcow2
+        } else {
+            Self::Raw
+        }
     }
 }
 
@@ -95,7 +99,10 @@ pub struct RestoredDisk {
 
 /// Why a restore did not happen, or only in part.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say what each is; fields are what they name")]
+#[expect(
+    missing_docs,
+    reason = "the messages say what each is; fields are what they name"
+)]
 pub enum RestoreError {
     #[error("cannot restore disk `{disk}`: the restore point has no such disk")]
     NoSuchDisk { disk: String, known: Vec<String> },
@@ -104,13 +111,27 @@ pub enum RestoreError {
     #[error("cannot restore to {}: it exists", path.display())]
     Exists { path: PathBuf },
     #[error("cannot read disk `{disk}` of the restore point")]
-    Read { disk: String, source: Box<RepoError> },
+    Read {
+        disk: String,
+        source: Box<RepoError>,
+    },
     #[error("cannot use chunk {index} of disk `{disk}`: it has {got} bytes instead of {expected}")]
-    WrongLength { disk: String, index: u64, expected: usize, got: usize },
+    WrongLength {
+        disk: String,
+        index: u64,
+        expected: usize,
+        got: usize,
+    },
     #[error("cannot read `{file}` of the restore point")]
-    ReadFile { file: String, source: Box<RepoError> },
+    ReadFile {
+        file: String,
+        source: Box<RepoError>,
+    },
     #[error("cannot write {}", path.display())]
-    Write { path: PathBuf, source: std::io::Error },
+    Write {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("cannot write to the output")]
     Output { source: std::io::Error },
     #[error("interrupted")]
@@ -132,9 +153,10 @@ impl From<RepoError> for Fetch {
 impl Fetch {
     fn of_disk(self, disk: &DiskRecord) -> RestoreError {
         match self {
-            Self::Repo(source) => {
-                RestoreError::Read { disk: disk.target.clone(), source: Box::new(source) }
-            }
+            Self::Repo(source) => RestoreError::Read {
+                disk: disk.target.clone(),
+                source: Box::new(source),
+            },
             Self::Sink(error) => error,
         }
     }
@@ -145,7 +167,12 @@ fn check_length(disk: &DiskRecord, index: u64, expected: usize, got: usize) -> R
     if expected == got {
         return Ok(());
     }
-    Err(Fetch::Sink(RestoreError::WrongLength { disk: disk.target.clone(), index, expected, got }))
+    Err(Fetch::Sink(RestoreError::WrongLength {
+        disk: disk.target.clone(),
+        index,
+        expected,
+        got,
+    }))
 }
 
 /// Restores disks of a point.
@@ -160,22 +187,32 @@ pub fn restore(
 ) -> Result<RestoreReport, RestoreError> {
     let started = Instant::now();
     let disks = wanted_disks(point, options.disks)?;
-    options.observer.event(&Event::Started { vm: &point.vm.name });
-    let mut report =
-        RestoreReport { disks: Vec::new(), files: Vec::new(), elapsed: Duration::ZERO };
+    options
+        .observer
+        .event(&Event::Started { vm: &point.vm.name });
+    let mut report = RestoreReport {
+        disks: Vec::new(),
+        files: Vec::new(),
+        elapsed: Duration::ZERO,
+    };
     match target {
         Target::Directory(dir) => {
             let paths: Vec<(PathBuf, Format)> = disks
                 .iter()
                 .map(|disk| {
                     let format = options.format.unwrap_or_else(|| Format::of_source(disk));
-                    (dir.join(format!("{}.{}", file_name(&disk.target), format.word())), format)
+                    (
+                        dir.join(format!("{}.{}", file_name(&disk.target), format.word())),
+                        format,
+                    )
                 })
                 .collect();
             refuse_existing(paths.iter().map(|(path, _)| path.as_path()))?;
             image::make_dir(dir)?;
             for (disk, (path, format)) in disks.iter().zip(paths) {
-                report.disks.push(image::restore_disk(repo, disk, &path, format, options)?);
+                report
+                    .disks
+                    .push(image::restore_disk(repo, disk, &path, format, options)?);
             }
             // The definition last: a directory that has one has all its disks.
             if options.disks.is_empty() {
@@ -190,13 +227,19 @@ pub fn restore(
                 Some("raw" | "img") => Some(Format::Raw),
                 _ => None,
             };
-            let format =
-                options.format.or(by_extension).unwrap_or_else(|| Format::of_source(disk));
-            report.disks.push(image::restore_disk(repo, disk, path, format, options)?);
+            let format = options
+                .format
+                .or(by_extension)
+                .unwrap_or_else(|| Format::of_source(disk));
+            report
+                .disks
+                .push(image::restore_disk(repo, disk, path, format, options)?);
         }
         Target::Stream(output) => {
             let disk = only_disk(point, &disks)?;
-            report.disks.push(stream::restore_disk(repo, disk, output, options)?);
+            report
+                .disks
+                .push(stream::restore_disk(repo, disk, output, options)?);
         }
     }
     report.elapsed = started.elapsed();
@@ -209,11 +252,13 @@ fn wanted_disks<'a>(
 ) -> Result<Vec<&'a DiskRecord>, RestoreError> {
     for disk in wanted {
         if point.disks.iter().all(|known| known.target != *disk) {
-            return Err(RestoreError::NoSuchDisk { disk: disk.clone(), known: names(point) });
+            return Err(RestoreError::NoSuchDisk {
+                disk: disk.clone(),
+                known: names(point),
+            });
         }
     }
-    let is_wanted =
-        |disk: &&DiskRecord| wanted.is_empty() || wanted.contains(&disk.target);
+    let is_wanted = |disk: &&DiskRecord| wanted.is_empty() || wanted.contains(&disk.target);
     Ok(point.disks.iter().filter(is_wanted).collect())
 }
 
@@ -223,9 +268,10 @@ fn only_disk<'a>(
 ) -> Result<&'a DiskRecord, RestoreError> {
     match disks {
         [disk] => Ok(disk),
-        several => {
-            Err(RestoreError::NeedsOneDisk { count: several.len(), known: names(point) })
-        }
+        several => Err(RestoreError::NeedsOneDisk {
+            count: several.len(),
+            known: names(point),
+        }),
     }
 }
 
@@ -237,7 +283,9 @@ fn refuse_existing<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<(), Rest
     for path in paths {
         // `symlink_metadata`: a dangling link is something, too.
         if path.symlink_metadata().is_ok() {
-            return Err(RestoreError::Exists { path: path.to_owned() });
+            return Err(RestoreError::Exists {
+                path: path.to_owned(),
+            });
         }
     }
     Ok(())
@@ -248,9 +296,19 @@ fn refuse_existing<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<(), Rest
 fn file_name(name: &str) -> String {
     let safe: String = name
         .chars()
-        .map(|c| if c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '+') { c } else { '_' })
+        .map(|c| {
+            if c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '+') {
+                c
+            } else {
+                '_'
+            }
+        })
         .collect();
-    if safe.is_empty() || safe.starts_with('.') { format!("_{safe}") } else { safe }
+    if safe.is_empty() || safe.starts_with('.') {
+        format!("_{safe}")
+    } else {
+        safe
+    }
 }
 
 #[cfg(test)]

@@ -15,9 +15,9 @@ mod order;
 
 pub use driver::{Driver, ErrorKind, HypervisorError};
 pub use facts::{
-    Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile, FirmwareRole,
-    JobFacts, MarkSupport, NoMarks, ProcessIdentity, RootNode, RunState, SkipReason, SkippedDisk,
-    VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
+    Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile,
+    FirmwareRole, JobFacts, MarkSupport, NoMarks, ProcessIdentity, RootNode, RunState, SkipReason,
+    SkippedDisk, VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
 };
 pub use order::{
     BeginOrder, Begun, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder, NewMark,

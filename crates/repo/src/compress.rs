@@ -49,7 +49,8 @@ impl Codec {
 /// Compresses objects of one lane.
 pub(crate) enum Compressor {
     None,
-    Lz4,
+    /// With room for the longest output: with less the codec does not begin.
+    Lz4(Vec<u8>),
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
@@ -57,7 +58,7 @@ impl Compressor {
     pub(crate) fn new(compression: Compression) -> Result<Self, Flaw> {
         Ok(match compression {
             Compression::None => Self::None,
-            Compression::Lz4 => Self::Lz4,
+            Compression::Lz4 => Self::Lz4(Vec::new()),
             Compression::Zstd(level) => Self::Zstd(
                 zstd::bulk::Compressor::new(level)
                     .map_err(|_| Flaw("the compression level is not one of Zstandard"))?,
@@ -73,9 +74,18 @@ impl Compressor {
         let worthwhile = plain.len().saturating_sub(plain.len().div_ceil(16));
         let (codec, written) = match self {
             Self::None => (Codec::Raw, None),
-            Self::Lz4 => {
-                let room = into.get_mut(..worthwhile).unwrap_or_default();
-                (Codec::Lz4, lz4_flex::block::compress_into(plain, room).ok())
+            Self::Lz4(room) => {
+                room.resize(lz4_flex::block::get_maximum_output_size(plain.len()), 0);
+                let written = lz4_flex::block::compress_into(plain, room).ok();
+                let kept = written
+                    .and_then(|written| room.get(..written))
+                    .filter(|kept| kept.len() <= worthwhile);
+                if let Some((to, from)) =
+                    kept.and_then(|kept| Some((into.get_mut(..kept.len())?, kept)))
+                {
+                    to.copy_from_slice(from);
+                }
+                (Codec::Lz4, kept.map(<[u8]>::len))
             }
             Self::Zstd(context) => {
                 let room = into.get_mut(..worthwhile).unwrap_or_default();

@@ -8,8 +8,7 @@ use crate::error::{RepoError, RepoErrorKind};
 use crate::hash::{FAN_OUT, depth};
 use crate::manifest::ImageRoot;
 use crate::objects::Objects;
-use crate::page::Page;
-use crate::tree::{check_bounds, page_number, slot_of};
+use crate::page::{Page, check_bounds, page_number, slot_of};
 use crate::wire::{narrow, wide};
 
 /// An image whose root was proven; its pages are proven as they are read.

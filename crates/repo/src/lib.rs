@@ -26,7 +26,6 @@ mod fetch;
 mod hash;
 mod image;
 mod index;
-mod lane;
 mod manifest;
 mod objects;
 mod pack;
@@ -35,8 +34,6 @@ mod points;
 mod repository;
 mod seal;
 mod secret;
-mod session;
-mod tree;
 mod wire;
 mod writer;
 
@@ -44,7 +41,6 @@ pub use compress::Compression;
 pub use error::{RepoError, RepoErrorKind};
 pub use fetch::Sink;
 pub use image::{Chunks, ImageReader};
-pub use lane::{Added, Lane};
 pub use manifest::{
     DiskRecord, Evidence, EvidenceLink, ImageRoot, Manifest, MarkRecord, Origin, SavedFile,
     SkippedRecord, VmIdentity,
@@ -52,5 +48,4 @@ pub use manifest::{
 pub use points::{DamagedPoint, PointList};
 pub use repository::{DamagedIndex, InitOptions, Repository};
 pub use secret::{Secret, SecretKind};
-pub use tree::TreeBuilder;
-pub use writer::{Flushed, Writer, WriterOptions, WriterStats};
+pub use writer::{Added, Flushed, Lane, TreeBuilder, Writer, WriterOptions, WriterStats};

@@ -7,7 +7,8 @@
 use highwater_model::ObjectId;
 
 use crate::error::Flaw;
-use crate::wire::Reader;
+use crate::hash::FAN_OUT;
+use crate::wire::{Reader, narrow};
 
 /// Slots of a page; [`FAN_OUT`](crate::hash::FAN_OUT) as a length.
 pub(crate) const SLOTS: usize = 64;
@@ -83,6 +84,32 @@ impl Page {
         }
         reader.end()?;
         Ok(page)
+    }
+}
+
+/// Returns the number, in its level, of the page that covers a chunk.
+pub(crate) fn page_number(chunk_index: u64, level: usize) -> u64 {
+    (0..=level).fold(chunk_index, |number, _| number / FAN_OUT)
+}
+
+/// Returns the slot that a child has in its page.
+pub(crate) fn slot_of(number: u64) -> usize {
+    narrow(number % FAN_OUT).unwrap_or_default()
+}
+
+/// Refuses a page with children beyond the image's end.
+pub(crate) fn check_bounds(
+    page: &Page,
+    level: usize,
+    number: u64,
+    chunks: u64,
+) -> Result<(), Flaw> {
+    let children = (0..level).fold(chunks, |count, _| count.div_ceil(FAN_OUT));
+    let allowed = children.saturating_sub(number.saturating_mul(FAN_OUT));
+    let first_beyond = narrow(allowed.min(FAN_OUT))?;
+    match page.next_present(first_beyond) {
+        None => Ok(()),
+        Some(_) => Err(Flaw("it has children beyond the end of the image")),
     }
 }
 

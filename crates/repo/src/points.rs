@@ -85,7 +85,12 @@ pub(crate) fn manifest(
     point: PointId,
 ) -> Result<Manifest, RepoError> {
     let found = read(objects, &key_of(objects, vm, point))?;
-    let missing = || RepoError::new(RepoErrorKind::Damaged, format!("read restore point {point}"));
+    let missing = || {
+        RepoError::new(
+            RepoErrorKind::Damaged,
+            format!("read restore point {point}"),
+        )
+    };
     found.ok_or_else(|| missing().because("it is not there"))
 }
 

@@ -1,5 +1,9 @@
 //! Writing: from chunks to the restore point.
 
+mod lane;
+mod session;
+mod tree;
+
 use std::io::Read;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -10,15 +14,18 @@ use highwater_model::ChunkSize;
 
 use crate::compress::Compression;
 use crate::error::{RepoError, RepoErrorKind};
-use crate::lane::{Lane, PackLane};
 use crate::manifest::{ImageRoot, Manifest};
 use crate::objects::Objects;
 use crate::pack::{FinishedPack, HEADER_LEN, PackBuilder, PackKind, record_len_max};
 use crate::page::PAGE_LEN_MAX;
 use crate::points;
-use crate::session::Session;
-use crate::tree::TreeBuilder;
 use crate::wire::narrow;
+
+pub use lane::{Added, Lane};
+pub use tree::TreeBuilder;
+
+use lane::PackLane;
+use session::Session;
 
 /// How to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -49,8 +49,9 @@ pub(super) fn faults(texts: &[Text]) -> Vec<String> {
             continue;
         };
         for (section, used) in dependencies(&manifest.text) {
-            // Tests may stand on the testkit and on what the crate itself may use.
-            let for_tests = section == Section::Tests && used == "testkit";
+            // Tests may stand on the testkit, and on features of the crate itself
+            // that only tests switch on.
+            let for_tests = section == Section::Tests && (used == "testkit" || used == name);
             if !for_tests && !allowed.contains(&used.as_str()) {
                 faults.push(format!("{}: {name} must not use {used}", manifest.path));
             }
@@ -138,6 +139,11 @@ mod tests {
             plan,
             "[dependencies]\nhighwater-testkit.workspace = true\n",
             &["crates/plan/Cargo.toml: plan must not use testkit"],
+        );
+        check(
+            plan,
+            "[dev-dependencies]\nhighwater-plan = { path = \".\" }\n",
+            &[],
         );
         check(
             "crates/engine/Cargo.toml",

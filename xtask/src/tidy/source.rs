@@ -20,6 +20,9 @@ pub(super) fn faults(texts: &[Text]) -> Vec<String> {
         if !is_test_file(path) && has_word_sequence(&without_tests(&code), "use super::*") {
             faults.push(format!("{path}: `use super::*` outside tests"));
         }
+        if !is_test_file(path) && !without_tests(&blank(&file.text, Blank::Comments)).is_ascii() {
+            faults.push(format!("{path}: code is plain ASCII; comments need not be"));
+        }
         if !is_sys(path) && has_word(&code, "unsafe") {
             faults.push(format!("{path}: unsafe outside a module named `sys`"));
         }
@@ -52,6 +55,16 @@ fn has_word_sequence(code: &str, sequence: &str) -> bool {
 
 /// Blanks comments, strings and character literals; lines stay where they are.
 pub(super) fn code_only(source: &str) -> String {
+    blank(source, Blank::CommentsAndLiterals)
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blank {
+    Comments,
+    CommentsAndLiterals,
+}
+
+fn blank(source: &str, what: Blank) -> String {
     let bytes = source.as_bytes();
     let mut code = bytes.to_vec();
     let mut at = 0;
@@ -59,6 +72,10 @@ pub(super) fn code_only(source: &str) -> String {
         let end = end_of_non_code(bytes, at);
         if end == at {
             at += 1;
+            continue;
+        }
+        if what == Blank::Comments && bytes[at] != b'/' {
+            at = end;
             continue;
         }
         for byte in &mut code[at..end] {
@@ -239,6 +256,18 @@ mod tests {
         check(
             "src/a.rs",
             "//! A.\n#![forbid(unsafe_code)]\n// unsafe\n",
+            &[],
+        );
+    }
+
+    #[test]
+    fn code_and_literals_are_ascii_where_people_run_them() {
+        let fault = ["a.rs: code is plain ASCII; comments need not be"];
+        check("a.rs", "//! A.\nconst A: &str = \"\u{e9}\";\n", &fault);
+        check("a.rs", "//! A.\n// \u{2192}\n/* \u{2192} */\n", &[]);
+        check(
+            "a.rs",
+            "//! A.\n#[cfg(test)]\nmod t { const A: &str = \"\u{e9}\"; }\n",
             &[],
         );
     }

@@ -2,7 +2,8 @@
 
 use highwater_engine::repository::Repository;
 use highwater_engine::{
-    self as engine, BackupContext, BackupError, BackupOptions, Cancel, Guard, Report, Status, Tuning,
+    self as engine, BackupContext, BackupError, BackupOptions, Cancel, Guard, Report, Status,
+    Tuning,
 };
 use highwater_hypervisor::{Quiesce, RunState};
 use highwater_model::{Clock as _, SystemClock, format_size};
@@ -18,7 +19,11 @@ pub(crate) fn run(global: &Global, args: &Backup) -> Result<u8, CliError> {
     let repo = settings::open_repository(global)?;
     let uri = settings::connection(global);
     let guard = guard_process::start(&uri)?;
-    let vms = if args.all { running_vms(&guard)? } else { args.vms.clone() };
+    let vms = if args.all {
+        running_vms(&guard)?
+    } else {
+        args.vms.clone()
+    };
     let options = options(args);
     let one = |name: &str| back_up(global, &repo, &guard, &uri, name, &options, &cancel);
     if let [name] = vms.as_slice() {
@@ -66,12 +71,17 @@ fn several(
     if codes.contains(&advice::INTERRUPTED) {
         return Ok(advice::INTERRUPTED);
     }
-    Ok(match (codes.contains(&advice::DONE), codes.iter().all(|code| *code == advice::DONE)) {
-        (_, true) => advice::DONE,
-        (true, false) => advice::SOME_FAILED,
-        (false, false) if codes.contains(&advice::SOME_FAILED) => advice::SOME_FAILED,
-        (false, false) => advice::FAILED,
-    })
+    Ok(
+        match (
+            codes.contains(&advice::DONE),
+            codes.iter().all(|code| *code == advice::DONE),
+        ) {
+            (_, true) => advice::DONE,
+            (true, false) => advice::SOME_FAILED,
+            (false, false) if codes.contains(&advice::SOME_FAILED) => advice::SOME_FAILED,
+            (false, false) => advice::FAILED,
+        },
+    )
 }
 
 fn back_up(
@@ -135,13 +145,19 @@ fn options(args: &Backup) -> BackupOptions {
             args::Quiesce::Require => Quiesce::Require,
         },
         freeze_mountpoints: args.freeze_mountpoints.clone(),
-        scratch_dir: args.scratch_dir.clone().unwrap_or_else(settings::scratch_dir),
+        scratch_dir: args
+            .scratch_dir
+            .clone()
+            .unwrap_or_else(settings::scratch_dir),
         socket_dir: settings::runtime_dir(),
         compression: args.compression,
         tuning,
         tags: args.tags.clone(),
         group: args.group.clone(),
-        host: rustix::system::uname().nodename().to_string_lossy().into_owned(),
+        host: rustix::system::uname()
+            .nodename()
+            .to_string_lossy()
+            .into_owned(),
         utc_offset_minutes: times::utc_offset_minutes(SystemClock.now()),
     }
 }

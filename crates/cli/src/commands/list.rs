@@ -28,11 +28,24 @@ pub(crate) fn run(global: &Global, args: &List) -> Result<u8, CliError> {
     } else {
         output::data(&output::table(&vm_rows(&points)))?;
     }
-    Ok(if list.damaged.is_empty() { advice::DONE } else { advice::DAMAGE })
+    Ok(if list.damaged.is_empty() {
+        advice::DONE
+    } else {
+        advice::DAMAGE
+    })
 }
 
 fn point_rows(points: &[&Manifest]) -> Vec<Vec<String>> {
-    let head = ["VM", "POINT", "TAKEN AT", "MODE", "CONSISTENCY", "DISKS", "SIZE", "STORED"];
+    let head = [
+        "VM",
+        "POINT",
+        "TAKEN AT",
+        "MODE",
+        "CONSISTENCY",
+        "DISKS",
+        "SIZE",
+        "STORED",
+    ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for point in points {
         rows.push(vec![
@@ -66,7 +79,9 @@ fn vm_rows(points: &[&Manifest]) -> Vec<Vec<String>> {
         vms.entry(key).or_default().push(point);
     }
     for ((name, uuid), points) in vms {
-        let Some(latest) = points.last() else { continue };
+        let Some(latest) = points.last() else {
+            continue;
+        };
         rows.push(vec![
             name.to_owned(),
             uuid.unwrap_or("-").to_owned(),

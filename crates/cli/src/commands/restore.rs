@@ -48,8 +48,10 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
         output::document(&json::Restored::new(point, &report))?;
     } else if !global.quiet {
         for disk in &report.disks {
-            let place =
-                disk.path.as_ref().map_or_else(|| "stdout".to_owned(), |path| path.display().to_string());
+            let place = disk
+                .path
+                .as_ref()
+                .map_or_else(|| "stdout".to_owned(), |path| path.display().to_string());
             output::talk(&format!(
                 "  {}: {} ({}, {} with {} of data), every chunk verified",
                 disk.disk,
@@ -77,7 +79,10 @@ fn refuse_what_cannot_be_meant(
         return Ok(());
     }
     let usage = |message: &str, hint: &str| {
-        Err(CliError::Usage { message: message.to_owned(), hint: hint.to_owned() })
+        Err(CliError::Usage {
+            message: message.to_owned(),
+            hint: hint.to_owned(),
+        })
     };
     if args.format == Some(args::Format::Qcow2) {
         return usage(

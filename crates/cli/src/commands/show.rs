@@ -33,8 +33,20 @@ fn text(point: &Manifest) -> String {
     line("taken at", &times::show(point.taken_at));
     line("level", &point.level);
     line("consistency", &point.consistency);
-    line("made by", &format!("highwater {} on {}", point.origin.version, point.origin.host));
-    line("mark", &point.mark.as_ref().map_or_else(|| "-".to_owned(), |mark| mark.name.to_string()));
+    line(
+        "made by",
+        &format!(
+            "highwater {} on {}",
+            point.origin.version, point.origin.host
+        ),
+    );
+    line(
+        "mark",
+        &point
+            .mark
+            .as_ref()
+            .map_or_else(|| "-".to_owned(), |mark| mark.name.to_string()),
+    );
     if !point.tags.is_empty() {
         line("tags", &point.tags.join(", "));
     }
@@ -47,7 +59,9 @@ fn text(point: &Manifest) -> String {
     for what in &point.warnings {
         line("warning", what);
     }
-    let head = ["DISK", "MODE", "REASON", "FORMAT", "SIZE", "DIRTY", "READ", "STORED", "ROOT"];
+    let head = [
+        "DISK", "MODE", "REASON", "FORMAT", "SIZE", "DIRTY", "READ", "STORED", "ROOT",
+    ];
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for disk in &point.disks {
         rows.push(vec![

@@ -27,10 +27,18 @@ fn every_point_equals_the_disks_as_they_were(bed: &Bed, seed: u64, args: &[&str]
             vdb.run(&vm, "vdb", 15)?;
         }
         let report = bed.backup(&vm, args)?;
-        let expected = if number == 0 { "full: first-backup" } else { "incremental" };
+        let expected = if number == 0 {
+            "full: first-backup"
+        } else {
+            "incremental"
+        };
         assert_eq!(mode(&report, "vda"), expected, "point {number}: {report}");
         assert_eq!(mode(&report, "vdb"), expected, "point {number}: {report}");
-        assert_eq!(report["warnings"].as_array().map(Vec::len), Some(0), "{report}");
+        assert_eq!(
+            report["warnings"].as_array().map(Vec::len),
+            Some(0),
+            "{report}"
+        );
         let references = [
             reference(bed, &vm, "vda", &format!("ref-{number}-vda"))?,
             reference(bed, &vm, "vdb", &format!("ref-{number}-vdb"))?,

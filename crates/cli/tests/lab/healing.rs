@@ -10,7 +10,11 @@ use crate::support::{Bed, assert_same, disk, mode, point, reference};
 const MIB: u64 = 1 << 20;
 
 fn vm(bed: &Bed) -> Result<Vm> {
-    let vm = bed.lab.vm("web01").disk(DiskSpec::qcow2("vda", 64 * MIB)).start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 64 * MIB))
+        .start()?;
     vm.write("vda", "write -P 1 0 4M")?;
     Ok(vm)
 }
@@ -68,13 +72,17 @@ fn a_domain_that_was_undefined_and_defined_again_goes_on_incrementally() -> Resu
     bed.backup(&vm, &[])?;
     let xml = bed.lab.virsh(&["dumpxml", "--inactive", "web01"])?;
     vm.destroy()?;
-    bed.lab.virsh(&["undefine", "web01", "--checkpoints-metadata"])?;
+    bed.lab
+        .virsh(&["undefine", "web01", "--checkpoints-metadata"])?;
     bed.lab.define(&xml)?;
     vm.start()?;
     vm.write("vda", "write -P 2 8M 1M")?;
     let report = heals(&bed, &vm, "incremental")?;
     let healed = report["healed"].to_string();
-    assert!(healed.contains("told the hypervisor again about mark"), "{healed}");
+    assert!(
+        healed.contains("told the hypervisor again about mark"),
+        "{healed}"
+    );
     Ok(())
 }
 
@@ -87,7 +95,11 @@ fn a_bitmap_removed_by_hand_is_a_rescan() -> Result<()> {
     vm.destroy()?;
     let image = vm.image("vda");
     let mark = vm.checkpoints()?.remove(0);
-    highwater_testkit::tool("qemu-img").args(["bitmap", "--remove"]).arg(&image).arg(&mark).run()?;
+    highwater_testkit::tool("qemu-img")
+        .args(["bitmap", "--remove"])
+        .arg(&image)
+        .arg(&mark)
+        .run()?;
     vm.start()?;
     heals(&bed, &vm, "rescan: bitmap-missing").map(drop)
 }
@@ -100,7 +112,14 @@ fn a_mark_re_made_under_the_same_name_is_not_believed() -> Result<()> {
     vm.write("vda", "write -P 2 8M 1M")?;
     let mark = vm.checkpoints()?.remove(0);
     bed.lab.virsh(&["checkpoint-delete", "web01", &mark])?;
-    bed.lab.virsh(&["checkpoint-create-as", "web01", "--name", &mark, "--diskspec", "vda,checkpoint=bitmap"])?;
+    bed.lab.virsh(&[
+        "checkpoint-create-as",
+        "web01",
+        "--name",
+        &mark,
+        "--diskspec",
+        "vda,checkpoint=bitmap",
+    ])?;
     heals(&bed, &vm, "rescan: mark-remade").map(drop)
 }
 
@@ -124,11 +143,21 @@ fn an_image_replaced_by_a_copy_of_itself_is_read_as_a_whole() -> Result<()> {
 
 /// Kills the program with SIGKILL in the middle of copying.
 fn killed_while_copying(bed: &Bed, vm: &Vm) -> Result<()> {
-    let mut child = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
+    let mut child = bed.spawn(&[
+        "backup",
+        "web01",
+        "--workers",
+        "1",
+        "--compression",
+        "zstd:19",
+    ])?;
     let deadline = Instant::now() + Duration::from_secs(20);
     while !vm.job_running().unwrap_or_default() {
         ensure!(Instant::now() < deadline, "no job began");
-        ensure!(child.try_wait()?.is_none(), "it ended before it could be killed");
+        ensure!(
+            child.try_wait()?.is_none(),
+            "it ended before it could be killed"
+        );
     }
     child.kill()?;
     child.wait()?;
@@ -148,7 +177,11 @@ fn a_killed_backup_leaves_nothing_at_the_vm_and_keeps_the_old_mark() -> Result<(
     killed_while_copying(&bed, &vm)?;
     let deadline = Instant::now() + Duration::from_secs(10);
     while vm.job_running().unwrap_or(true) || vm.checkpoints()? != marks {
-        ensure!(Instant::now() < deadline, "the guard did not tidy up: {:?}", vm.checkpoints()?);
+        ensure!(
+            Instant::now() < deadline,
+            "the guard did not tidy up: {:?}",
+            vm.checkpoints()?
+        );
     }
     bed.assert_tidy(&vm, 1)?;
     heals(&bed, &vm, "incremental").map(drop)

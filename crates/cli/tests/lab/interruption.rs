@@ -11,11 +11,18 @@ use crate::support::{Bed, mode};
 const MIB: u64 = 1 << 20;
 
 fn busy_vm(bed: &Bed) -> Result<Vm> {
-    let vm = bed.lab.vm("web01").disk(DiskSpec::qcow2("vda", 256 * MIB)).start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 256 * MIB))
+        .start()?;
     bed.backup(&vm, &[])?;
     // What cannot be compressed keeps the backup busy long enough.
     let noise = bed.lab.path("noise");
-    tool("dd").args(["if=/dev/urandom", "bs=1M", "count=64", "status=none"]).arg(format!("of={}", noise.display())).run()?;
+    tool("dd")
+        .args(["if=/dev/urandom", "bs=1M", "count=64", "status=none"])
+        .arg(format!("of={}", noise.display()))
+        .run()?;
     vm.write("vda", &format!("write -s {} 0 64M", noise.display()))?;
     Ok(vm)
 }
@@ -33,14 +40,28 @@ fn a_signal_ends_cleanly(signal: &str) -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
     let marks = vm.checkpoints()?;
-    let child = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
+    let child = bed.spawn(&[
+        "backup",
+        "web01",
+        "--workers",
+        "1",
+        "--compression",
+        "zstd:19",
+    ])?;
     wait_for_job(&vm)?;
     tool("kill").args([signal, &child.id().to_string()]).run()?;
     let output = child.wait_with_output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(130), "{}: {stderr}", output.status);
+    ensure!(
+        output.status.code() == Some(130),
+        "{}: {stderr}",
+        output.status
+    );
     ensure!(stderr.contains("error: interrupted"), "{stderr}");
-    ensure!(stderr.contains("state: no restore point was added"), "{stderr}");
+    ensure!(
+        stderr.contains("state: no restore point was added"),
+        "{stderr}"
+    );
     ensure!(vm.checkpoints()? == marks, "{:?}", vm.checkpoints()?);
     bed.assert_tidy(&vm, 1)?;
     let report = bed.backup(&vm, &[])?;
@@ -62,16 +83,32 @@ fn sigterm_ends_cleanly_with_130_and_keeps_the_old_mark() -> Result<()> {
 fn a_second_backup_of_the_same_vm_is_told_who_holds_it() -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
-    let mut first = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
+    let mut first = bed.spawn(&[
+        "backup",
+        "web01",
+        "--workers",
+        "1",
+        "--compression",
+        "zstd:19",
+    ])?;
     wait_for_job(&vm)?;
     // Stopped, it holds the VM for ten seconds more: the second one waits for
     // that and goes on.
-    tool("kill").args(["-STOP", &first.id().to_string()]).run()?;
-    let report = bed.backup(&vm, &[]).context("the second backup waits for the dying first")?;
+    tool("kill")
+        .args(["-STOP", &first.id().to_string()])
+        .run()?;
+    let report = bed
+        .backup(&vm, &[])
+        .context("the second backup waits for the dying first")?;
     assert_eq!(mode(&report, "vda"), "incremental");
-    tool("kill").args(["-CONT", &first.id().to_string()]).run()?;
+    tool("kill")
+        .args(["-CONT", &first.id().to_string()])
+        .run()?;
     let first = first.wait()?;
-    ensure!(!first.success(), "the first backup lost its session and must not claim success");
+    ensure!(
+        !first.success(),
+        "the first backup lost its session and must not claim success"
+    );
     bed.assert_tidy(&vm, 1)
 }
 
@@ -86,7 +123,8 @@ fn a_foreign_backup_job_is_respected() -> Result<()> {
         socket.display()
     );
     std::fs::write(&xml, text)?;
-    bed.lab.virsh(&["backup-begin", "web01", xml.to_str().context("text")?])?;
+    bed.lab
+        .virsh(&["backup-begin", "web01", xml.to_str().context("text")?])?;
     let (code, stderr) = bed.fail(&["backup", "web01"])?;
     assert_eq!(code, 11, "{stderr}");
     assert!(stderr.contains("a job runs on it"), "{stderr}");
@@ -110,7 +148,10 @@ fn a_repository_that_cannot_be_written_leaves_the_old_mark_and_no_session() -> R
     std::fs::File::create(&packs)?.set_permissions(std::fs::Permissions::from_mode(0o400))?;
     let (code, stderr) = bed.fail(&["backup", "web01"])?;
     assert_eq!(code, 1, "{stderr}");
-    assert!(stderr.contains("error: cannot store the backup of VM `web01`"), "{stderr}");
+    assert!(
+        stderr.contains("error: cannot store the backup of VM `web01`"),
+        "{stderr}"
+    );
     assert_eq!(vm.checkpoints()?, marks);
     bed.assert_tidy(&vm, 1)?;
     std::fs::remove_file(&packs)?;
@@ -124,12 +165,23 @@ fn a_repository_that_cannot_be_written_leaves_the_old_mark_and_no_session() -> R
 fn qemu_killed_in_mid_backup_is_an_error_and_the_next_backup_heals() -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
-    let child = bed.spawn(&["backup", "web01", "--workers", "1", "--compression", "zstd:19"])?;
+    let child = bed.spawn(&[
+        "backup",
+        "web01",
+        "--workers",
+        "1",
+        "--compression",
+        "zstd:19",
+    ])?;
     wait_for_job(&vm)?;
     vm.kill_qemu()?;
     let output = child.wait_with_output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.code() == Some(1), "{}: {stderr}", output.status);
+    ensure!(
+        output.status.code() == Some(1),
+        "{}: {stderr}",
+        output.status
+    );
     vm.start()?;
     let report = bed.backup(&vm, &[])?;
     assert_eq!(mode(&report, "vda"), "rescan: bitmap-missing");

@@ -8,7 +8,10 @@ use crate::support::{Bed, assert_same, disk, mode, point, reference};
 const MIB: u64 = 1 << 20;
 
 fn vm(bed: &Bed) -> Result<Vm> {
-    bed.lab.vm("web01").disk(DiskSpec::qcow2("vda", 32 * MIB)).start()
+    bed.lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 32 * MIB))
+        .start()
 }
 
 #[test]
@@ -61,8 +64,14 @@ fn an_incremental_that_is_not_possible_is_refused_and_leaves_nothing() -> Result
     let vm = vm(&bed)?;
     let (code, stderr) = bed.fail(&["backup", "web01", "-l", "incremental"])?;
     assert_eq!(code, 1, "{stderr}");
-    assert!(stderr.contains("no increment is possible: first backup of this VM"), "{stderr}");
-    assert!(stderr.contains("state: no restore point was added"), "{stderr}");
+    assert!(
+        stderr.contains("no increment is possible: first backup of this VM"),
+        "{stderr}"
+    );
+    assert!(
+        stderr.contains("state: no restore point was added"),
+        "{stderr}"
+    );
     bed.assert_tidy(&vm, 0)
 }
 

@@ -45,7 +45,11 @@ fn a_raw_restore_is_sparse_where_the_disk_is_zero() -> Result<()> {
     let dir = bed.restore(&point, "out", &["--format", "raw"])?;
     let metadata = fs::metadata(dir.join("vda.raw"))?;
     assert_eq!(metadata.len(), 16 * MIB);
-    assert!(metadata.blocks() * 512 <= 2 * MIB + 4096, "{} blocks", metadata.blocks());
+    assert!(
+        metadata.blocks() * 512 <= 2 * MIB + 4096,
+        "{} blocks",
+        metadata.blocks()
+    );
     Ok(())
 }
 
@@ -60,7 +64,9 @@ fn a_restore_never_overwrites_and_leaves_no_partial_file() -> Result<()> {
     let (code, stderr) = bed.fail(&["restore", &point, "--to", to])?;
     assert_eq!(code, 1, "{stderr}");
     assert!(stderr.contains("vdb.raw: it exists"), "{stderr}");
-    let names: Vec<_> = fs::read_dir(&dir)?.map(|entry| entry.map(|it| it.file_name())).collect::<Result<_, _>>()?;
+    let names: Vec<_> = fs::read_dir(&dir)?
+        .map(|entry| entry.map(|it| it.file_name()))
+        .collect::<Result<_, _>>()?;
     assert_eq!(names, ["vdb.raw"]);
     Ok(())
 }
@@ -89,7 +95,11 @@ fn an_odd_raw_file_gets_its_own_length_back() -> Result<()> {
     let mut bytes = vec![0x5a_u8; 1_000_003];
     bytes[999_999] = 0x17;
     fs::write(&image, &bytes)?;
-    let vm = bed.lab.vm("odd").disk(DiskSpec::existing("vda", &image, "raw")).start()?;
+    let vm = bed
+        .lab
+        .vm("odd")
+        .disk(DiskSpec::existing("vda", &image, "raw"))
+        .start()?;
     let report = bed.backup(&vm, &[])?;
     let dir = bed.restore(&point(&report), "out", &[])?;
     assert_eq!(fs::read(dir.join("vda.raw"))?, bytes);
@@ -104,10 +114,13 @@ fn a_flipped_byte_in_a_pack_is_never_restored() -> Result<()> {
         .arg(bed.repo().join("packs"))
         .args(["-type", "f", "-printf", "%s %p\\n"])
         .run()?;
-    let largest = packs.lines().filter_map(|line| line.split_once(' ')).max_by_key(|(size, _)| {
-        size.parse::<u64>().unwrap_or_default()
-    });
-    let pack = largest.map(|(_, path)| path.to_owned()).expect("there is a pack");
+    let largest = packs
+        .lines()
+        .filter_map(|line| line.split_once(' '))
+        .max_by_key(|(size, _)| size.parse::<u64>().unwrap_or_default());
+    let pack = largest
+        .map(|(_, path)| path.to_owned())
+        .expect("there is a pack");
     let mut bytes = fs::read(&pack)?;
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;

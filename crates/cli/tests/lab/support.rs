@@ -21,11 +21,17 @@ impl Bed {
 
     /// Starts a lab with an encrypted repository.
     pub(crate) fn start_encrypted() -> Result<Self> {
-        Self::with_init(&["--encryption", "passphrase"], Some("correct horse battery"))
+        Self::with_init(
+            &["--encryption", "passphrase"],
+            Some("correct horse battery"),
+        )
     }
 
     pub(crate) fn with_init(init: &[&str], password: Option<&'static str>) -> Result<Self> {
-        let bed = Self { lab: Lab::start()?, password };
+        let bed = Self {
+            lab: Lab::start()?,
+            password,
+        };
         bed.run(&[&["init"], init].concat())?;
         Ok(bed)
     }
@@ -74,7 +80,10 @@ impl Bed {
     pub(crate) fn fail(&self, args: &[&str]) -> Result<(i32, String)> {
         let output = self.output(args)?;
         let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-        ensure!(!output.status.success(), "highwater {args:?} succeeded: {stderr}");
+        ensure!(
+            !output.status.success(),
+            "highwater {args:?} succeeded: {stderr}"
+        );
         Ok((output.status.code().context("it was killed")?, stderr))
     }
 
@@ -87,7 +96,10 @@ impl Bed {
     /// Starts a backup in the background.
     pub(crate) fn spawn(&self, args: &[&str]) -> Result<Child> {
         let mut command = self.command(args);
-        Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+        Ok(command
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()?)
     }
 
     /// Restores a point to a new directory and returns it.
@@ -108,7 +120,11 @@ impl Bed {
             ..Leftovers::default()
         };
         ensure!(left == clean, "left at the VM: {left:?}");
-        ensure!(left.checkpoints.len() == marks, "checkpoints: {:?}", left.checkpoints);
+        ensure!(
+            left.checkpoints.len() == marks,
+            "checkpoints: {:?}",
+            left.checkpoints
+        );
         ensure!(vm.state()? == "running", "the guest is {}", vm.state()?);
         Ok(())
     }
@@ -134,7 +150,10 @@ pub(crate) fn mode(report: &Value, target: &str) -> String {
 
 /// Returns the id of the point a report tells of, as a `POINT`.
 pub(crate) fn point(report: &Value) -> String {
-    format!("id:{}", report["point"].as_str().expect("a report has a point"))
+    format!(
+        "id:{}",
+        report["point"].as_str().expect("a report has a point")
+    )
 }
 
 /// Returns the disk's content as the guest sees it, as a raw file.

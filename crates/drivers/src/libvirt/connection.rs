@@ -6,14 +6,14 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, RunState,
-    VmFacts, VmRef,
+    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, RunState, VmFacts,
+    VmRef,
 };
 use highwater_model::{Clock, SessionId, SystemClock};
 
 use super::begin::Watch;
 use super::blocks::{self, Blocks, ReplyError};
-use super::error::{code, explain, explain_load};
+use super::error::{code, explain, explain_connection, explain_load};
 use super::jobs;
 use super::sys::events::EventListener;
 use super::sys::handles::{ConnectionHandle, DomainHandle};
@@ -83,14 +83,7 @@ pub(super) struct Dialer {
 
 impl Dialer {
     pub(super) fn open(&self) -> Result<Arc<ConnectionHandle>, HypervisorError> {
-        let failed = |error: &CallError| {
-            let mut explained = explain(
-                format!("cannot connect to libvirt at `{}`", self.uri),
-                error,
-            );
-            explained.kind = ErrorKind::Unreachable;
-            explained
-        };
+        let failed = |error: &CallError| explain_connection(&self.uri, error);
         let connection =
             ConnectionHandle::open(self.api, &self.uri).map_err(|error| failed(&error))?;
         // Some old or odd daemons cannot be asked for signs of life; then a
@@ -342,6 +335,18 @@ mod tests {
         ] {
             assert!(refuse_unless_local(refused).is_err(), "{refused}");
         }
+    }
+
+    #[test]
+    fn without_a_daemon_the_error_asks_for_it() {
+        let uri = "qemu+unix:///system?socket=/nowhere/libvirt-sock";
+        let error = LibvirtDriver::connect(uri, &LibvirtOptions::default()).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Unreachable);
+        assert!(
+            error.because[0].contains("/nowhere/libvirt-sock"),
+            "{error:?}"
+        );
+        assert!(error.hint.unwrap().contains("running"));
     }
 
     #[test]

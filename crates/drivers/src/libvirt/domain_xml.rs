@@ -235,7 +235,11 @@ fn agent(channel: Node<'_, '_>) -> Option<Agent> {
     let target = child(channel, "target")?;
     let is_agents = target.attribute("name") == Some("org.qemu.guest_agent.0");
     let connected = target.attribute("state") == Some("connected");
-    is_agents.then_some(if connected { Agent::Connected } else { Agent::Silent })
+    is_agents.then_some(if connected {
+        Agent::Connected
+    } else {
+        Agent::Silent
+    })
 }
 
 /// A disk without a target name cannot be spoken of, so it is left out;

@@ -29,7 +29,11 @@ impl LibvirtDriver {
         vm: &VmRef,
         session: SessionId,
     ) -> Result<(), HypervisorError> {
-        let domain = self.domain(vm)?;
+        let domain = self.domain(vm).map_err(|error| match error.kind {
+            // A transient VM is forgotten when it ends.
+            ErrorKind::NoSuchVm => lost(vm, session, "the VM is gone"),
+            _ => error,
+        })?;
         let state = run_state(vm, &domain)?;
         if state == RunState::Off {
             return Err(lost(vm, session, "the VM was shut down"));

@@ -9,7 +9,6 @@ pub(crate) mod code {
     pub(crate) const NO_SUPPORT: i32 = 3;
     pub(crate) const NO_CONNECT: i32 = 5;
     pub(crate) const INVALID_CONNECTION: i32 = 6;
-    pub(crate) const SYSTEM_ERROR: i32 = 38;
     pub(crate) const RPC: i32 = 39;
     pub(crate) const NO_DOMAIN: i32 = 42;
     pub(crate) const AUTH_FAILED: i32 = 45;
@@ -86,15 +85,6 @@ fn hint_for(kind: ErrorKind, error: &CallError) -> Option<&'static str> {
         );
     }
     match error.code {
-        code::AUTH_FAILED | code::AUTH_CANCELLED | code::AUTH_UNAVAILABLE => {
-            Some("run as root or as a member of the group `libvirt`")
-        }
-        code::NO_CONNECT | code::SYSTEM_ERROR if text.contains("Permission denied") => {
-            Some("run as root or as a member of the group `libvirt`")
-        }
-        code::NO_CONNECT | code::SYSTEM_ERROR if text.contains("connect") => {
-            Some("is libvirtd (or virtqemud) running?")
-        }
         code::OPERATION_TIMEOUT => Some(
             "another job runs on the VM (`virsh domjobinfo` names it); try again when it is done",
         ),
@@ -103,6 +93,25 @@ fn hint_for(kind: ErrorKind, error: &CallError) -> Option<&'static str> {
         }
         _ => None,
     }
+}
+
+/// Explains why a daemon cannot be reached.
+pub(crate) fn explain_connection(uri: &str, error: &CallError) -> HypervisorError {
+    let refused = error.message.contains("Permission denied")
+        || matches!(
+            error.code,
+            code::AUTH_FAILED | code::AUTH_CANCELLED | code::AUTH_UNAVAILABLE
+        );
+    HypervisorError::new(
+        ErrorKind::Unreachable,
+        format!("cannot connect to libvirt at `{uri}`"),
+    )
+    .because(error.message.clone())
+    .hint(if refused {
+        "run as root or as a member of the group `libvirt`"
+    } else {
+        "is libvirtd (or virtqemud) running?"
+    })
 }
 
 /// Explains why libvirt itself cannot be used.

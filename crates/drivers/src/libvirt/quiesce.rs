@@ -275,7 +275,7 @@ pub(super) fn paused_guest(vm: &VmRef) -> HypervisorError {
 }
 
 #[cfg(test)]
-mod tests {
+mod with_a_real_guest {
     use highwater_hypervisor::Driver as _;
     use highwater_testkit::{DiskSpec, Lab, MIB, guest};
 

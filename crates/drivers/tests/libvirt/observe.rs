@@ -356,7 +356,7 @@ fn vms_are_found_by_name_and_by_uuid_and_listed_by_name() {
         .list()
         .unwrap()
         .into_iter()
-        .map(|vm| vm.name)
+        .map(|(vm, _)| vm.name)
         .collect();
     assert_eq!(names, ["db01", "web02"]);
     let found = rig.driver.find("web02").unwrap();

@@ -1,6 +1,6 @@
 //! A session from begin to end.
 
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
 use highwater_hypervisor::{
     Consistency, Driver as _, ErrorKind, JobFacts, Quiesce, RunState, SkipReason,
@@ -77,6 +77,47 @@ fn nobody_but_the_hypervisors_group_can_enter_the_directories_of_a_session() {
         assert_eq!(mode & 0o007, 0, "{mode:o}");
     }
     rig.driver.end(&order).unwrap();
+}
+
+/// As distributions run QEMU: as a user of its own.
+#[test]
+fn a_qemu_that_is_not_root_reaches_its_directories_through_its_group() {
+    let mut rig = Rig::start();
+    let open = |path: &std::path::Path, mode| {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    open(rig.lab.dir().parent().unwrap(), 0o711);
+    let vm = rig
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 16 * MIB))
+        .define()
+        .unwrap();
+    let xml = rig.lab.virsh(&["dumpxml", "web01"]).unwrap();
+    let label = "<seclabel type='static' model='dac' relabel='yes'><label>+65534:+65533</label>";
+    rig.lab
+        .define(&xml.replace("</domain>", &format!("{label}</seclabel></domain>")))
+        .unwrap();
+    vm.start().unwrap();
+
+    let mut order = rig.order(&vm, &[("vda", None)]);
+    let begun = rig.driver.begin(&order).unwrap();
+    let dir = std::fs::metadata(&order.socket_dir).unwrap();
+    assert_eq!(
+        (dir.uid(), dir.gid(), dir.mode() & 0o777),
+        (0, 65533, 0o770)
+    );
+    read_export(&begun.exports[0], &rig.lab.path("read.raw"));
+    rig.driver.end(&order).unwrap();
+
+    let closed = rig.lab.path("closed");
+    std::fs::create_dir(&closed).unwrap();
+    open(&closed, 0o700);
+    order.scratch_dir = closed.join("session");
+    let error = rig.driver.begin(&order).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Scratch);
+    assert!(error.because[0].contains("may not enter"), "{error:?}");
+    assert!(!order.scratch_dir.exists() && !order.socket_dir.exists());
 }
 
 #[test]

@@ -32,6 +32,23 @@ fn qemu_that_dies_ends_the_session_and_leaves_only_its_mark() {
 }
 
 #[test]
+fn a_transient_vm_that_ends_takes_nothing_of_ours_along() {
+    let mut rig = Rig::start();
+    let disk = DiskSpec::qcow2("vda", 16 * MIB);
+    let vm = rig.lab.vm("web01").disk(disk).start_transient().unwrap();
+    assert!(!rig.observe(&vm).persistent);
+    let order = rig.order(&vm, &[("vda", None)]);
+    rig.driver.begin(&order).unwrap();
+    vm.destroy().unwrap();
+    assert_eq!(
+        rig.driver.check(&order.vm, order.session).unwrap_err().kind,
+        ErrorKind::SessionLost
+    );
+    assert!(!rig.driver.end(&order).unwrap().ended_job);
+    assert!(!order.socket_dir.exists() && !order.scratch_dir.exists());
+}
+
+#[test]
 fn a_job_ended_by_an_admin_is_a_lost_session() {
     let mut rig = Rig::start();
     let vm = rig

@@ -34,7 +34,12 @@ impl ChunkMap {
     /// Begins the map of a window, whose start is a multiple of the chunk size.
     pub(super) fn new(window: ByteRange, chunk_size: ChunkSize) -> Self {
         let chunks = chunk_size.count(window.len());
-        Self { chunk_size, window, wanted: Bits::new(chunks), data: Bits::new(chunks) }
+        Self {
+            chunk_size,
+            window,
+            wanted: Bits::new(chunks),
+            data: Bits::new(chunks),
+        }
     }
 
     /// Says that a chunk which shares a byte with `range` must be stored, as
@@ -63,7 +68,10 @@ impl ChunkMap {
                 _ => ranges.push((start, end)),
             }
         }
-        ranges.into_iter().filter_map(|(start, end)| self.bytes_of(start, end)).collect()
+        ranges
+            .into_iter()
+            .filter_map(|(start, end)| self.bytes_of(start, end))
+            .collect()
     }
 
     /// Returns what is to be done, in ascending order; chunks nobody wants are
@@ -76,17 +84,23 @@ impl ChunkMap {
             .flat_map(|(start, end, _)| self.data.runs_between(start, end))
             .flat_map(move |(start, end, data)| {
                 let step = if data { piece } else { end - start };
-                (start..end).step_by(usize::try_from(step).unwrap_or(usize::MAX)).filter_map(
-                    move |first| {
+                (start..end)
+                    .step_by(usize::try_from(step).unwrap_or(usize::MAX))
+                    .filter_map(move |first| {
                         let range = self.bytes_of(first, end.min(first + step))?;
-                        Some(if data { Run::Read(range) } else { Run::Zero(range) })
-                    },
-                )
+                        Some(if data {
+                            Run::Read(range)
+                        } else {
+                            Run::Zero(range)
+                        })
+                    })
             })
     }
 
     fn chunks_of(&self, range: ByteRange) -> (u64, u64) {
-        let Some(inside) = range.intersection(self.window) else { return (0, 0) };
+        let Some(inside) = range.intersection(self.window) else {
+            return (0, 0);
+        };
         let chunk = self.chunk_size.bytes();
         let start = (inside.start() - self.window.start()) / chunk;
         let end = (inside.end() - self.window.start()).div_ceil(chunk);
@@ -96,7 +110,10 @@ impl ChunkMap {
     fn bytes_of(&self, start: u64, end: u64) -> Option<ByteRange> {
         let chunk = self.chunk_size.bytes();
         let base = self.window.start();
-        ByteRange::between(base + start * chunk, (base + end * chunk).min(self.window.end()))
+        ByteRange::between(
+            base + start * chunk,
+            (base + end * chunk).min(self.window.end()),
+        )
     }
 }
 
@@ -110,7 +127,10 @@ struct Bits {
 impl Bits {
     fn new(len: u64) -> Self {
         let words = usize::try_from(len.div_ceil(64)).expect("a window has at most 2^20 chunks");
-        Self { words: vec![0; words], len }
+        Self {
+            words: vec![0; words],
+            len,
+        }
     }
 
     fn set(&mut self, (start, end): (u64, u64)) {
@@ -118,8 +138,15 @@ impl Bits {
         while at < end.min(self.len) {
             let in_word = at % 64;
             let count = (64 - in_word).min(end - at);
-            let ones = if count == 64 { u64::MAX } else { ((1 << count) - 1) << in_word };
-            if let Some(word) = usize::try_from(at / 64).ok().and_then(|it| self.words.get_mut(it)) {
+            let ones = if count == 64 {
+                u64::MAX
+            } else {
+                ((1 << count) - 1) << in_word
+            };
+            if let Some(word) = usize::try_from(at / 64)
+                .ok()
+                .and_then(|it| self.words.get_mut(it))
+            {
                 *word |= ones;
             }
             at += count;
@@ -129,14 +156,20 @@ impl Bits {
     /// Returns the end of the run of equal bits that begins at `at`, and the bit.
     fn run(&self, at: u64, limit: u64) -> (u64, bool) {
         let word = |at: u64| {
-            let word = usize::try_from(at / 64).ok().and_then(|it| self.words.get(it));
+            let word = usize::try_from(at / 64)
+                .ok()
+                .and_then(|it| self.words.get(it));
             word.copied().unwrap_or_default()
         };
         let value = word(at) >> (at % 64) & 1 == 1;
         let mut end = at;
         while end < limit {
             let shifted = word(end) >> (end % 64);
-            let equal = if value { shifted.trailing_ones() } else { shifted.trailing_zeros() };
+            let equal = if value {
+                shifted.trailing_ones()
+            } else {
+                shifted.trailing_zeros()
+            };
             let left = 64 - end % 64;
             let step = u64::from(equal).min(left);
             end += step;
@@ -187,7 +220,10 @@ mod tests {
         let runs: Vec<Run> = map.runs(u64::MAX).collect();
         assert_eq!(
             runs,
-            [Run::Zero(range(CHUNK, 2 * CHUNK)), Run::Read(range(2 * CHUNK, 3 * CHUNK))]
+            [
+                Run::Zero(range(CHUNK, 2 * CHUNK)),
+                Run::Read(range(2 * CHUNK, 3 * CHUNK))
+            ]
         );
     }
 
@@ -196,7 +232,10 @@ mod tests {
         let mut map = map(10 * CHUNK);
         map.want(range(3 * CHUNK - 1, 3 * CHUNK + 1));
         map.may_hold_data(range(0, 10 * CHUNK));
-        assert_eq!(map.runs(u64::MAX).collect::<Vec<_>>(), [Run::Read(range(2 * CHUNK, 4 * CHUNK))]);
+        assert_eq!(
+            map.runs(u64::MAX).collect::<Vec<_>>(),
+            [Run::Read(range(2 * CHUNK, 4 * CHUNK))]
+        );
     }
 
     #[test]
@@ -261,7 +300,10 @@ mod tests {
         map.want(range(15 * CHUNK, 99 * CHUNK));
         assert_eq!(
             map.runs(u64::MAX).collect::<Vec<_>>(),
-            [Run::Zero(range(8 * CHUNK, 9 * CHUNK)), Run::Zero(range(15 * CHUNK, 16 * CHUNK))]
+            [
+                Run::Zero(range(8 * CHUNK, 9 * CHUNK)),
+                Run::Zero(range(15 * CHUNK, 16 * CHUNK))
+            ]
         );
     }
 }

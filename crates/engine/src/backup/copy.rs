@@ -48,7 +48,12 @@ pub struct Tuning {
 impl Default for Tuning {
     fn default() -> Self {
         let cores = std::thread::available_parallelism().map_or(2, std::num::NonZero::get);
-        Self { workers: cores.clamp(1, 16), disks: 2, connections: 2, buffer_bytes: 32 << 20 }
+        Self {
+            workers: cores.clamp(1, 16),
+            disks: 2,
+            connections: 2,
+            buffer_bytes: 32 << 20,
+        }
     }
 }
 
@@ -70,7 +75,10 @@ pub(super) enum ReadPlan {
     /// Everything.
     All,
     /// What a bitmap calls dirty, and everything from `tail_from` on.
-    Dirty { context: String, tail_from: Option<u64> },
+    Dirty {
+        context: String,
+        tail_from: Option<u64>,
+    },
 }
 
 /// What became of one disk.
@@ -92,16 +100,28 @@ pub(super) struct Copied {
 
 /// Why a disk was not read whole.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say what each is; fields are what they name")]
+#[expect(
+    missing_docs,
+    reason = "the messages say what each is; fields are what they name"
+)]
 pub enum CopyError {
     #[error("cannot connect to the export of disk `{disk}`")]
     Connect { disk: String, source: Box<NbdError> },
     #[error("cannot learn what changed on disk `{disk}`")]
     Map { disk: String, source: Box<NbdError> },
     #[error("cannot read bytes {start:#x} to {end:#x} of disk `{disk}`")]
-    Read { disk: String, start: u64, end: u64, source: Box<dyn std::error::Error + Send + Sync> },
+    Read {
+        disk: String,
+        start: u64,
+        end: u64,
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     #[error("cannot use the export of disk `{disk}`: it has {exported} bytes, the disk {planned}")]
-    SizeChanged { disk: String, exported: u64, planned: u64 },
+    SizeChanged {
+        disk: String,
+        exported: u64,
+        planned: u64,
+    },
     #[error("cannot account for all of disk `{disk}`: {missing} pieces were never read")]
     Incomplete { disk: String, missing: u64 },
     #[error("cannot go on: the session at the VM broke")]
@@ -188,7 +208,10 @@ impl Shared<'_> {
         if let Some(socket) = socket {
             (self.entrust)(socket).map_err(lost)?;
         }
-        let mut all = self.cancellers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self
+            .cancellers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         if self.stopped() {
             canceller.cancel();
         }
@@ -198,12 +221,18 @@ impl Shared<'_> {
 
     fn stop_all(&self) {
         self.stop.store(true, Ordering::SeqCst);
-        let all = self.cancellers.lock().unwrap_or_else(PoisonError::into_inner);
+        let all = self
+            .cancellers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         all.iter().for_each(Canceller::cancel);
     }
 
     pub(super) fn store_failed(&self, error: RepoError) {
-        let mut first = self.store_error.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut first = self
+            .store_error
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert(error);
         drop(first);
         self.stop_all();
@@ -225,7 +254,9 @@ pub(super) fn copy_disks(
     let (pool_give, pool_take) = bounded(buffers);
     for _ in 0..buffers {
         // Cannot fail: the channel has room for all of them and a receiver.
-        pool_give.send(Vec::with_capacity(buffer_len)).expect("the pool is open");
+        pool_give
+            .send(Vec::with_capacity(buffer_len))
+            .expect("the pool is open");
     }
     let (filled, work) = bounded(buffers);
     let shared = Shared {
@@ -240,7 +271,10 @@ pub(super) fn copy_disks(
         pool_take,
         pool_give,
     };
-    let progress: Vec<_> = jobs.iter().map(|_| std::sync::Arc::new(Progress::default())).collect();
+    let progress: Vec<_> = jobs
+        .iter()
+        .map(|_| std::sync::Arc::new(Progress::default()))
+        .collect();
     let (done_give, done_take) = unbounded();
     let (next_give, next_take) = unbounded();
     for at in 0..jobs.len() {
@@ -266,7 +300,9 @@ pub(super) fn copy_disks(
             let (next, done) = (next_take.clone(), done_give.clone());
             scope.spawn(move || {
                 while let Ok(at) = next.recv() {
-                    let (Some(job), Some(progress)) = (jobs.get(at), progress.get(at)) else { return };
+                    let (Some(job), Some(progress)) = (jobs.get(at), progress.get(at)) else {
+                        return;
+                    };
                     let result = run_disk(shared, job, progress);
                     if done.send((at, result)).is_err() {
                         return;
@@ -281,7 +317,11 @@ pub(super) fn copy_disks(
                     let Some(job) = jobs.get(at) else { continue };
                     tell_done(watch.observer, job, &result);
                     if let Some(slot) = results.get_mut(at) {
-                        *slot = Some(DiskCopied { target: job.target.clone(), size_bytes, result });
+                        *slot = Some(DiskCopied {
+                            target: job.target.clone(),
+                            size_bytes,
+                            result,
+                        });
                     }
                 }
                 Err(crossbeam_channel::RecvTimeoutError::Timeout) => {}
@@ -301,9 +341,14 @@ pub(super) fn copy_disks(
         }
         tell_progress(watch.observer, jobs, progress);
     });
-    let store_error = shared.store_error.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let store_error = shared
+        .store_error
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
     if let Some(source) = store_error {
-        return Err(CopyError::Store { source: Box::new(source) });
+        return Err(CopyError::Store {
+            source: Box::new(source),
+        });
     }
     // The guard may have noticed a lost session in the same moment in which
     // the last byte arrived; then the bytes are good.
@@ -334,7 +379,10 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
         for chunk in filled.bytes.chunks(shared.chunk_size.len()) {
             match lane.add(chunk) {
                 Ok(added) => {
-                    filled.progress.stored.fetch_add(added.stored_bytes, Ordering::Relaxed);
+                    filled
+                        .progress
+                        .stored
+                        .fetch_add(added.stored_bytes, Ordering::Relaxed);
                     ids.push(added.id);
                 }
                 Err(error) => {
@@ -343,25 +391,37 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
                 }
             }
         }
-        filled.progress.read.fetch_add(filled.range.len(), Ordering::Relaxed);
-        filled.progress.done.fetch_add(filled.range.len(), Ordering::Relaxed);
+        filled
+            .progress
+            .read
+            .fetch_add(filled.range.len(), Ordering::Relaxed);
+        filled
+            .progress
+            .done
+            .fetch_add(filled.range.len(), Ordering::Relaxed);
         let first_chunk = filled.range.start() / shared.chunk_size.bytes();
         // The collector is gone only if its disk failed already.
-        drop(filled.results.send(Hashed { seq: filled.seq, first_chunk, ids: Ids::Each(ids) }));
+        drop(filled.results.send(Hashed {
+            seq: filled.seq,
+            first_chunk,
+            ids: Ids::Each(ids),
+        }));
         drop(shared.pool_give.send(filled.bytes));
     }
 }
 
 fn tell_done(observer: &dyn Observer, job: &CopyJob, result: &Result<Copied, CopyError>) {
-    let failure = result.as_ref().err().map(|error| super::report::chain(error).join(": "));
-    observer.event(&Event::DiskDone { disk: &job.target, failure: failure.as_deref() });
+    let failure = result
+        .as_ref()
+        .err()
+        .map(|error| super::report::chain(error).join(": "));
+    observer.event(&Event::DiskDone {
+        disk: &job.target,
+        failure: failure.as_deref(),
+    });
 }
 
-fn tell_progress(
-    observer: &dyn Observer,
-    jobs: &[CopyJob],
-    progress: &[std::sync::Arc<Progress>],
-) {
+fn tell_progress(observer: &dyn Observer, jobs: &[CopyJob], progress: &[std::sync::Arc<Progress>]) {
     let all: Vec<DiskProgress> = jobs
         .iter()
         .zip(progress)

@@ -58,16 +58,21 @@ impl Disk<'_> {
     fn connect(&self, contexts: Vec<String>) -> Result<Link, CopyError> {
         let endpoint = match &self.job.export.address {
             ExportAddress::Unix(path) => Endpoint::Unix(path.clone()),
-            ExportAddress::Tcp(host, port) => Endpoint::Tcp { host: host.clone(), port: *port },
+            ExportAddress::Tcp(host, port) => Endpoint::Tcp {
+                host: host.clone(),
+                port: *port,
+            },
         };
         let options = ConnectOptions {
             export: self.job.export.name.clone(),
             meta_contexts: contexts,
             ..ConnectOptions::default()
         };
-        let connection = Connection::connect(&endpoint, &options).map_err(|source| {
-            CopyError::Connect { disk: self.job.target.clone(), source: Box::new(source) }
-        })?;
+        let connection =
+            Connection::connect(&endpoint, &options).map_err(|source| CopyError::Connect {
+                disk: self.job.target.clone(),
+                source: Box::new(source),
+            })?;
         self.shared.cut_on_stop(connection.canceller())?;
         Ok(Link(connection))
     }
@@ -90,8 +95,13 @@ pub(super) fn run_disk(
     job: &CopyJob,
     progress: &Arc<Progress>,
 ) -> (u64, Result<Copied, CopyError>) {
-    let disk =
-        Disk { shared, job, progress, failed: AtomicBool::new(false), error: Mutex::new(None) };
+    let disk = Disk {
+        shared,
+        job,
+        progress,
+        failed: AtomicBool::new(false),
+        error: Mutex::new(None),
+    };
     let context = match &job.read {
         ReadPlan::All => ALLOCATION,
         ReadPlan::Dirty { context, .. } => context,
@@ -102,8 +112,14 @@ pub(super) fn run_disk(
     };
     let size_bytes = first.0.export().size_bytes;
     let mapper = match &job.read {
-        ReadPlan::All => Mapper { dirty: None, allocation: Some(first) },
-        ReadPlan::Dirty { .. } => Mapper { dirty: Some(first), allocation: None },
+        ReadPlan::All => Mapper {
+            dirty: None,
+            allocation: Some(first),
+        },
+        ReadPlan::Dirty { .. } => Mapper {
+            dirty: Some(first),
+            allocation: None,
+        },
     };
     (size_bytes, copy(&disk, mapper, size_bytes))
 }
@@ -137,13 +153,21 @@ fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, 
             planned: job.size_bytes,
         });
     }
-    let store = |source| CopyError::Store { source: Box::new(source) };
-    let tree = disk.shared.writer.tree(job.parent.as_ref(), size_bytes).map_err(store)?;
+    let store = |source| CopyError::Store {
+        source: Box::new(source),
+    };
+    let tree = disk
+        .shared
+        .writer
+        .tree(job.parent.as_ref(), size_bytes)
+        .map_err(store)?;
     let (items_give, items_take) = bounded::<Item>(ITEMS_UNDER_WAY);
     let (results_give, results_take) = unbounded::<Hashed>();
     let (token_give, token_take) = bounded::<()>(ITEMS_UNDER_WAY);
     for _ in 0..ITEMS_UNDER_WAY {
-        token_give.send(()).expect("the channel has room for every token");
+        token_give
+            .send(())
+            .expect("the channel has room for every token");
     }
     let (issued, image) = std::thread::scope(|scope| {
         for _ in 0..disk.shared.tuning.connections.max(1) {
@@ -156,16 +180,31 @@ fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, 
         }
         drop(items_take);
         let collector = scope.spawn(move || collect(disk, tree, &results_take, &token_give));
-        let walked = walk(disk, &mut mapper, size_bytes, &token_take, &items_give, &results_give);
+        let walked = walk(
+            disk,
+            &mut mapper,
+            size_bytes,
+            &token_take,
+            &items_give,
+            &results_give,
+        );
         drop(items_give);
         drop(results_give);
         let issued = walked.unwrap_or_else(|error| {
             disk.fail(error);
             0
         });
-        (issued, collector.join().expect("a collector does not panic"))
+        (
+            issued,
+            collector.join().expect("a collector does not panic"),
+        )
     });
-    if let Some(error) = disk.error.lock().unwrap_or_else(PoisonError::into_inner).take() {
+    if let Some(error) = disk
+        .error
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .take()
+    {
         return Err(error);
     }
     if disk.shared.stopped() {
@@ -203,7 +242,9 @@ fn walk(
     let mut start = 0_u64;
     while start < size_bytes && !disk.stopped() {
         let end = start.saturating_add(window_bytes).min(size_bytes);
-        let Some(window) = ByteRange::between(start, end) else { break };
+        let Some(window) = ByteRange::between(start, end) else {
+            break;
+        };
         let map = map_window(disk, mapper, window)?;
         let mut wanted = 0_u64;
         for run in map.runs(REQUEST_BYTES) {
@@ -226,7 +267,9 @@ fn walk(
             }
             issued += 1;
         }
-        disk.progress.done.fetch_add(window.len().saturating_sub(wanted), Ordering::Relaxed);
+        disk.progress
+            .done
+            .fetch_add(window.len().saturating_sub(wanted), Ordering::Relaxed);
         start = end;
     }
     Ok(issued)
@@ -264,7 +307,9 @@ fn map_window(
     match &disk.job.read {
         ReadPlan::All => {
             map.want(window);
-            disk.progress.dirty.fetch_add(window.len(), Ordering::Relaxed);
+            disk.progress
+                .dirty
+                .fetch_add(window.len(), Ordering::Relaxed);
         }
         ReadPlan::Dirty { context, tail_from } => {
             let mut dirty = 0_u64;
@@ -321,7 +366,11 @@ fn read_items(
             return Ok(());
         }
         let more = waiting.len() < REQUESTS_IN_FLIGHT;
-        let next = if more { next_item(disk, items, waiting.is_empty()) } else { Next::NotNow };
+        let next = if more {
+            next_item(disk, items, waiting.is_empty())
+        } else {
+            Next::NotNow
+        };
         match next {
             Next::Item(item, buffer) => {
                 let link = match &mut link {
@@ -337,15 +386,28 @@ fn read_items(
             Next::End if waiting.is_empty() => return Ok(()),
             Next::End | Next::NotNow => {}
         }
-        let Some(link) = link.as_mut().filter(|_| !waiting.is_empty()) else { continue };
+        let Some(link) = link.as_mut().filter(|_| !waiting.is_empty()) else {
+            continue;
+        };
         let range = waiting.values().next().copied();
         let completion = link.0.next_completion().map_err(|source| match range {
             Some(range) => read_error(disk, range, source),
-            None => CopyError::Map { disk: disk.job.target.clone(), source: Box::new(source) },
+            None => CopyError::Map {
+                disk: disk.job.target.clone(),
+                source: Box::new(source),
+            },
         })?;
-        let Some(range) = waiting.remove(&completion.cookie) else { continue };
-        let bytes = completion.result.map_err(|source| read_error(disk, range, source))?;
-        assert_eq!(bytes.len() as u64, range.len(), "a completed read is as long as its request");
+        let Some(range) = waiting.remove(&completion.cookie) else {
+            continue;
+        };
+        let bytes = completion
+            .result
+            .map_err(|source| read_error(disk, range, source))?;
+        assert_eq!(
+            bytes.len() as u64,
+            range.len(),
+            "a completed read is as long as its request"
+        );
         let filled = Filled {
             seq: completion.cookie,
             range,
@@ -388,7 +450,9 @@ fn next_item(disk: &Disk<'_>, items: &Receiver<Item>, may_wait: bool) -> Next {
     } else {
         disk.shared.pool_take.try_recv().ok()
     };
-    let Some(buffer) = buffer else { return Next::NotNow };
+    let Some(buffer) = buffer else {
+        return Next::NotNow;
+    };
     let item = if may_wait {
         items.recv_timeout(LOOK).map_err(|error| match error {
             crossbeam_channel::RecvTimeoutError::Timeout => TryRecvError::Empty,
@@ -416,7 +480,9 @@ fn collect(
     results: &Receiver<Hashed>,
     tokens: &Sender<()>,
 ) -> Result<(u64, ImageRoot), CopyError> {
-    let store = |source| CopyError::Store { source: Box::new(source) };
+    let store = |source| CopyError::Store {
+        source: Box::new(source),
+    };
     let mut early: BTreeMap<u64, Hashed> = BTreeMap::new();
     let mut next = 0_u64;
     while let Ok(hashed) = results.recv() {
@@ -426,11 +492,12 @@ fn collect(
             let set = match hashed.ids {
                 // Without a parent what is not set is zero already.
                 Ids::Zero(_) if disk.job.parent.is_none() => Ok(()),
-                Ids::Zero(count) => (first..first.saturating_add(count))
-                    .try_for_each(|chunk| tree.set(chunk, None)),
-                Ids::Each(ids) => {
-                    (first..).zip(ids).try_for_each(|(chunk, id)| tree.set(chunk, id))
+                Ids::Zero(count) => {
+                    (first..first.saturating_add(count)).try_for_each(|chunk| tree.set(chunk, None))
                 }
+                Ids::Each(ids) => (first..)
+                    .zip(ids)
+                    .try_for_each(|(chunk, id)| tree.set(chunk, id)),
             };
             if let Err(error) = set {
                 disk.failed.store(true, Ordering::SeqCst);

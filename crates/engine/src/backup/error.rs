@@ -10,7 +10,10 @@ use crate::guard::Outcome;
 /// Why a backup did not happen. In every case no restore point was added,
 /// except where [`BackupError::CommitUnknown`] says that nobody knows.
 #[derive(Debug, thiserror::Error)]
-#[expect(missing_docs, reason = "the messages say what each is; fields are what they name")]
+#[expect(
+    missing_docs,
+    reason = "the messages say what each is; fields are what they name"
+)]
 pub enum BackupError {
     #[error("cannot look at VM `{vm}`")]
     Observe { vm: String, source: HypervisorError },
@@ -19,13 +22,25 @@ pub enum BackupError {
     #[error("cannot back up VM `{vm}`: it is {}", state_words(*state))]
     WrongState { vm: String, state: RunState },
     #[error("cannot back up disk `{disk}` of VM `{vm}`: no such disk")]
-    NoSuchDisk { vm: String, disk: String, known: Vec<String> },
+    NoSuchDisk {
+        vm: String,
+        disk: String,
+        known: Vec<String>,
+    },
     #[error("cannot back up disk `{disk}` of VM `{vm}`: {reason}")]
-    DiskCannot { vm: String, disk: String, reason: &'static str },
+    DiskCannot {
+        vm: String,
+        disk: String,
+        reason: &'static str,
+    },
     #[error("cannot back up VM `{vm}`: no disk of it can be backed up")]
     NoDisks { vm: String },
     #[error("cannot back up disk `{disk}` of VM `{vm}`: {}", refusal_words(*refusal))]
-    Refused { vm: String, disk: String, refusal: Refusal },
+    Refused {
+        vm: String,
+        disk: String,
+        refusal: Refusal,
+    },
     #[error("cannot tidy VM `{vm}` before the backup")]
     Tidy { vm: String, source: HypervisorError },
     #[error("cannot freeze a point in time of VM `{vm}`")]
@@ -35,7 +50,11 @@ pub enum BackupError {
     #[error("cannot read VM `{vm}`")]
     Copy { vm: String, source: Box<CopyError> },
     #[error("cannot read disk `{disk}` of VM `{vm}`")]
-    AllDisksFailed { vm: String, disk: String, source: Option<Box<CopyError>> },
+    AllDisksFailed {
+        vm: String,
+        disk: String,
+        source: Option<Box<CopyError>>,
+    },
     #[error("cannot store the backup of VM `{vm}`")]
     Store { vm: String, source: Box<RepoError> },
     #[error("cannot tell whether the backup of VM `{vm}` was stored")]
@@ -46,18 +65,30 @@ pub enum BackupError {
 
 impl BackupError {
     pub(super) fn observe(vm: &str, source: HypervisorError) -> Self {
-        Self::Observe { vm: vm.to_owned(), source }
+        Self::Observe {
+            vm: vm.to_owned(),
+            source,
+        }
     }
 
     pub(super) fn repository(vm: &str, source: RepoError) -> Self {
-        Self::Store { vm: vm.to_owned(), source: Box::new(source) }
+        Self::Store {
+            vm: vm.to_owned(),
+            source: Box::new(source),
+        }
     }
 
     pub(super) fn copy(vm: &str, source: CopyError) -> Self {
         match source {
             CopyError::Interrupted => Self::Interrupted { vm: vm.to_owned() },
-            CopyError::Store { source } => Self::Store { vm: vm.to_owned(), source },
-            other => Self::Copy { vm: vm.to_owned(), source: Box::new(other) },
+            CopyError::Store { source } => Self::Store {
+                vm: vm.to_owned(),
+                source,
+            },
+            other => Self::Copy {
+                vm: vm.to_owned(),
+                source: Box::new(other),
+            },
         }
     }
 

@@ -24,7 +24,11 @@ pub(super) fn save_files(
 ) -> Result<Vec<SavedFile>, RepoError> {
     let mut saved = Vec::new();
     let firmware = facts.firmware.iter().map(|file| {
-        (role_word(file.role), file.path.clone(), file.path.to_string_lossy().into_owned())
+        (
+            role_word(file.role),
+            file.path.clone(),
+            file.path.to_string_lossy().into_owned(),
+        )
     });
     let mut wanted: Vec<(&str, PathBuf, String)> = firmware.collect();
     if let Some(dir) = &facts.tpm_state {
@@ -48,7 +52,13 @@ pub(super) fn save_files(
         // A file that changes its length while it is read is cut or padded by
         // nobody: `add_bytes` takes exactly `size_bytes` or fails.
         let image = writer.add_bytes(&mut file.take(size_bytes), size_bytes)?;
-        saved.push(SavedFile { role: role.to_owned(), path: name, mode, captured_at, image });
+        saved.push(SavedFile {
+            role: role.to_owned(),
+            path: name,
+            mode,
+            captured_at,
+            image,
+        });
     }
     Ok(saved)
 }

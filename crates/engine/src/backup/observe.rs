@@ -57,7 +57,9 @@ impl History {
             }
             // A manifest that cannot be read proves nothing, so it is nobody's
             // parent; `verify` is where its damage is reported.
-            let Ok(manifest) = repo.manifest(vm, point) else { continue };
+            let Ok(manifest) = repo.manifest(vm, point) else {
+                continue;
+            };
             history.take(point, &manifest);
         }
         Ok(history)
@@ -72,14 +74,19 @@ impl History {
         self.newest.get_or_insert((point, manifest.sequence));
         for disk in &manifest.disks {
             if self.seen.insert(disk.target.clone()) {
-                self.smallest.insert(disk.target.clone(), disk.evidence.smallest_size_bytes);
+                self.smallest
+                    .insert(disk.target.clone(), disk.evidence.smallest_size_bytes);
             }
-            let Some(mark) = manifest.mark.as_ref().filter(|_| disk.marked) else { continue };
-            self.parents.entry(disk.target.clone()).or_insert_with(|| ParentRecord {
-                point,
-                mark: mark.clone(),
-                disk: disk.clone(),
-            });
+            let Some(mark) = manifest.mark.as_ref().filter(|_| disk.marked) else {
+                continue;
+            };
+            self.parents
+                .entry(disk.target.clone())
+                .or_insert_with(|| ParentRecord {
+                    point,
+                    mark: mark.clone(),
+                    disk: disk.clone(),
+                });
         }
     }
 
@@ -129,8 +136,12 @@ pub(super) fn plan_disks(
             let parent = history.parents.get(&disk.target);
             let view = disk_view(disk, facts, parent);
             let parent_view = parent.map(|parent| parent_view(repo, parent));
-            let plan =
-                plan_disk(options.level, history.of_disk(&disk.target), &view, parent_view.as_ref());
+            let plan = plan_disk(
+                options.level,
+                history.of_disk(&disk.target),
+                &view,
+                parent_view.as_ref(),
+            );
             let parent_image = match &plan {
                 DiskPlan::Incremental { .. } | DiskPlan::Differential { .. } => {
                     parent.map(|parent| parent.disk.image)
@@ -139,7 +150,11 @@ pub(super) fn plan_disks(
                     None
                 }
             };
-            PlannedDisk { facts: disk.clone(), plan, parent_image }
+            PlannedDisk {
+                facts: disk.clone(),
+                plan,
+                parent_image,
+            }
         })
         .collect()
 }
@@ -153,7 +168,9 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
             MarkSupport::No(NoMarks::NotQcow2) => plan::MarkSupport::NotQcow2,
             MarkSupport::No(NoMarks::Qcow2Version2) => plan::MarkSupport::Qcow2Version2,
         },
-        bitmap: parent.map_or(BitmapView::Missing, |parent| bitmap_view(disk, &parent.mark.name)),
+        bitmap: parent.map_or(BitmapView::Missing, |parent| {
+            bitmap_view(disk, &parent.mark.name)
+        }),
         record: parent.map_or(Record::Forgotten, |parent| record_view(vm, &parent.mark)),
         root: match &disk.root_node {
             RootNode::Same => RootView::Same,
@@ -194,8 +211,12 @@ pub(super) fn bitmap_view(disk: &DiskFacts, mark: &MarkName) -> BitmapView {
     let name = mark.to_string();
     let top = disk.chain.first().and_then(|link| link.node.as_deref());
     let bitmaps: Vec<&BitmapFacts> = disk.bitmaps.iter().filter(|it| it.name == name).collect();
-    let on_top = bitmaps.iter().find(|it| top.is_none_or(|top| it.node == top));
-    let Some(on_top) = on_top else { return BitmapView::Missing };
+    let on_top = bitmaps
+        .iter()
+        .find(|it| top.is_none_or(|top| it.node == top));
+    let Some(on_top) = on_top else {
+        return BitmapView::Missing;
+    };
     let any = |bad: fn(&BitmapFacts) -> bool| bitmaps.iter().any(|it| bad(it));
     if any(|it| it.inconsistent) {
         BitmapView::Inconsistent
@@ -206,13 +227,18 @@ pub(super) fn bitmap_view(disk: &DiskFacts, mark: &MarkName) -> BitmapView {
     } else if any(|it| !it.persistent) {
         BitmapView::NotPersistent
     } else {
-        BitmapView::Recording { granularity: on_top.granularity }
+        BitmapView::Recording {
+            granularity: on_top.granularity,
+        }
     }
 }
 
 /// Compares the hypervisor's record of a mark with the manifest's.
 pub(super) fn record_view(vm: &VmFacts, mark: &MarkRecord) -> Record {
-    let found = vm.checkpoints.iter().find(|it| it.mark.as_ref() == Some(&mark.name));
+    let found = vm
+        .checkpoints
+        .iter()
+        .find(|it| it.mark.as_ref() == Some(&mark.name));
     match found {
         None => Record::Forgotten,
         Some(found) if found.nonce != Some(mark.nonce) => Record::Remade,
@@ -250,7 +276,8 @@ fn image_link(link: &EvidenceLink) -> ImageLink {
 }
 
 fn tree_is_readable(repo: &Repository, image: &ImageRoot) -> bool {
-    repo.image(image).is_ok_and(|reader| reader.chunks().next().is_none_or(|first| first.is_ok()))
+    repo.image(image)
+        .is_ok_and(|reader| reader.chunks().next().is_none_or(|first| first.is_ok()))
 }
 
 /// Whether and how the VM runs, for the gate.

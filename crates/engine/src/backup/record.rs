@@ -26,12 +26,22 @@ pub(super) struct Parts<'a> {
 
 /// Makes the manifest of the disks that were read whole.
 pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
-    let Parts { job, facts, history, planned, copied, session, .. } = parts;
+    let Parts {
+        job,
+        facts,
+        history,
+        planned,
+        copied,
+        session,
+        ..
+    } = parts;
     let now = job.context.clock.now();
     let disks: Vec<DiskRecord> = planned
         .iter()
         .filter_map(|disk| {
-            let copied = copied.iter().find(|copied| copied.target == disk.facts.target)?;
+            let copied = copied
+                .iter()
+                .find(|copied| copied.target == disk.facts.target)?;
             let outcome = copied.result.as_ref().ok()?;
             Some(DiskRecord {
                 target: disk.facts.target.clone(),
@@ -52,14 +62,22 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
             })
         })
         .collect();
-    let marked: Vec<String> =
-        disks.iter().filter(|disk| disk.marked).map(|disk| disk.target.clone()).collect();
-    let mark = session.order.new_mark.as_ref().filter(|_| !marked.is_empty()).map(|mark| MarkRecord {
-        name: mark.name.clone(),
-        nonce: mark.nonce,
-        created_s: session.begun.mark_created_s,
-        disks: marked.clone(),
-    });
+    let marked: Vec<String> = disks
+        .iter()
+        .filter(|disk| disk.marked)
+        .map(|disk| disk.target.clone())
+        .collect();
+    let mark = session
+        .order
+        .new_mark
+        .as_ref()
+        .filter(|_| !marked.is_empty())
+        .map(|mark| MarkRecord {
+            name: mark.name.clone(),
+            nonce: mark.nonce,
+            created_s: session.begun.mark_created_s,
+            disks: marked.clone(),
+        });
     Manifest {
         version: 1,
         point: job.point,
@@ -91,20 +109,23 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
     }
 }
 
-fn skipped(
-    facts: &VmFacts,
-    planned: &[PlannedDisk],
-    copied: &[DiskCopied],
-) -> Vec<SkippedRecord> {
+fn skipped(facts: &VmFacts, planned: &[PlannedDisk], copied: &[DiskCopied]) -> Vec<SkippedRecord> {
     let record = |target: &str, reason: &str| SkippedRecord {
         target: target.to_owned(),
         reason: reason.to_owned(),
     };
-    let unfit = facts.skipped.iter().map(|disk| record(&disk.target, skip_word(disk.reason)));
+    let unfit = facts
+        .skipped
+        .iter()
+        .map(|disk| record(&disk.target, skip_word(disk.reason)));
     let unwanted = facts
         .disks
         .iter()
-        .filter(|disk| planned.iter().all(|planned| planned.facts.target != disk.target))
+        .filter(|disk| {
+            planned
+                .iter()
+                .all(|planned| planned.facts.target != disk.target)
+        })
         .map(|disk| record(&disk.target, "left out by the user"));
     let failed = copied
         .iter()
@@ -136,7 +157,9 @@ fn evidence(disk: &DiskFacts, vm: &VmFacts, history: &History, size_bytes: u64) 
             .process
             .as_ref()
             .map(|process| (process.pid, process.start_ticks, process.boot_id.clone())),
-        counters: disk.counters.map(|counters| (counters.bytes, counters.operations)),
+        counters: disk
+            .counters
+            .map(|counters| (counters.bytes, counters.operations)),
         smallest_size_bytes: history
             .smallest
             .get(&disk.target)
@@ -147,9 +170,10 @@ fn evidence(disk: &DiskFacts, vm: &VmFacts, history: &History, size_bytes: u64) 
 fn source_text(source: &DiskSource) -> String {
     match source {
         DiskSource::File(path) | DiskSource::Block(path) => path.to_string_lossy().into_owned(),
-        DiskSource::Volume { pool, volume, path } => path
-            .as_ref()
-            .map_or_else(|| format!("{pool}/{volume}"), |path| path.to_string_lossy().into_owned()),
+        DiskSource::Volume { pool, volume, path } => path.as_ref().map_or_else(
+            || format!("{pool}/{volume}"),
+            |path| path.to_string_lossy().into_owned(),
+        ),
         DiskSource::Network(text) => text.clone(),
     }
 }

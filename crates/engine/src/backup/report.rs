@@ -116,5 +116,7 @@ pub(super) fn report(
 
 /// Returns an error and its causes, outermost first.
 pub(super) fn chain(error: &dyn std::error::Error) -> Vec<String> {
-    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect()
+    std::iter::successors(Some(error), |error| error.source())
+        .map(ToString::to_string)
+        .collect()
 }

@@ -4,9 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{DiskFacts, MarkOrder, Redefinition, VmFacts};
 use highwater_model::{MarkName, SessionId};
-use highwater_plan::{
-    BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks,
-};
+use highwater_plan::{BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks};
 use highwater_repo::{Manifest, MarkRecord};
 
 use super::observe::{History, PlannedDisk, bitmap_view, record_view};
@@ -20,7 +18,10 @@ impl Job<'_> {
             .context
             .guard
             .end_leftover(self.vm, session)
-            .map_err(|source| BackupError::Tidy { vm: self.vm.name.clone(), source })?;
+            .map_err(|source| BackupError::Tidy {
+                vm: self.vm.name.clone(),
+                source,
+            })?;
         if ended.ended_job {
             self.healed(format!("ended the backup job of dead session {session}"));
         }
@@ -32,11 +33,7 @@ impl Job<'_> {
 
     /// Removes unfinished marks and tells the hypervisor about marks it
     /// forgot. Returns whether anything was changed, so that facts are stale.
-    pub(super) fn tidy_marks(
-        &mut self,
-        facts: &VmFacts,
-        history: &History,
-    ) -> Result<bool, BackupError> {
+    pub(super) fn tidy_marks(&mut self, facts: &VmFacts, history: &History) -> bool {
         let found = found_marks(facts);
         let unfinished = unfinished_marks(self.context.repo.id(), &found, &history.committed);
         let mut changed = false;
@@ -63,7 +60,7 @@ impl Job<'_> {
                 )),
             }
         }
-        Ok(changed)
+        changed
     }
 
     /// Ends this run's session at the VM. If the guard is gone, another one
@@ -118,19 +115,27 @@ impl Job<'_> {
         let parents = parents_after(&facts, history, manifest, planned);
         for mark in superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents) {
             if let Err(error) = self.remove_mark(&mark) {
-                self.warn(format!("cannot give up old mark {mark}: {}", one_line(&error)));
+                self.warn(format!(
+                    "cannot give up old mark {mark}: {}",
+                    one_line(&error)
+                ));
             }
         }
     }
 
     fn remove_mark(&self, mark: &MarkName) -> Result<(), GuardError> {
-        self.context.guard.mark(self.vm, &MarkOrder::Remove(mark.clone()))
+        self.context
+            .guard
+            .mark(self.vm, &MarkOrder::Remove(mark.clone()))
     }
 }
 
 /// All marks of any Highwater at the VM, as records or as bitmaps.
 fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
-    let records = facts.checkpoints.iter().filter_map(|checkpoint| checkpoint.mark.clone());
+    let records = facts
+        .checkpoints
+        .iter()
+        .filter_map(|checkpoint| checkpoint.mark.clone());
     let bitmaps = facts
         .disks
         .iter()
@@ -145,13 +150,17 @@ fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
 fn forgotten_marks(facts: &VmFacts, history: &History) -> Vec<Redefinition> {
     let mut forgotten: BTreeMap<MarkName, Redefinition> = BTreeMap::new();
     for disk in &facts.disks {
-        let Some(parent) = history.parents.get(&disk.target) else { continue };
+        let Some(parent) = history.parents.get(&disk.target) else {
+            continue;
+        };
         if !is_forgotten(facts, disk, &parent.mark) {
             continue;
         }
         // Without the original creation time a redefined record would look
         // re-made for ever.
-        let Some(created_s) = parent.mark.created_s else { continue };
+        let Some(created_s) = parent.mark.created_s else {
+            continue;
+        };
         forgotten
             .entry(parent.mark.name.clone())
             .or_insert_with(|| Redefinition {
@@ -185,11 +194,17 @@ fn parents_after(
         .into_iter()
         .filter_map(|target| {
             let new = manifest.mark.as_ref().filter(|_| {
-                manifest.disks.iter().any(|disk| disk.target == target && disk.marked)
+                manifest
+                    .disks
+                    .iter()
+                    .any(|disk| disk.target == target && disk.marked)
             });
             let old = history.parents.get(target).map(|parent| &parent.mark);
             let mark = new.or(old)?.name.clone();
-            Some(Parent { target: target.to_owned(), mark })
+            Some(Parent {
+                target: target.to_owned(),
+                mark,
+            })
         })
         .collect()
 }

@@ -21,10 +21,10 @@ const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// Longest time one request may take. libvirt gives up on its own job lock
 /// after 30 s (field: `cannot acquire state change lock`), freezing after 5 s;
 /// this is beyond their sum.
-const REPLY_MAX: Duration = Duration::from_secs(120);
+const REPLY_MAX: Duration = Duration::from_mins(2);
 /// How long a dying holder of the VM's lock is waited for: its guard needs to
-/// notice (10 s) and to settle.
-const LOCK_WAIT_MS: u64 = 15_000;
+/// notice (10 s) and to settle, which libvirt may make it wait for on a busy host.
+const LOCK_WAIT_MS: u64 = 30_000;
 
 /// What can go wrong between mover and guard.
 pub type GuardError = HypervisorError;
@@ -63,8 +63,14 @@ impl Guard {
         let beating = Arc::downgrade(&stream);
         std::thread::spawn(move || {
             while let Some(stream) = beating.upgrade() {
-                let beat = Message { id: 0, request: Request::Beat };
-                let sent = send(&mut *stream.lock().unwrap_or_else(PoisonError::into_inner), &beat);
+                let beat = Message {
+                    id: 0,
+                    request: Request::Beat,
+                };
+                let sent = send(
+                    &mut *stream.lock().unwrap_or_else(PoisonError::into_inner),
+                    &beat,
+                );
                 drop(stream);
                 if sent.is_err() {
                     return;
@@ -74,11 +80,17 @@ impl Guard {
         });
         let guard = Self {
             stream,
-            replies: Mutex::new(Replies { next_id: 1, receiver }),
+            replies: Mutex::new(Replies {
+                next_id: 1,
+                receiver,
+            }),
             lost,
             lifeline: Giver::new(lifeline),
         };
-        let hello = Request::Hello { connect: uri.to_owned(), lock_dir: lock_dir.to_owned() };
+        let hello = Request::Hello {
+            connect: uri.to_owned(),
+            lock_dir: lock_dir.to_owned(),
+        };
         guard.done(hello)?;
         Ok(guard)
     }
@@ -93,7 +105,9 @@ impl Guard {
 
     /// Finds a VM by name or UUID.
     pub fn find(&self, name: &str) -> Result<VmRef, GuardError> {
-        match self.ask(Request::Find { name: name.to_owned() })? {
+        match self.ask(Request::Find {
+            name: name.to_owned(),
+        })? {
             Reply::Vm(vm) => Ok(vm),
             _ => Err(wrong_reply()),
         }
@@ -101,7 +115,10 @@ impl Guard {
 
     /// Takes the VM's lock; the guard holds it until it ends or locks another.
     pub fn lock(&self, vm: &VmRef) -> Result<(), GuardError> {
-        self.done(Request::Lock { vm: vm.clone(), wait_ms: LOCK_WAIT_MS })
+        self.done(Request::Lock {
+            vm: vm.clone(),
+            wait_ms: LOCK_WAIT_MS,
+        })
     }
 
     /// Reports everything about a VM.
@@ -114,7 +131,9 @@ impl Guard {
 
     /// Takes the point in time.
     pub fn begin(&self, order: &BeginOrder) -> Result<Begun, GuardError> {
-        match self.ask(Request::Begin { order: Box::new(order.clone()) })? {
+        match self.ask(Request::Begin {
+            order: Box::new(order.clone()),
+        })? {
             Reply::Begun(begun) => Ok(*begun),
             _ => Err(wrong_reply()),
         }
@@ -133,23 +152,34 @@ impl Guard {
 
     /// Ends what a dead session left behind.
     pub fn end_leftover(&self, vm: &VmRef, session: SessionId) -> Result<Ended, GuardError> {
-        self.ended(Request::EndLeftover { vm: vm.clone(), session })
+        self.ended(Request::EndLeftover {
+            vm: vm.clone(),
+            session,
+        })
     }
 
     /// Changes a mark.
     pub fn mark(&self, vm: &VmRef, order: &MarkOrder) -> Result<(), GuardError> {
-        self.done(Request::Mark { vm: vm.clone(), order: order.clone() })
+        self.done(Request::Mark {
+            vm: vm.clone(),
+            order: order.clone(),
+        })
     }
 
     /// Gives the guard the means to cut an NBD connection that reads from its
     /// session. To be called before the connection's first request.
     pub fn entrust(&self, socket: &impl AsFd) -> Result<(), GuardError> {
-        self.lifeline.give(socket).map_err(|source| guard_gone().because(source.to_string()))
+        self.lifeline
+            .give(socket)
+            .map_err(|source| guard_gone().because(source.to_string()))
     }
 
     /// Returns why the running session broke, if the guard said so.
     pub fn lost(&self) -> Option<GuardError> {
-        self.lost.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.lost
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     fn done(&self, request: Request) -> Result<(), GuardError> {
@@ -222,7 +252,9 @@ fn read_answers(
 
 /// Keeps the first cause; later ones follow from it.
 fn note_lost(lost: &Mutex<Option<HypervisorError>>, error: HypervisorError) {
-    lost.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    lost.lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .get_or_insert(error);
 }
 
 fn guard_gone() -> HypervisorError {

@@ -15,9 +15,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use highwater_hypervisor::{
-    BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder,
-};
+use highwater_hypervisor::{BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder};
 
 use super::lifeline::Cutter;
 use super::lock::{self, VmLock};
@@ -29,16 +27,17 @@ const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// How often a running session is looked at.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
+/// Opens the driver for a connection URI.
+pub type Connect = dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>;
+
 /// Serves one mover over `stream` until it is gone, then settles and returns.
 ///
 /// Over `lifeline` the mover hands its NBD connections. `connect` opens the driver for a connection URI.
-pub fn serve(
-    stream: UnixStream,
-    lifeline: UnixStream,
-    connect: &dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>,
-) {
+pub fn serve(stream: UnixStream, lifeline: UnixStream, connect: &Connect) {
     let (sender, requests) = channel();
-    let Ok(reading) = stream.try_clone() else { return };
+    let Ok(reading) = stream.try_clone() else {
+        return;
+    };
     // Ends with the stream; nobody needs to wait for it.
     std::thread::spawn(move || read_requests(reading, &sender));
     let mut host = Host {
@@ -78,16 +77,15 @@ struct Session {
 }
 
 impl Host {
-    fn run(
-        &mut self,
-        requests: &Receiver<Message>,
-        connect: &dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>,
-    ) {
+    fn run(&mut self, requests: &Receiver<Message>, connect: &Connect) {
         let mut heard = Instant::now();
         let mut checked = Instant::now();
         loop {
             match requests.recv_timeout(CHECK_EVERY) {
-                Ok(Message { request: Request::Beat, .. }) => heard = Instant::now(),
+                Ok(Message {
+                    request: Request::Beat,
+                    ..
+                }) => heard = Instant::now(),
                 Ok(Message { id, request }) => {
                     let result = self.answer(request, connect);
                     if send(&mut self.stream, &Answer::Reply { id, result }).is_err() {
@@ -112,13 +110,12 @@ impl Host {
         }
     }
 
-    fn answer(
-        &mut self,
-        request: Request,
-        connect: &dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>,
-    ) -> Result<Reply, HypervisorError> {
+    fn answer(&mut self, request: Request, connect: &Connect) -> Result<Reply, HypervisorError> {
         match request {
-            Request::Hello { connect: uri, lock_dir } => {
+            Request::Hello {
+                connect: uri,
+                lock_dir,
+            } => {
                 self.driver = Some(connect(&uri)?);
                 self.lock_dir = lock_dir;
                 Ok(Reply::Done)
@@ -131,12 +128,17 @@ impl Host {
                 self.lock = Some(lock::take(&self.lock_dir, &vm, wait)?);
                 Ok(Reply::Done)
             }
-            Request::Observe { vm } => {
-                self.driver()?.observe(&vm).map(|facts| Reply::Facts(Box::new(facts)))
-            }
+            Request::Observe { vm } => self
+                .driver()?
+                .observe(&vm)
+                .map(|facts| Reply::Facts(Box::new(facts))),
             Request::Begin { order } => {
                 let begun = self.driver()?.begin(&order)?;
-                self.session = Some(Session { order: *order, committing: false, told_lost: false });
+                self.session = Some(Session {
+                    order: *order,
+                    committing: false,
+                    told_lost: false,
+                });
                 Ok(Reply::Begun(Box::new(begun)))
             }
             Request::Committing => {
@@ -151,16 +153,17 @@ impl Host {
             Request::EndLeftover { vm, session } => {
                 self.driver()?.end_leftover(&vm, session).map(Reply::Ended)
             }
-            Request::Mark { vm, order } => {
-                self.driver()?.mark(&vm, &order).map(|()| Reply::Done)
-            }
+            Request::Mark { vm, order } => self.driver()?.mark(&vm, &order).map(|()| Reply::Done),
             Request::Beat => Ok(Reply::Done),
         }
     }
 
     fn driver(&mut self) -> Result<&mut Box<dyn Driver>, HypervisorError> {
         self.driver.as_mut().ok_or_else(|| {
-            HypervisorError::new(ErrorKind::Unreachable, "cannot use a hypervisor before connecting")
+            HypervisorError::new(
+                ErrorKind::Unreachable,
+                "cannot use a hypervisor before connecting",
+            )
         })
     }
 
@@ -169,7 +172,9 @@ impl Host {
     fn finish(&mut self, order: &BeginOrder, outcome: Outcome) -> Ended {
         // First: QEMU waits for whoever does not read.
         self.cutter.cut();
-        let Ok(driver) = self.driver() else { return Ended::default() };
+        let Ok(driver) = self.driver() else {
+            return Ended::default();
+        };
         let mut ended = driver.end(order).unwrap_or_else(|error| Ended {
             ended_job: false,
             warnings: vec![one_line(&error)],
@@ -205,8 +210,14 @@ impl Host {
     /// The mover is gone: leaves the VM as if it had never begun, unless the
     /// manifest may exist.
     fn abandon(&mut self) {
-        let Some(session) = self.session.take() else { return };
-        let outcome = if session.committing { Outcome::Unknown } else { Outcome::Failed };
+        let Some(session) = self.session.take() else {
+            return;
+        };
+        let outcome = if session.committing {
+            Outcome::Unknown
+        } else {
+            Outcome::Failed
+        };
         self.finish(&session.order, outcome);
     }
 }

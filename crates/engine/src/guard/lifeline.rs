@@ -38,7 +38,12 @@ impl Giver {
         let sockets = [socket.as_fd()];
         ancillary.push(SendAncillaryMessage::ScmRights(&sockets));
         let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        sendmsg(&*stream, &[IoSlice::new(b"s")], &mut ancillary, SendFlags::NOSIGNAL)?;
+        sendmsg(
+            &*stream,
+            &[IoSlice::new(b"s")],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )?;
         Ok(())
     }
 }
@@ -52,7 +57,10 @@ pub(super) struct Cutter {
 
 impl Cutter {
     pub(super) const fn new(stream: UnixStream) -> Self {
-        Self { stream, sockets: Vec::new() }
+        Self {
+            stream,
+            sockets: Vec::new(),
+        }
     }
 
     /// Takes what was handed over so far.
@@ -62,8 +70,12 @@ impl Cutter {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
             let mut ancillary = RecvAncillaryBuffer::new(&mut space);
             let flags = RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-            let received =
-                recvmsg(&self.stream, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, flags);
+            let received = recvmsg(
+                &self.stream,
+                &mut [IoSliceMut::new(&mut byte)],
+                &mut ancillary,
+                flags,
+            );
             // Nothing waits, or the mover is gone.
             if !received.is_ok_and(|received| received.bytes > 0) {
                 return;

@@ -20,8 +20,16 @@ const RETRY: Duration = Duration::from_millis(100);
 /// Returns the lock file of a VM.
 pub fn lock_path(dir: &Path, vm: &VmRef) -> PathBuf {
     let key = vm.uuid.as_deref().unwrap_or(&vm.name);
-    let safe: String =
-        key.chars().map(|c| if c.is_ascii_alphanumeric() || c == '-' { c } else { '_' }).collect();
+    let safe: String = key
+        .chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() || c == '-' {
+                c
+            } else {
+                '_'
+            }
+        })
+        .collect();
     dir.join(format!("vm-{safe}.lock"))
 }
 
@@ -69,7 +77,10 @@ pub(super) fn take(dir: &Path, vm: &VmRef, wait: Duration) -> Result<VmLock, Hyp
         SystemClock.now().unix_ms()
     );
     // The note is for people; a lock without one is as good.
-    let noted = file.rewind().and_then(|()| file.set_len(0)).and_then(|()| file.write_all(note.as_bytes()));
+    let noted = file
+        .rewind()
+        .and_then(|()| file.set_len(0))
+        .and_then(|()| file.write_all(note.as_bytes()));
     drop(noted);
     Ok(VmLock { _file: file })
 }
@@ -105,7 +116,10 @@ mod tests {
     use super::*;
 
     fn vm() -> VmRef {
-        VmRef { name: "web01".to_owned(), uuid: Some("4d1a".to_owned()) }
+        VmRef {
+            name: "web01".to_owned(),
+            uuid: Some("4d1a".to_owned()),
+        }
     }
 
     #[test]
@@ -115,14 +129,23 @@ mod tests {
         let error = take(dir.path(), &vm(), Duration::ZERO).unwrap_err();
         assert_eq!(error.kind, ErrorKind::Busy);
         let me = format!("process {}", std::process::id());
-        assert!(error.because.iter().any(|cause| cause.contains(&me)), "{error:?}");
+        assert!(
+            error.because.iter().any(|cause| cause.contains(&me)),
+            "{error:?}"
+        );
         drop(held);
         assert!(take(dir.path(), &vm(), Duration::ZERO).is_ok());
     }
 
     #[test]
     fn a_hostile_vm_name_stays_inside_the_directory() {
-        let vm = VmRef { name: "../../etc/x".to_owned(), uuid: None };
-        assert_eq!(lock_path(Path::new("/run/h"), &vm), Path::new("/run/h/vm-______etc_x.lock"));
+        let vm = VmRef {
+            name: "../../etc/x".to_owned(),
+            uuid: None,
+        };
+        assert_eq!(
+            lock_path(Path::new("/run/h"), &vm),
+            Path::new("/run/h/vm-______etc_x.lock")
+        );
     }
 }

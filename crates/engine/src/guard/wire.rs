@@ -67,7 +67,10 @@ pub enum Outcome {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Answer {
     /// The reply to a request.
-    Reply { id: u64, result: Result<Reply, HypervisorError> },
+    Reply {
+        id: u64,
+        result: Result<Reply, HypervisorError>,
+    },
     /// The running session broke.
     Lost { error: HypervisorError },
 }
@@ -100,5 +103,7 @@ pub(super) fn receive<T: DeserializeOwned>(stream: &mut impl BufRead) -> io::Res
     if line.last() != Some(&b'\n') {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    serde_json::from_slice(&line).map(Some).map_err(io::Error::other)
+    serde_json::from_slice(&line)
+        .map(Some)
+        .map_err(io::Error::other)
 }

@@ -9,7 +9,9 @@ use std::sync::{Mutex, PoisonError};
 
 use highwater_formats::{ChunkSetBuilder, Qcow2Layout};
 use highwater_model::ObjectId;
-use highwater_repo::{DiskRecord, ImageReader, ImageRoot, Manifest, RepoError, RepoErrorKind, Repository};
+use highwater_repo::{
+    DiskRecord, ImageReader, ImageRoot, Manifest, RepoError, RepoErrorKind, Repository,
+};
 use highwater_store::durable;
 
 use super::{Fetch, Format, RestoreError, RestoreOptions, RestoredDisk, check_length, file_name};
@@ -28,7 +30,10 @@ pub(super) fn make_dir(dir: &Path) -> Result<(), RestoreError> {
         .recursive(true)
         .mode(0o700)
         .create(dir)
-        .map_err(|source| RestoreError::Write { path: dir.to_owned(), source })
+        .map_err(|source| RestoreError::Write {
+            path: dir.to_owned(),
+            source,
+        })
 }
 
 /// Where the chunks of an image go in a file.
@@ -45,8 +50,14 @@ pub(super) fn restore_disk(
     format: Format,
     options: &RestoreOptions<'_>,
 ) -> Result<RestoredDisk, RestoreError> {
-    let read = |source| RestoreError::Read { disk: disk.target.clone(), source: Box::new(source) };
-    let write = |source| RestoreError::Write { path: path.to_owned(), source };
+    let read = |source| RestoreError::Read {
+        disk: disk.target.clone(),
+        source: Box::new(source),
+    };
+    let write = |source| RestoreError::Write {
+        path: path.to_owned(),
+        source,
+    };
     let image = repo.image(&disk.image).map_err(read)?;
     let layout = match format {
         Format::Raw => Layout::Raw,
@@ -60,16 +71,22 @@ pub(super) fn restore_disk(
     }
     file.set_len(file_bytes).map_err(write)?;
     if let Layout::Qcow2(layout) = &layout {
-        layout.write_metadata(|offset, bytes| file.write_all_at(bytes, offset)).map_err(write)?;
+        layout
+            .write_metadata(|offset, bytes| file.write_all_at(bytes, offset))
+            .map_err(write)?;
     }
     let data_bytes = write_chunks(repo, disk, &image, file, &layout, path, options)?;
     if let (Layout::Raw, Some(file_bytes)) = (&layout, disk.file_bytes) {
         // The source's length was no multiple of QEMU's sector; what QEMU
         // showed beyond it was padding.
-        file.set_len(file_bytes.min(disk.image.size_bytes)).map_err(write)?;
+        file.set_len(file_bytes.min(disk.image.size_bytes))
+            .map_err(write)?;
     }
     temp.publish(path)?;
-    options.observer.event(&Event::DiskDone { disk: &disk.target, failure: None });
+    options.observer.event(&Event::DiskDone {
+        disk: &disk.target,
+        failure: None,
+    });
     Ok(RestoredDisk {
         disk: disk.target.clone(),
         path: Some(path.to_owned()),
@@ -81,7 +98,11 @@ pub(super) fn restore_disk(
 }
 
 fn qcow2_layout(image: &ImageReader, disk: &DiskRecord) -> Result<Qcow2Layout, RestoreError> {
-    let ImageRoot { size_bytes, chunk_bytes, .. } = disk.image;
+    let ImageRoot {
+        size_bytes,
+        chunk_bytes,
+        ..
+    } = disk.image;
     let mut chunks = ChunkSetBuilder::new(chunk_bytes.count(size_bytes));
     for chunk in image.chunks() {
         let (index, _) = chunk.map_err(|source| RestoreError::Read {
@@ -103,7 +124,10 @@ fn write_chunks(
     path: &Path,
     options: &RestoreOptions<'_>,
 ) -> Result<u64, RestoreError> {
-    let read = |source| RestoreError::Read { disk: disk.target.clone(), source: Box::new(source) };
+    let read = |source| RestoreError::Read {
+        disk: disk.target.clone(),
+        source: Box::new(source),
+    };
     let written = AtomicU64::new(0);
     let chunk_bytes = disk.image.chunk_bytes.bytes();
     let sink = |index: u64, bytes: &[u8]| -> Result<(), Fetch> {
@@ -113,12 +137,16 @@ fn write_chunks(
         check_length(disk, index, image.chunk_len(index), bytes.len())?;
         let offset = match layout {
             Layout::Raw => index * chunk_bytes,
-            Layout::Qcow2(layout) => {
-                layout.data_offset(index).expect("the layout was made from the same tree")
-            }
+            Layout::Qcow2(layout) => layout
+                .data_offset(index)
+                .expect("the layout was made from the same tree"),
         };
-        file.write_all_at(bytes, offset)
-            .map_err(|source| Fetch::Sink(RestoreError::Write { path: path.to_owned(), source }))?;
+        file.write_all_at(bytes, offset).map_err(|source| {
+            Fetch::Sink(RestoreError::Write {
+                path: path.to_owned(),
+                source,
+            })
+        })?;
         written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
         Ok(())
     };
@@ -129,9 +157,12 @@ fn write_chunks(
         for chunk in chunks.by_ref().take(WINDOW_CHUNKS) {
             window.push(chunk.map_err(read)?);
         }
-        let Some((last, _)) = window.last() else { break };
+        let Some((last, _)) = window.last() else {
+            break;
+        };
         let done_bytes = (last + 1) * chunk_bytes;
-        repo.fetch(&window, options.workers, &sink).map_err(|error| error.of_disk(disk))?;
+        repo.fetch(&window, options.workers, &sink)
+            .map_err(|error| error.of_disk(disk))?;
         options.observer.event(&Event::Progress(&[DiskProgress {
             disk: disk.target.clone(),
             done_bytes: done_bytes.min(disk.image.size_bytes),
@@ -151,10 +182,18 @@ pub(super) fn restore_files(
 ) -> Result<Vec<PathBuf>, RestoreError> {
     let mut paths = Vec::new();
     for (number, saved) in point.files.iter().enumerate() {
-        let base = Path::new(&saved.path).file_name().and_then(|name| name.to_str());
-        let name = format!("{}-{number}-{}", file_name(&saved.role), file_name(base.unwrap_or("file")));
-        let bytes = read_bytes(repo, &saved.image)
-            .map_err(|source| RestoreError::ReadFile { file: saved.path.clone(), source: Box::new(source) })?;
+        let base = Path::new(&saved.path)
+            .file_name()
+            .and_then(|name| name.to_str());
+        let name = format!(
+            "{}-{number}-{}",
+            file_name(&saved.role),
+            file_name(base.unwrap_or("file"))
+        );
+        let bytes = read_bytes(repo, &saved.image).map_err(|source| RestoreError::ReadFile {
+            file: saved.path.clone(),
+            source: Box::new(source),
+        })?;
         paths.push(write_new(&dir.join(name), &bytes)?);
     }
     let definition = dir.join(format!("{}.xml", file_name(&point.vm.name)));
@@ -169,7 +208,9 @@ fn read_bytes(repo: &Repository, root: &ImageRoot) -> Result<Vec<u8>, RepoError>
     let bytes = Mutex::new(vec![0_u8; len.min(FILE_BYTES_MAX)]);
     let chunks: Vec<(u64, ObjectId)> = image.chunks().collect::<Result<_, _>>()?;
     let sink = |index: u64, chunk: &[u8]| -> Result<(), RepoError> {
-        let start = usize::try_from(index).unwrap_or(usize::MAX).saturating_mul(root.chunk_bytes.len());
+        let start = usize::try_from(index)
+            .unwrap_or(usize::MAX)
+            .saturating_mul(root.chunk_bytes.len());
         let mut bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
         let end = start.saturating_add(chunk.len());
         match bytes.get_mut(start..end) {
@@ -190,7 +231,10 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<PathBuf, RestoreError> {
     let mut temp = Temporary::beside(path)?;
     temp.file
         .write_all(bytes)
-        .map_err(|source| RestoreError::Write { path: path.to_owned(), source })?;
+        .map_err(|source| RestoreError::Write {
+            path: path.to_owned(),
+            source,
+        })?;
     temp.publish(path)?;
     Ok(path.to_owned())
 }
@@ -208,9 +252,16 @@ impl Temporary {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let (temp, file) = durable::create_temporary(folder, 0o600)
-            .map_err(|source| RestoreError::Write { path: path.to_owned(), source })?;
-        Ok(Self { file, path: temp, published: false })
+        let (temp, file) =
+            durable::create_temporary(folder, 0o600).map_err(|source| RestoreError::Write {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            file,
+            path: temp,
+            published: false,
+        })
     }
 
     /// Gives the complete file its name, durably, and never in the place of
@@ -218,8 +269,13 @@ impl Temporary {
     fn publish(mut self, path: &Path) -> Result<(), RestoreError> {
         let published = durable::publish(&self.file, &self.path, path);
         published.map_err(|failed| match failed.stage {
-            durable::Stage::Exists => RestoreError::Exists { path: path.to_owned() },
-            _ => RestoreError::Write { path: path.to_owned(), source: failed.error },
+            durable::Stage::Exists => RestoreError::Exists {
+                path: path.to_owned(),
+            },
+            _ => RestoreError::Write {
+                path: path.to_owned(),
+                source: failed.error,
+            },
         })?;
         self.published = true;
         Ok(())

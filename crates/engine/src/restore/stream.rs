@@ -19,10 +19,15 @@ pub(super) fn restore_disk(
     output: &mut dyn Write,
     options: &RestoreOptions<'_>,
 ) -> Result<RestoredDisk, RestoreError> {
-    let read = |source| RestoreError::Read { disk: disk.target.clone(), source: Box::new(source) };
+    let read = |source| RestoreError::Read {
+        disk: disk.target.clone(),
+        source: Box::new(source),
+    };
     let image = repo.image(&disk.image).map_err(read)?;
     let chunk_bytes = disk.image.chunk_bytes.bytes();
-    let size_bytes = disk.file_bytes.map_or(disk.image.size_bytes, |it| it.min(disk.image.size_bytes));
+    let size_bytes = disk
+        .file_bytes
+        .map_or(disk.image.size_bytes, |it| it.min(disk.image.size_bytes));
     let window_chunks = (WINDOW_BYTES / chunk_bytes).max(1);
     let mut chunks = image.chunks().peekable();
     let mut data_bytes = 0_u64;
@@ -42,7 +47,9 @@ pub(super) fn restore_disk(
         }
         let len = (beyond * chunk_bytes).min(size_bytes) - start;
         let bytes = fetch_in_order(repo, disk, &image, &window, first, len, options)?;
-        output.write_all(&bytes).map_err(|source| RestoreError::Output { source })?;
+        output
+            .write_all(&bytes)
+            .map_err(|source| RestoreError::Output { source })?;
         data_bytes += (window.len() as u64 * chunk_bytes).min(len);
         start += len;
         options.observer.event(&Event::Progress(&[DiskProgress {
@@ -53,7 +60,9 @@ pub(super) fn restore_disk(
             stored_bytes: 0,
         }]));
     }
-    output.flush().map_err(|source| RestoreError::Output { source })?;
+    output
+        .flush()
+        .map_err(|source| RestoreError::Output { source })?;
     Ok(RestoredDisk {
         disk: disk.target.clone(),
         path: None,
@@ -88,6 +97,7 @@ fn fetch_in_order(
         }
         Ok(())
     };
-    repo.fetch(window, options.workers, &sink).map_err(|error| error.of_disk(disk))?;
+    repo.fetch(window, options.workers, &sink)
+        .map_err(|error| error.of_disk(disk))?;
     Ok(bytes.into_inner().unwrap_or_else(PoisonError::into_inner))
 }

@@ -8,11 +8,11 @@
 use highwater_model::{ChunkSize, ObjectId};
 
 use crate::error::{Flaw, RepoError};
-use crate::hash::{FAN_OUT, depth};
+use crate::hash::depth;
 use crate::manifest::ImageRoot;
 use crate::objects::Objects;
 use crate::pack::PackKind;
-use crate::page::{PAGE_LEN_MAX, Page};
+use crate::page::{PAGE_LEN_MAX, Page, check_bounds, page_number, slot_of};
 use crate::wire::narrow;
 use crate::writer::Writer;
 
@@ -284,30 +284,4 @@ fn grown_chunk(parent: &ImageRoot, size_bytes: u64) -> Option<u64> {
         .count(parent.size_bytes)
         .saturating_sub(1);
     (is_short && size_bytes > parent.size_bytes).then_some(last)
-}
-
-/// Returns the number, in its level, of the page that covers a chunk.
-pub(crate) fn page_number(chunk_index: u64, level: usize) -> u64 {
-    (0..=level).fold(chunk_index, |number, _| number / FAN_OUT)
-}
-
-/// Returns the slot that a child has in its page.
-pub(crate) fn slot_of(number: u64) -> usize {
-    narrow(number % FAN_OUT).unwrap_or_default()
-}
-
-/// Refuses a page with children beyond the image's end.
-pub(crate) fn check_bounds(
-    page: &Page,
-    level: usize,
-    number: u64,
-    chunks: u64,
-) -> Result<(), Flaw> {
-    let children = (0..level).fold(chunks, |count, _| count.div_ceil(FAN_OUT));
-    let allowed = children.saturating_sub(number.saturating_mul(FAN_OUT));
-    let first_beyond = narrow(allowed.min(FAN_OUT))?;
-    match page.next_present(first_beyond) {
-        None => Ok(()),
-        Some(_) => Err(Flaw("it has children beyond the end of the image")),
-    }
 }
