@@ -22,12 +22,12 @@ pub(crate) fn restore_and_compare(
         let to = format!("restored-{number}");
         let id = format!("{VM}@{}", point.facts.id);
         let args = ["restore", &id, "--to", &to, "--format", "raw"];
-        let show = if number == 1 {
+        let answer = if number == 1 {
             Show::All
         } else {
             Show::LastLine
         };
-        shop.program.run(&args, show)?;
+        shop.program.run(&args, answer)?;
         let images = DISKS.map(|disk| shop.lab.path(&format!("{to}/{disk}.raw")));
         compare(number, point, &images)?;
         if number == 1 {

@@ -86,17 +86,17 @@ pub(crate) fn tell(since: Instant) -> Result<()> {
     screen::chapter(2, "The next backup reads what has changed");
     shop.guest.run(CHANGE)?;
     screen::guest("overwrites parts of files, appends, renames one, adds one; writes to vdb");
-    points.push(back_up_at_rest(&shop, "files changed", "incremental")?);
+    screen::host(
+        "to compare with, here and below: the disks as qemu-img reads them before the\n        \
+         backup, while the guest writes nothing (its file system is read-only till after it)",
+    );
+    back_up_at_rest(&shop, &mut points, "files changed", "incremental")?;
 
     screen::chapter(3, "Deleted, trimmed, zeroed");
     let trimmed = shop.guest.run(DELETE)?;
     screen::guest("deletes files, overwrites one with zeroes, discards and zeroes parts of vdb");
     screen::guest(&format!("fstrim: {}", trimmed.trim()));
-    points.push(back_up_at_rest(
-        &shop,
-        "deleted, fstrim, zeroed",
-        "incremental",
-    )?);
+    back_up_at_rest(&shop, &mut points, "deleted, fstrim, zeroed", "incremental")?;
 
     screen::chapter(4, "QEMU is killed while the guest writes");
     shop.guest.run(WRITE_UNTIL_KILLED)?;
@@ -109,12 +109,12 @@ pub(crate) fn tell(since: Instant) -> Result<()> {
         "virsh start {VM}: ext4 replays its journal, {} files are there; nothing else is done",
         left.trim()
     ));
-    points.push(back_up_at_rest(&shop, "QEMU killed with -9", "rescan")?);
+    back_up_at_rest(&shop, &mut points, "QEMU killed with -9", "rescan")?;
 
     screen::chapter(5, "And on as if nothing had been");
     shop.guest.run(LITTLE)?;
     screen::guest("writes a note, and 8 KiB into a file");
-    points.push(back_up_at_rest(&shop, "a small change", "incremental")?);
+    back_up_at_rest(&shop, &mut points, "a small change", "incremental")?;
 
     screen::chapter(6, "Every point is restored and compared");
     shop.check_tidy()?;
@@ -188,21 +188,26 @@ fn back_up_while_it_writes(shop: &Workshop) -> Result<(Point, Busy)> {
     ))
 }
 
-/// Any other point: the disks are at rest, so the copy to compare with can be
+/// Adds any other point: the disks are at rest, so the copy to compare with can be
 /// taken without any backup job.
-fn back_up_at_rest(shop: &Workshop, before: &'static str, mode: &str) -> Result<Point> {
+fn back_up_at_rest(
+    shop: &Workshop,
+    points: &mut Vec<Point>,
+    before: &'static str,
+    mode: &str,
+) -> Result<()> {
     shop.rest()?;
     let files = shop.list_files()?;
-    let number = std::fs::read_dir(shop.lab.dir())?.count();
-    let references = shop.copy_disks(&format!("reference-at-rest-{number}"))?;
+    let references = shop.copy_disks(&format!("reference-{}", points.len() + 1))?;
     let took = shop.program.run(&["backup", VM], Show::All)?;
     shop.wake()?;
-    Ok(Point {
+    points.push(Point {
         facts: facts(shop, mode, took)?,
         before,
         references,
         files,
-    })
+    });
+    Ok(())
 }
 
 /// Asks about the point just made, which must be of the mode that the story tells.
