@@ -8,7 +8,7 @@ use highwater_testkit::{DiskSpec, Numbering, compare_images, tool};
 use crate::program::Show;
 use crate::screen;
 use crate::story::Point;
-use crate::workshop::{DISKS, VM, Workshop, list_files};
+use crate::workshop::{DISKS, GUEST_PATIENCE, VM, Workshop, list_files};
 
 /// Restores all points, oldest first, and compares both disks of each.
 /// Returns the restored disks with the file systems.
@@ -90,7 +90,7 @@ pub(crate) fn boot_and_compare(
             ))?;
             root
         };
-        let found = guest.run(&list_files(&root))?;
+        let found = guest.run_within(&list_files(&root), GUEST_PATIENCE)?;
         ensure!(
             found == point.files,
             "the files of point {} are not what they were",

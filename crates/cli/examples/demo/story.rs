@@ -11,7 +11,7 @@ use crate::check::{self, Busy};
 use crate::program::Show;
 use crate::screen;
 use crate::table::{Facts, table};
-use crate::workshop::{BLOCKS_BYTES, FILES_BYTES, VM, Workshop};
+use crate::workshop::{BLOCKS_BYTES, FILES_BYTES, GUEST_PATIENCE, VM, Workshop};
 
 /// A restore point, and what it must give back.
 pub(crate) struct Point {
@@ -69,7 +69,7 @@ pub(crate) fn tell(since: Instant) -> Result<()> {
 
     screen::chapter(1, "A VM is backed up while it writes");
     let mut shop = Workshop::open()?;
-    shop.guest.run(WRITE_FILES)?;
+    shop.guest.run_within(WRITE_FILES, GUEST_PATIENCE)?;
     screen::guest(&format!(
         "{} booted, ext4 on vda ({}), vdb without a file system ({})",
         shop.guest.run("uname -sr")?.trim(),

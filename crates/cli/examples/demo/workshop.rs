@@ -15,6 +15,10 @@ pub(crate) const DISKS: [&str; 2] = ["vda", "vdb"];
 pub(crate) const FILES_BYTES: u64 = 1024 * MIB;
 pub(crate) const BLOCKS_BYTES: u64 = 256 * MIB;
 
+/// Writing or hashing all files takes a guest 3 s, and many times that where an
+/// emulated processor shares its core with a build.
+pub(crate) const GUEST_PATIENCE: Duration = Duration::from_mins(3);
+
 /// A backup begins within a second; this is for machines that are busy.
 const BEGIN_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -56,7 +60,9 @@ impl Workshop {
 
     /// Lets the guest list its files with their hashes.
     pub(crate) fn list_files(&self) -> Result<String> {
-        let files = self.guest.run(&list_files("/data"))?;
+        let files = self
+            .guest
+            .run_within(&list_files("/data"), GUEST_PATIENCE)?;
         // Two empty lists would be equal and prove nothing.
         ensure!(files.lines().count() > 50, "the guest lists: {files}");
         Ok(files)
