@@ -176,12 +176,23 @@ fn summarize(report: &Report) {
             output::talk(&format!("  {}: NOT in this restore point", disk.disk));
             continue;
         }
+        let knows_what_changed = matches!(disk.mode.as_str(), "incremental" | "differential");
+        let amount = if knows_what_changed {
+            disk.dirty_bytes
+        } else {
+            disk.read_bytes
+        };
         output::talk(&format!(
-            "  {}: {}: {} of {} dirty, read {}, stored {}",
+            "  {}: {}: {} of {} {}, read {}, stored {}",
             disk.disk,
             disk.mode,
-            format_size(disk.dirty_bytes),
+            format_size(amount),
             format_size(disk.size_bytes),
+            if knows_what_changed {
+                "dirty"
+            } else {
+                "not zero"
+            },
             format_size(disk.read_bytes),
             format_size(disk.stored_bytes),
         ));
