@@ -27,5 +27,6 @@ mod wire;
 pub use client::{Guard, GuardError};
 pub(crate) use host::one_line;
 pub use host::{Connect, serve};
+pub(crate) use lifeline::end_connection;
 pub use lock::lock_path;
 pub use wire::Outcome;

@@ -12,6 +12,8 @@ use highwater_nbd::{ConnectOptions, Connection, Endpoint, NbdError};
 use highwater_repo::{ImageRoot, TreeBuilder};
 
 use super::chunk_map::{ChunkMap, Run, WINDOW_CHUNKS};
+use crate::guard::end_connection;
+
 use super::copy::{
     Copied, CopyError, CopyJob, Filled, Hashed, Ids, Progress, REQUEST_BYTES, ReadPlan, Shared,
 };
@@ -79,12 +81,18 @@ impl Disk<'_> {
 }
 
 /// A connection that ends when it is dropped, although the guard holds another
-/// descriptor of its socket.
+/// descriptor of its socket. Replies may be under way: a disk that failed must
+/// not keep QEMU waiting while other disks are copied for hours.
 struct Link(Connection);
 
 impl Drop for Link {
     fn drop(&mut self) {
-        self.0.canceller().cancel();
+        let canceller = self.0.canceller();
+        canceller.cancel();
+        // Without descriptors left for another one it ends with the session.
+        if let Ok(Some(socket)) = canceller.duplicate() {
+            end_connection(&socket);
+        }
     }
 }
 

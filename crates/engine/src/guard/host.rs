@@ -170,12 +170,12 @@ impl Host {
     /// Ends the session at the VM. Trouble here is a warning: the next run
     /// repairs it.
     fn finish(&mut self, order: &BeginOrder, outcome: Outcome) -> Ended {
-        // First: QEMU waits for whoever does not read.
-        self.cutter.cut();
-        let Ok(driver) = self.driver() else {
+        let Some(driver) = &mut self.driver else {
             return Ended::default();
         };
-        let mut ended = driver.end(order).unwrap_or_else(|error| Ended {
+        // QEMU waits for whoever does not read.
+        let ending = self.cutter.cut_while(|| driver.end(order));
+        let mut ended = ending.unwrap_or_else(|error| Ended {
             ended_job: false,
             warnings: vec![one_line(&error)],
         });

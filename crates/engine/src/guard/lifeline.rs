@@ -4,23 +4,55 @@
 //! does not read: ending the job, and with it every other command and the
 //! guest's I/O, would wait for a mover that is stopped or hangs in a dead file
 //! system (measured with QEMU 10.0: `virDomainAbortJob` did not return for as
-//! long as the mover was stopped). Killing the mover does not help either: a
+//! long as the mover was stopped, with the main loop waiting in
+//! `bdrv_cbw_drop` for a reply of 220 KiB to leave). Killing the mover does not help either: a
 //! thread in uninterruptible sleep keeps its sockets open.
 //!
 //! So the mover hands the guard a second descriptor of each connection, before
-//! its first request. Shutting that one down ends the connection whatever the
-//! mover does.
+//! its first request. The guard ends the connection through it, whatever the
+//! mover does. That takes two things:
+//!
+//! * *shutting it down*, so that nothing more is sent;
+//! * *reading what has been sent*. A unix socket does not become writable by a
+//!   shutdown while unread bytes fill its buffer (Linux 6.18: `poll` says HUP,
+//!   never OUT), and QEMU waits for nothing but OUT to finish its reply. This
+//!   holds for as long as any descriptor of the socket is open, the guard's
+//!   own included, so even a mover's death would not free QEMU.
+//!
+//! Bytes that the guard reads are missing for the mover, which might take the
+//! next ones for them. So this is done only when the session has ended for the
+//! guard: it answers nothing any more that would let the mover commit.
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, Shutdown, recvmsg, sendmsg, shutdown,
+    SendAncillaryMessage, SendFlags, Shutdown, recv, recvmsg, sendmsg, shutdown,
 };
+
+/// How often connections are cut while the session is being ended: a mover
+/// that wakes up meanwhile may open new ones, and a peer behind TCP may send on.
+const CUT_EVERY: Duration = Duration::from_millis(20);
+/// More than a unix socket holds by default (208 KiB), bytes.
+const DRAIN_BYTES: usize = 256 << 10;
+
+/// Ends a connection so that its server is not kept waiting: shuts it down and
+/// takes what nobody will read. Nobody else may be reading from it for good.
+pub(crate) fn end_connection(socket: &impl AsFd) {
+    // Fails if the connection has ended, which is what is wanted.
+    let _ = shutdown(socket, Shutdown::Both);
+    let mut nobody_reads = vec![0_u8; DRAIN_BYTES];
+    // Ends: after the shutdown a unix peer sends nothing new, and no recv waits.
+    while recv(socket, nobody_reads.as_mut_slice(), RecvFlags::DONTWAIT)
+        .is_ok_and(|(bytes, _)| bytes > 0)
+    {}
+}
 
 /// The mover's end.
 #[derive(Debug)]
@@ -88,13 +120,30 @@ impl Cutter {
         }
     }
 
-    /// Ends all connections.
-    pub(super) fn cut(&mut self) {
+    /// Cuts all connections, and goes on doing so until `end` has returned.
+    ///
+    /// Only when the mover cannot commit any more.
+    pub(super) fn cut_while<T>(&mut self, end: impl FnOnce() -> T) -> T {
+        self.cut();
+        let (ended, wait) = channel::<()>();
+        let cutter = &mut *self;
+        let result = std::thread::scope(|scope| {
+            scope.spawn(move || {
+                while wait.recv_timeout(CUT_EVERY) == Err(RecvTimeoutError::Timeout) {
+                    cutter.cut();
+                }
+            });
+            // Dropped even if `end` panics: the thread above must not stay.
+            let _ended = ended;
+            end()
+        });
+        self.sockets.clear();
+        result
+    }
+
+    fn cut(&mut self) {
         self.take();
-        for socket in self.sockets.drain(..) {
-            // Fails if the connection has ended, which is what is wanted.
-            let _ = shutdown(&socket, Shutdown::Both);
-        }
+        self.sockets.iter().for_each(end_connection);
     }
 }
 
@@ -111,7 +160,7 @@ mod tests {
         let (mut server, client) = UnixStream::pair().unwrap();
         giver.give(&client).unwrap();
         server.write_all(b"a reply that nobody reads").unwrap();
-        cutter.cut();
+        cutter.cut_while(|| ());
         // The client's own descriptor is still open, and yet:
         assert_eq!(server.read(&mut [0; 1]).unwrap(), 0);
         assert!(server.write_all(b"more").is_err());
@@ -119,11 +168,59 @@ mod tests {
     }
 
     #[test]
+    fn a_cut_wakes_a_server_that_waits_until_it_can_write() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (giver, mut cutter) = (Giver::new(ours), Cutter::new(theirs));
+        let (mut server, client) = UnixStream::pair().unwrap();
+        giver.give(&client).unwrap();
+        fill(&mut server);
+        cutter.cut_while(|| ());
+        // What QEMU waits for; that the connection has ended does not wake it.
+        assert!(is_writable(&server));
+        assert!(server.write_all(b"more").is_err());
+        drop(client);
+    }
+
+    #[test]
+    fn a_connection_made_while_the_session_ends_is_cut_too() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (giver, mut cutter) = (Giver::new(ours), Cutter::new(theirs));
+        let (mut server, client) = UnixStream::pair().unwrap();
+        // Like the call that ends a job: returns when the server can go on.
+        cutter.cut_while(|| {
+            fill(&mut server);
+            giver.give(&client).unwrap();
+            let waited = std::time::Instant::now();
+            while !is_writable(&server) {
+                assert!(waited.elapsed() < Duration::from_secs(10), "nobody cut it");
+            }
+        });
+        drop(client);
+    }
+
+    fn fill(server: &mut UnixStream) {
+        server.set_nonblocking(true).unwrap();
+        while server.write(&[0; 4096]).is_ok() {}
+        assert!(!is_writable(server));
+    }
+
+    fn is_writable(server: &UnixStream) -> bool {
+        use rustix::event::{PollFd, PollFlags, Timespec, poll};
+        let mut polled = [PollFd::new(server, PollFlags::OUT)];
+        let soon = Timespec {
+            tv_sec: 0,
+            tv_nsec: 10_000_000,
+        };
+        poll(&mut polled, Some(&soon)).unwrap();
+        polled[0].revents().contains(PollFlags::OUT)
+    }
+
+    #[test]
     fn a_cut_without_connections_or_mover_is_no_trouble() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut cutter = Cutter::new(theirs);
-        cutter.cut();
+        cutter.cut_while(|| ());
         drop(ours);
-        cutter.cut();
+        cutter.cut_while(|| ());
     }
 }
