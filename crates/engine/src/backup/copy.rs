@@ -375,6 +375,13 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
             recv(end) -> _ => None,
         };
         let Some(filled) = filled else { break };
+        if shared.stopped() {
+            // Nobody waits for the buffers that are still queued: compressing
+            // them would hold up the answer to Ctrl-C. Without their ids no
+            // disk counts as copied.
+            drop(shared.pool_give.send(filled.bytes));
+            continue;
+        }
         let mut ids = Vec::with_capacity(filled.bytes.len().div_ceil(shared.chunk_size.len()));
         for chunk in filled.bytes.chunks(shared.chunk_size.len()) {
             match lane.add(chunk) {
