@@ -12,4 +12,5 @@ mod healing;
 mod interruption;
 mod levels;
 mod restore;
+mod stress;
 mod support;
