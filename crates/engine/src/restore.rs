@@ -163,12 +163,12 @@ impl Fetch {
 }
 
 /// Refuses a chunk that is not as long as its place in the image.
-fn check_length(disk: &DiskRecord, index: u64, expected: usize, got: usize) -> Result<(), Fetch> {
+fn check_length(disk: &str, index: u64, expected: usize, got: usize) -> Result<(), Fetch> {
     if expected == got {
         return Ok(());
     }
     Err(Fetch::Sink(RestoreError::WrongLength {
-        disk: disk.target.clone(),
+        disk: disk.to_owned(),
         index,
         expected,
         got,
@@ -313,7 +313,18 @@ fn file_name(name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::file_name;
+    use super::{check_length, file_name};
+
+    #[test]
+    fn a_chunk_of_another_length_than_its_place_is_refused() {
+        for (got, is_right) in [(65_536, true), (65_535, false), (65_537, false), (0, false)] {
+            assert_eq!(
+                check_length("vda", 7, 65_536, got).is_ok(),
+                is_right,
+                "{got}"
+            );
+        }
+    }
 
     #[test]
     fn a_name_from_outside_never_leaves_the_directory() {

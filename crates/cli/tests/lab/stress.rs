@@ -84,7 +84,7 @@ impl Pulse {
 fn greeting(socket: &Path) -> Result<Duration> {
     let since = Instant::now();
     let mut stream = UnixStream::connect(socket).context("cannot reach the display")?;
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+    stream.set_read_timeout(Some(Duration::from_mins(1)))?;
     let mut version = [0; 12];
     stream
         .read_exact(&mut version)

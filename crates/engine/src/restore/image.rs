@@ -134,7 +134,7 @@ fn write_chunks(
         if options.cancel.is_raised() {
             return Err(Fetch::Sink(RestoreError::Interrupted));
         }
-        check_length(disk, index, image.chunk_len(index), bytes.len())?;
+        check_length(&disk.target, index, image.chunk_len(index), bytes.len())?;
         let offset = match layout {
             Layout::Raw => index * chunk_bytes,
             Layout::Qcow2(layout) => layout
