@@ -31,12 +31,19 @@ fn restored(bed: &Bed, report: &Value, name: &str) -> Result<PathBuf> {
 
 /// Says whether the journal holds something that is not in its place yet.
 fn needs_recovery(image: &Path) -> Result<bool> {
-    Ok(tool("dumpe2fs").arg("-h").arg(image).run()?.contains("needs_recovery"))
+    Ok(tool("dumpe2fs")
+        .arg("-h")
+        .arg(image)
+        .run()?
+        .contains("needs_recovery"))
 }
 
 /// Returns a file of a file system that nobody mounts.
 fn content(image: &Path, file: &str) -> Result<String> {
-    tool("debugfs").args(["-R", &format!("cat {file}")]).arg(image).run()
+    tool("debugfs")
+        .args(["-R", &format!("cat {file}")])
+        .arg(image)
+        .run()
 }
 
 fn count_points(bed: &Bed) -> Result<usize> {
@@ -49,13 +56,19 @@ fn a_required_freeze_gives_a_clean_file_system_and_the_guest_goes_on() -> Result
     let bed = Bed::start()?;
     let (vm, guest) = start(&bed)?;
     let mut frozen = Vec::new();
-    for args in [&["--quiesce", "require"][..], &["--quiesce", "require", "--freeze-mountpoint", "/data"]]
-    {
+    for args in [
+        &["--quiesce", "require"][..],
+        &["--quiesce", "require", "--freeze-mountpoint", "/data"],
+    ] {
         // Not synced: only the freeze brings it to the disk.
         guest.run(&format!("echo high-{} > /data/water", frozen.len()))?;
         let report = bed.backup(&vm, args)?;
         assert_eq!(report["consistency"], "filesystem", "{report}");
-        assert_eq!(report["warnings"].as_array().map(Vec::len), Some(0), "{report}");
+        assert_eq!(
+            report["warnings"].as_array().map(Vec::len),
+            Some(0),
+            "{report}"
+        );
         assert!(!guest.is_frozen()?);
         guest.run("echo low > /data/water && sync")?;
         frozen.push(report);
@@ -88,8 +101,14 @@ fn a_freeze_that_fails_leaves_nothing_and_a_thawed_guest() -> Result<()> {
     let since = Instant::now();
     let (code, stderr) = bed.fail(&["backup", "web01", "--quiesce", "require"])?;
     assert_eq!(code, 1, "{stderr}");
-    assert!(stderr.contains("cannot freeze the file systems of VM `web01`"), "{stderr}");
-    assert!(stderr.contains("state: no restore point was added"), "{stderr}");
+    assert!(
+        stderr.contains("cannot freeze the file systems of VM `web01`"),
+        "{stderr}"
+    );
+    assert!(
+        stderr.contains("state: no restore point was added"),
+        "{stderr}"
+    );
     assert!(stderr.contains("hint: is the guest agent"), "{stderr}");
     bed.assert_tidy(&vm, 1)?;
     assert_eq!(count_points(&bed)?, 1);
@@ -97,8 +116,15 @@ fn a_freeze_that_fails_leaves_nothing_and_a_thawed_guest() -> Result<()> {
     let report = bed.backup(&vm, &["--quiesce", "try"])?;
     assert_eq!(report["consistency"], "crash", "{report}");
     let warning = report["warnings"][0].as_str().unwrap_or_default();
-    assert!(warning.starts_with("the guest was not frozen: "), "{report}");
-    assert!(since.elapsed() < Duration::from_secs(30), "{:?}", since.elapsed());
+    assert!(
+        warning.starts_with("the guest was not frozen: "),
+        "{report}"
+    );
+    assert!(
+        since.elapsed() < Duration::from_secs(30),
+        "{:?}",
+        since.elapsed()
+    );
     bed.assert_tidy(&vm, 1)
 }
 

@@ -60,15 +60,26 @@ fn guard(bed: &Bed) -> Result<Guard> {
     let (ours, theirs) = UnixStream::pair()?;
     let (lifeline, cutter) = UnixStream::pair()?;
     std::thread::spawn(move || serve(theirs, cutter, &connect));
-    Ok(Guard::connect(ours, lifeline, &bed.lab.uri(), &bed.runtime())?)
+    Ok(Guard::connect(
+        ours,
+        lifeline,
+        &bed.lab.uri(),
+        &bed.runtime(),
+    )?)
 }
 
 fn connect(uri: &str) -> Result<Box<dyn Driver>, HypervisorError> {
-    Ok(Box::new(LibvirtDriver::connect(uri, &LibvirtOptions::default())?))
+    Ok(Box::new(LibvirtDriver::connect(
+        uri,
+        &LibvirtOptions::default(),
+    )?))
 }
 
 fn no_other_guard() -> Result<Guard, GuardError> {
-    Err(HypervisorError::new(ErrorKind::Other, "cannot start another guard in this test"))
+    Err(HypervisorError::new(
+        ErrorKind::Other,
+        "cannot start another guard in this test",
+    ))
 }
 
 fn options(bed: &Bed) -> BackupOptions {
@@ -106,8 +117,11 @@ fn take(bed: &Bed, moment: &Moment<'_>) -> Result<Report> {
 /// Fails unless an increment was one, and the raw disk was read as a whole.
 fn assert_modes(report: &Report, number: u64) {
     let modes: Vec<&str> = report.disks.iter().map(|disk| disk.mode.as_str()).collect();
-    let expected =
-        if number == 0 { ["full"; 3] } else { ["incremental", "incremental", "rescan"] };
+    let expected = if number == 0 {
+        ["full"; 3]
+    } else {
+        ["incremental", "incremental", "rescan"]
+    };
     assert_eq!(modes, expected, "point {number}");
     assert!(report.warnings.is_empty(), "{:?}", report.warnings);
 }
@@ -135,10 +149,17 @@ fn every_point_is_one_moment_of_all_disks_while_the_guest_overwrites_them() -> R
     for number in 0..POINTS {
         // By turns every slot is overwritten while the copy waits, or a few.
         let overwrite = if number % 2 == 0 { round } else { 16 };
-        let moment = Moment { writer: &writer, overwrite, seen: Mutex::default() };
+        let moment = Moment {
+            writer: &writer,
+            overwrite,
+            seen: Mutex::default(),
+        };
         let report = take(&bed, &moment)?;
         let (acked, granted, at_copy) = moment.seen.into_inner().unwrap();
-        ensure!(at_copy >= granted + overwrite, "the guest wrote too little to prove anything");
+        ensure!(
+            at_copy >= granted + overwrite,
+            "the guest wrote too little to prove anything"
+        );
         assert_modes(&report, number);
         points.push((report.point, acked, granted));
     }
@@ -146,12 +167,18 @@ fn every_point_is_one_moment_of_all_disks_while_the_guest_overwrites_them() -> R
     bed.assert_tidy(&vm, 1)?;
     let mut newest = 0;
     for (number, (point, acked, granted)) in points.into_iter().enumerate() {
-        let dir =
-            bed.restore(&format!("id:{point}"), &format!("out-{number}"), &["--format", "raw"])?;
+        let dir = bed.restore(
+            &format!("id:{point}"),
+            &format!("out-{number}"),
+            &["--format", "raw"],
+        )?;
         let images: Vec<PathBuf> = DISKS.map(|disk| dir.join(format!("{disk}.raw"))).to_vec();
         let images: Vec<_> = images.iter().map(PathBuf::as_path).collect();
         let last = numbering.check_prefix(&images, acked, granted)?;
-        ensure!(last > newest, "point {number} holds block {last}, the one before {newest}");
+        ensure!(
+            last > newest,
+            "point {number} holds block {last}, the one before {newest}"
+        );
         newest = last;
     }
     Ok(())
