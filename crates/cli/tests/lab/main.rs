@@ -7,8 +7,11 @@
 )]
 
 mod correctness;
+mod disks;
 mod healing;
 mod interruption;
 mod levels;
 mod restore;
+mod saved;
 mod support;
+mod vms;
