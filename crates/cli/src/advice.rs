@@ -221,6 +221,11 @@ const TIDIED: &str =
 
 fn of_backup(error: &BackupError) -> Advice {
     match error {
+        BackupError::Observe { source, .. } if source.kind == ErrorKind::NoSuchVm => {
+            of_hypervisor(source)
+                .state(NO_POINT)
+                .hint("see `virsh list --all` for its name, or choose another connection with -c")
+        }
         BackupError::Observe { source, .. } => of_hypervisor(source).state(NO_POINT),
         BackupError::Busy { job, .. } => {
             let hint = match job {

@@ -23,9 +23,24 @@ pub(crate) fn document(document: &impl serde::Serialize) -> Result<(), CliError>
     data(&text)
 }
 
+/// Returns text as one line that a terminal only shows. Names come from
+/// repositories, guests and servers, and may hold what moves the cursor, sets
+/// the clipboard, or looks like a line of ours.
+pub(crate) fn harmless(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    for letter in text.chars() {
+        if letter.is_control() {
+            shown.extend(letter.escape_default());
+        } else {
+            shown.push(letter);
+        }
+    }
+    shown
+}
+
 /// Writes a line of talk. Nobody to talk to is no error.
 pub(crate) fn talk(line: &str) {
-    drop(writeln!(std::io::stderr().lock(), "{line}"));
+    drop(writeln!(std::io::stderr().lock(), "{}", harmless(line)));
 }
 
 /// Writes an error: what, why, what is intact, what to do.
@@ -52,6 +67,10 @@ pub(crate) fn print_error(error: &CliError, advice: &Advice, as_json: bool) {
 
 /// Lines up columns; the first row is the head.
 pub(crate) fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> = rows
+        .iter()
+        .map(|row| row.iter().map(|cell| harmless(cell)).collect())
+        .collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or_default();
     let width = |column: usize| {
         rows.iter()
@@ -63,7 +82,7 @@ pub(crate) fn table(rows: &[Vec<String>]) -> String {
         .map(|column| width(column).unwrap_or_default())
         .collect();
     let mut text = String::new();
-    for row in rows {
+    for row in &rows {
         let cells = row
             .iter()
             .zip(&widths)

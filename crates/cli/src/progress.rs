@@ -87,7 +87,7 @@ impl Progress {
                     let State { bars, disks, .. } = &mut *state;
                     let bar = disks.entry(disk.disk.clone()).or_insert_with(|| {
                         let bar = ProgressBar::new(disk.size_bytes).with_style(bar_style());
-                        bars.add(bar.with_prefix(disk.disk.clone()))
+                        bars.add(bar.with_prefix(output::harmless(&disk.disk)))
                     });
                     bar.set_position(disk.done_bytes);
                     bar.set_message(amounts(disk));

@@ -338,8 +338,12 @@ impl Job<'_> {
                 ..WriterOptions::default()
             })
             .map_err(store)?;
-        let files = files::save_files(&writer, facts, self.context.clock, &mut self.warnings)
-            .map_err(store)?;
+        let mut unsaved = Vec::new();
+        let files = files::save_files(&writer, facts, self.context.clock, &mut unsaved);
+        for warning in unsaved {
+            self.warn(warning);
+        }
+        let files = files.map_err(store)?;
         let jobs = copy_jobs(planned, session)?;
         let watch = CopyWatch {
             cancel: self.context.cancel,

@@ -291,10 +291,14 @@ fn refuse_existing<'a>(paths: impl Iterator<Item = &'a Path>) -> Result<(), Rest
     Ok(())
 }
 
+/// Longest name made of one from a repository, bytes: Linux allows 255, and a
+/// role, a number and an extension are put around it.
+const NAME_BYTES_MAX: usize = 200;
+
 /// Returns a name from the repository as one harmless file name: it comes from
-/// outside and may hold slashes or be `..`.
+/// outside and may hold slashes, be `..`, or have any length.
 fn file_name(name: &str) -> String {
-    let safe: String = name
+    let mut safe: String = name
         .chars()
         .map(|c| {
             if c.is_alphanumeric() || matches!(c, '-' | '_' | '.' | '+') {
@@ -304,6 +308,7 @@ fn file_name(name: &str) -> String {
             }
         })
         .collect();
+    safe.truncate(safe.floor_char_boundary(NAME_BYTES_MAX));
     if safe.is_empty() || safe.starts_with('.') {
         format!("_{safe}")
     } else {
@@ -338,5 +343,6 @@ mod tests {
         ] {
             assert_eq!(file_name(name), safe);
         }
+        assert_eq!(file_name(&"\u{e9}".repeat(2000)), "\u{e9}".repeat(100));
     }
 }

@@ -25,7 +25,8 @@ pub(crate) fn run(global: &Global, args: &Show) -> Result<u8, CliError> {
 fn text(point: &Manifest) -> String {
     let mut text = String::new();
     let mut line = |label: &str, value: &str| {
-        writeln!(text, "{label:<13} {value}").expect("writing to a String cannot fail");
+        writeln!(text, "{label:<13} {}", output::harmless(value))
+            .expect("writing to a String cannot fail");
     };
     line("restore point", &point.point.to_string());
     line("vm", &point.vm.name);

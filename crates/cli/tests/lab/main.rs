@@ -8,9 +8,12 @@
 )]
 
 mod correctness;
+mod disks;
 mod healing;
 mod interruption;
 mod levels;
 mod restore;
+mod saved;
 mod stress;
 mod support;
+mod vms;

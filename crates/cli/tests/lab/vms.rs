@@ -1,0 +1,72 @@
+//! Several VMs in one run, and VMs that are not there.
+
+use anyhow::Result;
+use highwater_testkit::DiskSpec;
+use serde_json::Value;
+
+use crate::support::Bed;
+
+const MIB: u64 = 1 << 20;
+
+#[test]
+fn one_vm_that_fails_keeps_none_of_the_others_from_its_backup() -> Result<()> {
+    let bed = Bed::start()?;
+    for name in ["web01", "web03"] {
+        bed.lab.vm(name).disk(DiskSpec::qcow2("vda", MIB)).start()?;
+    }
+    let output = bed.output(&["backup", "web01", "web02", "web03", "--json"])?;
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    let document: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(document["schema"], 1);
+    let told: Vec<(&str, &str)> = document["results"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .map(|it| (it["vm"].as_str().unwrap(), it["status"].as_str().unwrap()))
+        .collect();
+    assert_eq!(
+        told,
+        [("web01", "ok"), ("web02", "failed"), ("web03", "ok")]
+    );
+    assert_eq!(document["results"][1]["exit_code"], 1);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        stderr.contains("because: cannot find VM `web02`"),
+        "{stderr}"
+    );
+    let list: Value = serde_json::from_str(&bed.run(&["list", "--json"])?)?;
+    assert_eq!(list["points"].as_array().map(Vec::len), Some(2));
+    // All that run, and not the one that is off.
+    bed.lab
+        .vm("web04")
+        .disk(DiskSpec::qcow2("vda", MIB))
+        .define()?;
+    let all: Value = serde_json::from_str(&bed.run(&["backup", "--all", "--json"])?)?;
+    assert_eq!(all["results"].as_array().map(Vec::len), Some(2), "{all}");
+    Ok(())
+}
+
+#[test]
+fn vms_that_are_not_there_or_off_fail_with_their_own_words() -> Result<()> {
+    let bed = Bed::start()?;
+    let (code, stderr) = bed.fail(&["backup", "--all"])?;
+    assert_eq!(code, 2, "{stderr}");
+    bed.lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", MIB))
+        .define()?;
+    for (vm, because) in [
+        ("nobody", "because: cannot find VM `nobody`"),
+        ("web01", "error: cannot back up VM `web01`: it is off"),
+    ] {
+        let (code, stderr) = bed.fail(&["backup", vm])?;
+        assert_eq!(code, 1, "{stderr}");
+        assert!(stderr.contains(because), "{stderr}");
+        assert!(
+            stderr.contains("state: no restore point was added"),
+            "{stderr}"
+        );
+        assert!(stderr.contains("hint: "), "{stderr}");
+    }
+    Ok(())
+}
