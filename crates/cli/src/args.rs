@@ -20,6 +20,7 @@ pub(crate) struct Args {
 }
 
 #[derive(Debug, ClapArgs)]
+#[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
     /// Repository: a path or file:// URL [env: HIGHWATER_REPO]
     #[arg(short, long, global = true, value_name = "URL")]
