@@ -8,10 +8,12 @@
 mod disk;
 mod marks;
 mod vm;
+mod why;
 
 pub use disk::{
     BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
-    Record, Refusal, RootView, Why, plan_disk,
+    Record, RootView, plan_disk,
 };
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
 pub use vm::{JobView, VmGate, VmState, gate};
+pub use why::{Refusal, Why};
