@@ -57,6 +57,7 @@ fn run() -> Result<bool> {
         "{rounds} rounds are too few: at least {ROUNDS_MIN}"
     );
     let versions = programs::versions()?;
+    let load = programs::load()?;
     measure::adopt_orphans()?;
     eprintln!("bench: making a disk");
     let mut bed = Bed::start()?;
@@ -68,6 +69,7 @@ fn run() -> Result<bool> {
     increments(&mut bed, rounds, &mut table)?;
 
     println!("{versions}");
+    println!("load: {load} before, {} at the end", programs::load()?);
     println!("Disk: {}. {rounds} rounds, medians.\n", bed.disk_text());
     println!("{}", table.text());
     let bounds = [

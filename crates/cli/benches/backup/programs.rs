@@ -41,6 +41,14 @@ pub(crate) fn versions() -> Result<String> {
     Ok(lines.join("\n"))
 }
 
+/// Returns how busy the machine is, everything counted: a processor that others
+/// use is none for a program that works on several at once.
+pub(crate) fn load() -> Result<String> {
+    let text = std::fs::read_to_string("/proc/loadavg")?;
+    let minute = text.split(' ').next().context("an empty loadavg")?;
+    Ok(minute.to_owned())
+}
+
 fn first_line(program: &str, args: &[&str]) -> Result<String> {
     let output = Command::new(program).args(args).output().with_context(|| {
         format!("cannot start {program}: is it installed? `scripts/setup.sh --for bench` does")
