@@ -27,6 +27,6 @@ pub use highwater_plan::{Level, Refusal};
 pub mod repository {
     pub use highwater_repo::{
         Compression, DamagedPoint, ImageRoot, InitOptions, Manifest, PointList, RepoError,
-        RepoErrorKind, Repository, Secret, SecretKind, VmIdentity,
+        RepoErrorKind, Repository, Secret, SecretKind, VmIdentity, WriterOptions,
     };
 }

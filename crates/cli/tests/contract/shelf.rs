@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use highwater_engine::repository::{Manifest, Repository};
+use highwater_engine::repository::{Manifest, Repository, WriterOptions};
 use highwater_model::{PointId, Timestamp};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -86,7 +86,7 @@ impl Shelf {
     pub(crate) fn add(&self, told: &Told<'_>) -> Result<String> {
         let store = highwater_store::open(self.repo().to_str().context("a path is text")?)?;
         let repo = Repository::open(store, None)?;
-        let writer = repo.writer(Default::default())?;
+        let writer = repo.writer(WriterOptions::default())?;
         let mut bytes = told.content.to_vec();
         bytes.resize(1 << 20, 0);
         let disk = writer.add_bytes(&mut bytes.as_slice(), 1 << 20)?;
