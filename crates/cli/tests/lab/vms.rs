@@ -70,3 +70,31 @@ fn vms_that_are_not_there_or_off_fail_with_their_own_words() -> Result<()> {
     }
     Ok(())
 }
+
+/// Scripts rely on these fields, on their order in no way.
+#[test]
+fn a_backups_json_has_the_fields_of_schema_1() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", MIB))
+        .start()?;
+    vm.write("vda", "write -P 1 0 64k")?;
+    let report = bed.backup(&vm, &[])?;
+    let keys = |value: &Value| -> Vec<String> {
+        let mut keys: Vec<String> = value.as_object().unwrap().keys().cloned().collect();
+        keys.sort();
+        keys
+    };
+    let expected = "consistency disks healed point schema seconds status vm vm_uuid warnings";
+    assert_eq!(keys(&report).join(" "), expected);
+    let expected = "dirty_bytes disk mode read_bytes reason root size_bytes stored_bytes";
+    assert_eq!(keys(&report["disks"][0]).join(" "), expected);
+    assert_eq!(report["schema"], 1);
+    assert_eq!(report["status"], "ok");
+    assert_eq!(report["vm_uuid"], vm.uuid()?);
+    assert_eq!(report["disks"][0]["size_bytes"], MIB);
+    assert_eq!(report["disks"][0]["read_bytes"], 64 << 10);
+    Ok(())
+}
