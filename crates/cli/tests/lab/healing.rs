@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use highwater_testkit::{DiskSpec, Vm};
 
-use crate::support::{Bed, assert_same, disk, mode, point, reference};
+use crate::support::{Bed, assert_same, disk, mode, point, reference, write_noise};
 
 const MIB: u64 = 1 << 20;
 
@@ -170,10 +170,8 @@ fn a_killed_backup_leaves_nothing_at_the_vm_and_keeps_the_old_mark() -> Result<(
     let vm = vm(&bed)?;
     bed.backup(&vm, &[])?;
     let marks = vm.checkpoints()?;
-    // Enough random-looking data that zstd:19 is still at work.
-    for part in 0..48 {
-        vm.write("vda", &format!("write -P {} {}M 1M", part + 3, part + 8))?;
-    }
+    // Enough that zstd:19 is still at work.
+    write_noise(&bed, &vm, "vda", 8, 48)?;
     killed_while_copying(&bed, &vm)?;
     let deadline = Instant::now() + Duration::from_secs(10);
     while vm.job_running().unwrap_or(true) || vm.checkpoints()? != marks {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 
-use crate::support::{Bed, mode};
+use crate::support::{Bed, mode, write_noise};
 
 const MIB: u64 = 1 << 20;
 
@@ -18,12 +18,7 @@ fn busy_vm(bed: &Bed) -> Result<Vm> {
         .start()?;
     bed.backup(&vm, &[])?;
     // What cannot be compressed keeps the backup busy long enough.
-    let noise = bed.lab.path("noise");
-    tool("dd")
-        .args(["if=/dev/urandom", "bs=1M", "count=64", "status=none"])
-        .arg(format!("of={}", noise.display()))
-        .run()?;
-    vm.write("vda", &format!("write -s {} 0 64M", noise.display()))?;
+    write_noise(bed, &vm, "vda", 0, 64)?;
     Ok(vm)
 }
 

@@ -168,3 +168,18 @@ pub(crate) fn assert_same(a: &Path, b: &Path) -> Result<()> {
     highwater_testkit::compare_images(a, b)
         .with_context(|| format!("{} and {}", a.display(), b.display()))
 }
+
+/// Lets the guest write that many MiB of bytes that no compressor can shrink,
+/// from an offset in MiB on.
+pub(crate) fn write_noise(bed: &Bed, vm: &Vm, disk: &str, from: u64, mib: u64) -> Result<()> {
+    let noise = bed.lab.path("noise");
+    highwater_testkit::tool("dd")
+        .args(["if=/dev/urandom", "bs=1M", "status=none"])
+        .arg(format!("count={mib}"))
+        .arg(format!("of={}", noise.display()))
+        .run()?;
+    vm.write(
+        disk,
+        &format!("write -s {} {from}M {mib}M", noise.display()),
+    )
+}
