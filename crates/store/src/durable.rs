@@ -296,7 +296,7 @@ mod tests {
         let error = publish_by(&file, &temp, &path, failed).unwrap_err();
         assert_eq!(error.stage, Stage::Prepare);
         publish_by(&file, &temp, &path, |temp, path| {
-            fs::rename(temp, path)?;
+            move_without_replacing(temp, path)?;
             Err(io::Error::other("timed out"))
         })
         .unwrap();
