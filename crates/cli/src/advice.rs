@@ -216,6 +216,8 @@ fn of_hypervisor(error: &HypervisorError) -> Advice {
 }
 
 const NO_POINT: &str = "no restore point was added; earlier ones are untouched";
+const LEFT_TO_THE_NEXT: &str =
+    "no restore point was added; the next backup tidies what is left at the VM";
 const TIDIED: &str =
     "no restore point was added; earlier ones are untouched; the session at the VM was ended";
 
@@ -248,9 +250,13 @@ fn of_backup(error: &BackupError) -> Advice {
             .state(NO_POINT)
             .hint(refusal_hint(*refusal, vm, disk)),
         BackupError::Tidy { source, .. } => of_hypervisor(source).state(NO_POINT),
+        // Whoever did not hear the answer does not know what was ended.
+        BackupError::Begin { source, .. } if source.kind == ErrorKind::Unreachable => {
+            of_hypervisor(source).state(LEFT_TO_THE_NEXT)
+        }
         BackupError::Begin { source, .. } => of_hypervisor(source).state(TIDIED),
         BackupError::GuardLost { vm, source } => of_hypervisor(source)
-            .state("no restore point was added; the next backup tidies what is left at the VM")
+            .state(LEFT_TO_THE_NEXT)
             .hint(format!("run `highwater backup {vm}` again")),
         BackupError::NoExport { .. } => Advice::code(FAILED).state(TIDIED),
         BackupError::Copy { vm, .. } | BackupError::AllDisksFailed { vm, .. } => {

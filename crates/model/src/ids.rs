@@ -121,6 +121,9 @@ fn random_bytes<const N: usize>() -> [u8; N] {
 #[serde(try_from = "String", into = "String")]
 pub struct PointId(u128);
 
+/// The last millisecond that 48 bits can hold.
+const TIME_MAX: u128 = 0xffff_ffff_ffff;
+
 const CROCKFORD: &[u8; 32] = b"0123456789ABCDEFGHJKMNPQRSTVWXYZ";
 
 impl PointId {
@@ -131,8 +134,13 @@ impl PointId {
         let id = Self::new(now);
         match newest {
             Some(newest) if id <= newest => {
-                let next_ms = i64::try_from((newest.0 >> 80) + 1).unwrap_or(i64::MAX);
-                Self::new(Timestamp::from_unix_ms(next_ms))
+                let next_ms = (newest.0 >> 80) + 1;
+                match i64::try_from(next_ms) {
+                    Ok(ms) if next_ms <= TIME_MAX => Self::new(Timestamp::from_unix_ms(ms)),
+                    // No later millisecond can be written down, and one that
+                    // begins anew would make the oldest point the newest.
+                    _ => Self(newest.0.saturating_add(1 + (id.0 & u128::from(u32::MAX)))),
+                }
             }
             _ => id,
         }
@@ -324,6 +332,10 @@ mod tests {
             let id = PointId::new_after(Timestamp::from_unix_ms(now), Some(newest));
             assert!(id > newest, "{now}");
         }
+        // A name like this may come from outside.
+        let last: PointId = "7ZZZZZZZZZ0000000000000000".parse().unwrap();
+        let id = PointId::new_after(Timestamp::from_unix_ms(1), Some(last));
+        assert!(id > last, "{id}");
     }
 
     #[test]

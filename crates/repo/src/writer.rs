@@ -160,10 +160,8 @@ impl Writer {
             rest = rest.saturating_sub(chunk_size.bytes());
         }
         if bytes.read(&mut [0]).map_err(failed)? != 0 {
-            return Err(RepoError::usage(
-                what,
-                format!("it has more than {size} bytes"),
-            ));
+            let why = format!("it has more than {size} bytes");
+            return Err(RepoError::new(RepoErrorKind::Input, what).because(why));
         }
         tree.finish()
     }

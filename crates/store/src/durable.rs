@@ -104,6 +104,9 @@ fn publish_by(
     file.sync_all().map_err(DurableError::at(Stage::SyncFile))?;
     match move_into_place(temp, path) {
         Ok(()) => {}
+        // A network file system may do the work and lose the answer. Who was
+        // told "not done" gives up what the file speaks of.
+        Err(_) if is_published(file, path) == Some(true) => discard(temp),
         Err(error) if Errno::from_io_error(&error) == Some(Errno::EXIST) => {
             return Err(DurableError {
                 stage: Stage::Exists,
@@ -111,13 +114,33 @@ fn publish_by(
             });
         }
         Err(error) => {
-            return Err(DurableError {
-                stage: Stage::Prepare,
-                error,
-            });
+            let stage = match is_published(file, path) {
+                Some(_) => Stage::Prepare,
+                None => Stage::SyncDirectory,
+            };
+            return Err(DurableError { stage, error });
         }
     }
     sync_directory(parent(path)).map_err(DurableError::at(Stage::SyncDirectory))
+}
+
+/// Says whether `path` is the open file; `None` if that cannot be learned.
+fn is_published(file: &File, path: &Path) -> Option<bool> {
+    match fs::symlink_metadata(path) {
+        Ok(there) => {
+            let ours = file.metadata().ok()?;
+            Some((ours.dev(), ours.ino()) == (there.dev(), there.ino()))
+        }
+        Err(error) if is_certain_absence(&error) => Some(false),
+        Err(_) => None,
+    }
+}
+
+fn is_certain_absence(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
 }
 
 fn move_without_replacing(temp: &Path, path: &Path) -> io::Result<()> {
@@ -261,6 +284,22 @@ mod tests {
         let path = folder.path().join("x");
         fs::hard_link(&temp, &path).unwrap();
         link_and_unlink(&temp, &path).unwrap();
+        assert!(path.exists() && !temp.exists());
+    }
+
+    #[test]
+    fn a_move_whose_answer_was_lost_counts_as_done_and_any_other_failure_as_not() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("x");
+        let (temp, file) = create_temporary(folder.path(), 0o600).unwrap();
+        let failed = |_: &Path, _: &Path| Err(io::Error::other("timed out"));
+        let error = publish_by(&file, &temp, &path, failed).unwrap_err();
+        assert_eq!(error.stage, Stage::Prepare);
+        publish_by(&file, &temp, &path, |temp, path| {
+            move_without_replacing(temp, path)?;
+            Err(io::Error::other("timed out"))
+        })
+        .unwrap();
         assert!(path.exists() && !temp.exists());
     }
 

@@ -2,8 +2,7 @@
 
 use highwater_engine::repository::Repository;
 use highwater_engine::{
-    self as engine, BackupContext, BackupError, BackupOptions, Cancel, Guard, Report, Status,
-    Tuning,
+    self as engine, BackupContext, BackupOptions, Cancel, Report, Status, Tuning,
 };
 use highwater_hypervisor::{Quiesce, RunState};
 use highwater_model::{Clock as _, SystemClock, format_size};
@@ -18,14 +17,13 @@ pub(crate) fn run(global: &Global, args: &Backup) -> Result<u8, CliError> {
     // First what needs no VM: a wrong passphrase must not freeze a guest.
     let repo = settings::open_repository(global)?;
     let uri = settings::connection(global);
-    let guard = guard_process::start(&uri)?;
     let vms = if args.all {
-        running_vms(&guard)?
+        running_vms(&guard_process::start(&uri)?)?
     } else {
         args.vms.clone()
     };
     let options = options(args);
-    let one = |name: &str| back_up(global, &repo, &guard, &uri, name, &options, &cancel);
+    let one = |name: &str| back_up(global, &repo, &uri, name, &options, &cancel);
     if let [name] = vms.as_slice() {
         let report = one(name)?;
         if global.json {
@@ -41,7 +39,7 @@ fn several(
     global: &Global,
     vms: &[String],
     cancel: &Cancel,
-    one: impl Fn(&str) -> Result<Report, BackupError>,
+    one: impl Fn(&str) -> Result<Report, CliError>,
 ) -> Result<u8, CliError> {
     let mut results = Vec::new();
     let mut codes = Vec::new();
@@ -52,7 +50,6 @@ fn several(
                 results.push(json::OneOfSeveral::Done(json::Backup::new(&report)));
             }
             Err(error) => {
-                let error = CliError::from(error);
                 let advice = advice::advise(&error);
                 output::print_error(&error, &advice, false);
                 codes.push(advice.code);
@@ -87,16 +84,19 @@ fn several(
 fn back_up(
     global: &Global,
     repo: &Repository,
-    guard: &Guard,
     uri: &str,
     name: &str,
     options: &BackupOptions,
     cancel: &Cancel,
-) -> Result<Report, BackupError> {
+) -> Result<Report, CliError> {
+    // One for each VM: what broke one session, or the guard itself, says
+    // nothing about the next VM, and a session that its mover gave up on is
+    // settled by a guard that has nothing else to do.
+    let guard = guard_process::start(uri)?;
     let progress = Progress::new(global);
     let context = BackupContext {
         repo,
-        guard,
+        guard: &guard,
         restart_guard: &|| guard_process::start(uri),
         clock: &SystemClock,
         observer: &progress,
@@ -111,7 +111,7 @@ fn back_up(
     Ok(report)
 }
 
-fn running_vms(guard: &Guard) -> Result<Vec<String>, CliError> {
+fn running_vms(guard: &engine::Guard) -> Result<Vec<String>, CliError> {
     let vms = guard.list()?.into_iter();
     let running = vms.filter(|(_, state)| !matches!(state, RunState::Off | RunState::Other));
     let names: Vec<String> = running.map(|(vm, _)| vm.uuid.unwrap_or(vm.name)).collect();

@@ -64,6 +64,15 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
         for path in &report.files {
             output::talk(&format!("  {}", path.display()));
         }
+        if args.disks.is_empty() {
+            // Who restores a whole VM must learn here what of it is missing.
+            for missing in &point.skipped {
+                output::talk(&format!(
+                    "  {}: NOT in this restore point: {}",
+                    missing.target, missing.reason
+                ));
+            }
+        }
         let seconds = report.elapsed.as_secs_f64();
         output::talk(&format!("restored {} in {seconds:.1} s", point.point));
     }

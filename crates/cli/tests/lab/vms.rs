@@ -1,7 +1,9 @@
 //! Several VMs in one run, and VMs that are not there.
 
-use anyhow::Result;
-use highwater_testkit::DiskSpec;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use highwater_testkit::{DiskSpec, tool};
 use serde_json::Value;
 
 use crate::support::Bed;
@@ -43,6 +45,39 @@ fn one_vm_that_fails_keeps_none_of_the_others_from_its_backup() -> Result<()> {
         .define()?;
     let all: Value = serde_json::from_str(&bed.run(&["backup", "--all", "--json"])?)?;
     assert_eq!(all["results"].as_array().map(Vec::len), Some(2), "{all}");
+    Ok(())
+}
+
+#[test]
+fn a_session_that_breaks_at_one_vm_breaks_none_at_the_next() -> Result<()> {
+    let bed = Bed::start()?;
+    let first = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 256 * MIB))
+        .start()?;
+    let noise = bed.lab.path("noise");
+    tool("dd")
+        .args(["if=/dev/urandom", "bs=1M", "count=64", "status=none"])
+        .arg(format!("of={}", noise.display()))
+        .run()?;
+    first.write("vda", &format!("write -s {} 0 64M", noise.display()))?;
+    bed.lab
+        .vm("web02")
+        .disk(DiskSpec::qcow2("vda", MIB))
+        .start()?;
+    let arguments = ["backup", "web01", "web02", "--json"];
+    let slow = ["--workers", "1", "--compression", "zstd:19"];
+    let child = bed.spawn(&[&arguments[..], &slow[..]].concat())?;
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !first.job_running().unwrap_or_default() {
+        ensure!(Instant::now() < deadline, "no job began");
+    }
+    bed.lab.virsh(&["domjobabort", "web01"])?;
+    let output = child.wait_with_output()?;
+    let document: Value = serde_json::from_slice(&output.stdout)?;
+    assert_eq!(document["results"][0]["status"], "failed", "{document}");
+    assert_eq!(document["results"][1]["status"], "ok", "{document}");
     Ok(())
 }
 

@@ -14,7 +14,8 @@
 //! libvirt's own call for freezing obeys a limit that is set for the whole VM
 //! and for everybody, and by default there is none.
 
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender, TryRecvError};
+use std::sync::{Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -30,8 +31,12 @@ use super::sys::handles::DomainHandle;
 const AGENT_TIMEOUT_S: i32 = 5;
 /// How long a guest may be frozen.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
-/// How long thawing is tried before giving up.
+/// How long thawing is tried before the backup is given up.
 const THAW_DEADLINE: Duration = Duration::from_mins(1);
+/// How long it is tried after that. An agent that flushes gigabytes before it
+/// freezes answers nothing meanwhile, not even a thaw; when it has frozen at
+/// last, somebody has to be there.
+const KEEP_THAWING: Duration = Duration::from_hours(1);
 /// Pause between two attempts to thaw.
 const THAW_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -43,6 +48,7 @@ const THAW: &str = r#"{"execute":"guest-fsfreeze-thaw"}"#;
 pub(super) struct Frozen<'a> {
     vm: &'a VmRef,
     domain: &'a DomainHandle,
+    stubborn: &'a Stubborn,
     since: Instant,
     /// `None` if somebody else froze the guest: then it stays frozen.
     watchdog: Option<Watchdog>,
@@ -61,7 +67,7 @@ pub(super) enum Outcome<'a> {
 pub(super) fn freeze<'a>(
     vm: &'a VmRef,
     domain: &'a DomainHandle,
-    dialer: &Dialer,
+    dialer: &'a Dialer,
     wish: Quiesce,
     mountpoints: &[String],
 ) -> Result<Outcome<'a>, HypervisorError> {
@@ -75,6 +81,7 @@ pub(super) fn freeze<'a>(
             return Ok(Outcome::Frozen(Frozen {
                 vm,
                 domain,
+                stubborn: &dialer.stubborn,
                 since: Instant::now(),
                 watchdog: None,
             }));
@@ -101,7 +108,7 @@ pub(super) fn freeze<'a>(
 fn freeze_now<'a>(
     vm: &'a VmRef,
     domain: &'a DomainHandle,
-    dialer: &Dialer,
+    dialer: &'a Dialer,
     mountpoints: &[String],
 ) -> Result<Result<Frozen<'a>, String>, HypervisorError> {
     // The second connection is opened while there is time.
@@ -109,6 +116,7 @@ fn freeze_now<'a>(
     let frozen = Frozen {
         vm,
         domain,
+        stubborn: &dialer.stubborn,
         since: Instant::now(),
         watchdog: Some(watchdog),
     };
@@ -146,27 +154,29 @@ impl Frozen<'_> {
         let Some(watchdog) = self.watchdog.take() else {
             return Ok(self.since.elapsed());
         };
-        let thawed = thaw_until_sure(self.domain);
+        let since = Instant::now();
+        let thawed = thaw_until_sure(self.domain, &|| since.elapsed() > THAW_DEADLINE);
         let elapsed = self.since.elapsed();
-        // Only now: until here it would have stepped in, and if it has, the
-        // guest was frozen no longer than that.
-        let elapsed = watchdog
-            .stop()
-            .map_or(elapsed, |stepped_in| elapsed.min(stepped_in));
-        thawed.map(|()| elapsed).map_err(|because| {
-            HypervisorError::new(
-                ErrorKind::CannotFreeze,
-                format!(
-                    "cannot thaw the file systems of VM `{}`: it may still be frozen",
-                    self.vm.name
-                ),
-            )
-            .because(because)
-            .hint(format!(
-                "run `virsh domfsthaw {}` at once, or restart its guest agent",
+        let Err(because) = thawed else {
+            // Only now: until here it would have stepped in, and if it has, the
+            // guest was frozen no longer than that.
+            let stepped_in = watchdog.stop();
+            return Ok(stepped_in.map_or(elapsed, |stepped_in| elapsed.min(stepped_in)));
+        };
+        self.stubborn.keep(watchdog);
+        Err(HypervisorError::new(
+            ErrorKind::CannotFreeze,
+            format!(
+                "cannot thaw the file systems of VM `{}`: it may still be frozen",
                 self.vm.name
-            ))
-        })
+            ),
+        )
+        .because(because)
+        .because("it is tried on in the background")
+        .hint(format!(
+            "run `virsh domfsthaw {}` at once, or restart its guest agent",
+            self.vm.name
+        )))
     }
 }
 
@@ -196,7 +206,13 @@ impl Watchdog {
                     return None;
                 }
                 // The first connection tries too and reports the outcome.
-                thaw_until_sure(&domain).ok().map(|()| since.elapsed())
+                let gives_up = || {
+                    since.elapsed() > KEEP_THAWING
+                        || stopped.try_recv() == Err(TryRecvError::Disconnected)
+                };
+                thaw_until_sure(&domain, &gives_up)
+                    .ok()
+                    .map(|()| since.elapsed())
             })
             .map_err(|error| {
                 HypervisorError::new(
@@ -219,9 +235,34 @@ impl Watchdog {
     }
 }
 
+/// Watchdogs that go on thawing after the start call has given up.
+///
+/// Dropping this waits for them: a process that ended now would leave a guest
+/// frozen, and the next one would take that for somebody else's wish.
+#[derive(Default)]
+pub(super) struct Stubborn(Mutex<Vec<Watchdog>>);
+
+impl Stubborn {
+    fn keep(&self, watchdog: Watchdog) {
+        self.0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(watchdog);
+    }
+}
+
+impl Drop for Stubborn {
+    fn drop(&mut self) {
+        let all = std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner));
+        for Watchdog { stop, thread } in all {
+            drop(thread.join());
+            drop(stop);
+        }
+    }
+}
+
 /// Thaws until the agent says that nothing is frozen, or the VM is gone.
-fn thaw_until_sure(domain: &DomainHandle) -> Result<(), String> {
-    let since = Instant::now();
+fn thaw_until_sure(domain: &DomainHandle, gives_up: &dyn Fn() -> bool) -> Result<(), String> {
     loop {
         let thawed: Result<i64, String> = ask(domain, THAW);
         let because = match (status(domain), thawed) {
@@ -232,7 +273,7 @@ fn thaw_until_sure(domain: &DomainHandle) -> Result<(), String> {
         if is_gone(domain) {
             return Ok(());
         }
-        if since.elapsed() > THAW_DEADLINE {
+        if gives_up() {
             return Err(because);
         }
         std::thread::sleep(THAW_INTERVAL);

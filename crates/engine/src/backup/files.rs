@@ -1,13 +1,13 @@
 //! Saves what a restore needs beside the disks: firmware, kernel, TPM state.
 
 use std::fs::{self, File};
-use std::io::{self, Read as _};
+use std::io;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{FirmwareRole, VmFacts};
 use highwater_model::Clock;
-use highwater_repo::{RepoError, SavedFile, Writer};
+use highwater_repo::{RepoError, RepoErrorKind, SavedFile, Writer};
 
 /// Largest file saved, bytes: a kernel with initial RAM disk is far below.
 const FILE_BYTES_MAX: u64 = 1 << 30;
@@ -41,7 +41,7 @@ pub(super) fn save_files(
         }
     }
     for (role, path, name) in wanted {
-        let (file, mode, size_bytes) = match open(&path) {
+        let (mut file, mode, size_bytes) = match open(&path) {
             Ok(opened) => opened,
             Err(source) => {
                 warnings.push(format!("cannot save {role} {}: {source}", path.display()));
@@ -51,7 +51,17 @@ pub(super) fn save_files(
         let captured_at = clock.now();
         // A file that changes its length while it is read is cut or padded by
         // nobody: `add_bytes` takes exactly `size_bytes` or fails.
-        let image = writer.add_bytes(&mut file.take(size_bytes), size_bytes)?;
+        let image = match writer.add_bytes(&mut file, size_bytes) {
+            Ok(image) => image,
+            Err(source) if source.kind() == RepoErrorKind::Input => {
+                warnings.push(format!(
+                    "cannot save {role} {}: it changed or failed while it was read",
+                    path.display()
+                ));
+                continue;
+            }
+            Err(source) => return Err(source),
+        };
         saved.push(SavedFile {
             role: role.to_owned(),
             path: name,

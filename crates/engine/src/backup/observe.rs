@@ -11,7 +11,8 @@ use highwater_plan::{
     Record, RootView, VmState, plan_disk,
 };
 use highwater_repo::{
-    DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, Repository, VmIdentity,
+    DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, RepoErrorKind,
+    Repository, VmIdentity,
 };
 
 use super::BackupOptions;
@@ -56,10 +57,17 @@ impl History {
             }
             // A manifest that cannot be read proves nothing, so it is nobody's
             // parent; `verify` is where its damage is reported.
-            let Ok(manifest) = repo.manifest(vm, point) else {
-                continue;
-            };
-            history.take(point, &manifest);
+            match repo.manifest(vm, point) {
+                Ok(manifest) => history.take(point, &manifest),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        RepoErrorKind::Damaged | RepoErrorKind::NewerFormat
+                    ) => {}
+                // A store that does not answer says nothing about the
+                // manifest: going on would give up marks that are needed.
+                Err(error) => return Err(error),
+            }
         }
         Ok(history)
     }

@@ -12,6 +12,9 @@ use super::copy::DiskCopied;
 use super::observe::{History, PlannedDisk};
 use super::{Begin, Job};
 
+/// QEMU shows a raw file in whole sectors.
+const SECTOR_BYTES: u64 = 512;
+
 /// Everything a manifest is made of.
 pub(super) struct Parts<'a> {
     pub(super) job: &'a Job<'a>,
@@ -49,9 +52,7 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
                 reason: reason(&disk.plan).map(|why| why.word().to_owned()),
                 parent: parent(&disk.plan),
                 image: outcome.image,
-                file_bytes: disk.facts.file_bytes.filter(|bytes| {
-                    disk.facts.format == "raw" && *bytes != outcome.image.size_bytes
-                }),
+                file_bytes: odd_length(&disk.facts, outcome.image.size_bytes),
                 format: disk.facts.format.clone(),
                 source: source_text(&disk.facts.source),
                 dirty_bytes: outcome.dirty_bytes,
@@ -107,6 +108,16 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
         duration_ms: u64::try_from(parts.elapsed.as_millis()).unwrap_or(u64::MAX),
         prune_epoch: 0,
     }
+}
+
+/// The length of a raw file that is no multiple of QEMU's sector. Any other
+/// difference (a slice of a file, a file that somebody cut) is none that a
+/// restore may cut the disk by.
+fn odd_length(disk: &DiskFacts, size_bytes: u64) -> Option<u64> {
+    let is_padded = |bytes: &u64| (1..SECTOR_BYTES).contains(&size_bytes.saturating_sub(*bytes));
+    disk.file_bytes
+        .filter(|_| disk.format == "raw")
+        .filter(is_padded)
 }
 
 fn skipped(facts: &VmFacts, planned: &[PlannedDisk], copied: &[DiskCopied]) -> Vec<SkippedRecord> {
