@@ -356,4 +356,32 @@ mod with_a_real_guest {
             "{elapsed:?}"
         );
     }
+
+    /// The agent does not answer while it freezes a guest that has much to
+    /// flush; here it is stopped.
+    #[test]
+    fn a_guest_whose_agent_answers_late_is_thawed_although_the_backup_was_given_up() {
+        let lab = Lab::start().unwrap();
+        guest::make_ext4(&lab.path("files.raw"), 16 * MIB).unwrap();
+        let files = DiskSpec::existing("vda", &lab.path("files.raw"), "raw");
+        let vm = lab.vm("web01").disk(files).guest().start().unwrap();
+        let inside = vm.guest().unwrap();
+        inside.wait_for_agent().unwrap();
+        let mut driver = LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap();
+        let found = driver.find("web01").unwrap();
+        let domain = driver.domain(&found).unwrap();
+
+        let Outcome::Frozen(frozen) =
+            freeze(&found, &domain, &driver.dialer, Quiesce::Require, &[]).unwrap()
+        else {
+            panic!("not frozen")
+        };
+        inside.run("kill -STOP $(pidof qemu-ga)").unwrap();
+        let error = frozen.thaw().unwrap_err();
+        assert!(error.message.contains("may still be frozen"), "{error:?}");
+        inside.run("kill -CONT $(pidof qemu-ga)").unwrap();
+        // As the guard does when the mover is gone.
+        drop(driver);
+        assert!(!inside.is_frozen().unwrap());
+    }
 }
