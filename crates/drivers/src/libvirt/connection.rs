@@ -15,7 +15,6 @@ use super::begin::Watch;
 use super::blocks::{self, Blocks, ReplyError};
 use super::error::{code, explain, explain_connection, explain_load};
 use super::jobs;
-use super::quiesce::Stubborn;
 use super::sys::events::EventListener;
 use super::sys::handles::{ConnectionHandle, DomainHandle};
 use super::sys::{Api, CallError};
@@ -75,12 +74,11 @@ impl fmt::Debug for LibvirtDriver {
 
 /// Opens connections to one daemon: the driver's own, and a second one for
 /// thawing when the first is stuck.
+#[derive(Clone)]
 pub(super) struct Dialer {
     api: &'static Api,
     uri: String,
     user_config_dir: Option<PathBuf>,
-    /// What the second ones have not finished yet.
-    pub(super) stubborn: Stubborn,
 }
 
 impl Dialer {
@@ -124,7 +122,6 @@ impl LibvirtDriver {
             api,
             uri: uri.to_owned(),
             user_config_dir,
-            stubborn: Stubborn::default(),
         };
         let connection = dialer.open()?;
         Ok(Self {

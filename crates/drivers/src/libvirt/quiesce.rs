@@ -14,8 +14,7 @@
 //! libvirt's own call for freezing obeys a limit that is set for the whole VM
 //! and for everybody, and by default there is none.
 
-use std::sync::mpsc::{self, RecvTimeoutError, Sender, TryRecvError};
-use std::sync::{Mutex, PoisonError};
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -31,12 +30,8 @@ use super::sys::handles::DomainHandle;
 const AGENT_TIMEOUT_S: i32 = 5;
 /// How long a guest may be frozen.
 const FREEZE_DEADLINE: Duration = Duration::from_secs(5);
-/// How long thawing is tried before the backup is given up.
+/// How long thawing is tried before giving up.
 const THAW_DEADLINE: Duration = Duration::from_mins(1);
-/// How long it is tried after that. An agent that flushes gigabytes before it
-/// freezes answers nothing meanwhile, not even a thaw; when it has frozen at
-/// last, somebody has to be there.
-const KEEP_THAWING: Duration = Duration::from_hours(1);
 /// Pause between two attempts to thaw.
 const THAW_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -48,7 +43,6 @@ const THAW: &str = r#"{"execute":"guest-fsfreeze-thaw"}"#;
 pub(super) struct Frozen<'a> {
     vm: &'a VmRef,
     domain: &'a DomainHandle,
-    stubborn: &'a Stubborn,
     since: Instant,
     /// `None` if somebody else froze the guest: then it stays frozen.
     watchdog: Option<Watchdog>,
@@ -67,7 +61,7 @@ pub(super) enum Outcome<'a> {
 pub(super) fn freeze<'a>(
     vm: &'a VmRef,
     domain: &'a DomainHandle,
-    dialer: &'a Dialer,
+    dialer: &Dialer,
     wish: Quiesce,
     mountpoints: &[String],
 ) -> Result<Outcome<'a>, HypervisorError> {
@@ -81,7 +75,6 @@ pub(super) fn freeze<'a>(
             return Ok(Outcome::Frozen(Frozen {
                 vm,
                 domain,
-                stubborn: &dialer.stubborn,
                 since: Instant::now(),
                 watchdog: None,
             }));
@@ -108,7 +101,7 @@ pub(super) fn freeze<'a>(
 fn freeze_now<'a>(
     vm: &'a VmRef,
     domain: &'a DomainHandle,
-    dialer: &'a Dialer,
+    dialer: &Dialer,
     mountpoints: &[String],
 ) -> Result<Result<Frozen<'a>, String>, HypervisorError> {
     // The second connection is opened while there is time.
@@ -116,7 +109,6 @@ fn freeze_now<'a>(
     let frozen = Frozen {
         vm,
         domain,
-        stubborn: &dialer.stubborn,
         since: Instant::now(),
         watchdog: Some(watchdog),
     };
@@ -154,29 +146,27 @@ impl Frozen<'_> {
         let Some(watchdog) = self.watchdog.take() else {
             return Ok(self.since.elapsed());
         };
-        let since = Instant::now();
-        let thawed = thaw_until_sure(self.domain, &|| since.elapsed() > THAW_DEADLINE);
+        let thawed = thaw_until_sure(self.domain);
         let elapsed = self.since.elapsed();
-        let Err(because) = thawed else {
-            // Only now: until here it would have stepped in, and if it has, the
-            // guest was frozen no longer than that.
-            let stepped_in = watchdog.stop();
-            return Ok(stepped_in.map_or(elapsed, |stepped_in| elapsed.min(stepped_in)));
-        };
-        self.stubborn.keep(watchdog);
-        Err(HypervisorError::new(
-            ErrorKind::CannotFreeze,
-            format!(
-                "cannot thaw the file systems of VM `{}`: it may still be frozen",
+        // Only now: until here it would have stepped in, and if it has, the
+        // guest was frozen no longer than that.
+        let elapsed = watchdog
+            .stop()
+            .map_or(elapsed, |stepped_in| elapsed.min(stepped_in));
+        thawed.map(|()| elapsed).map_err(|because| {
+            HypervisorError::new(
+                ErrorKind::CannotFreeze,
+                format!(
+                    "cannot thaw the file systems of VM `{}`: it may still be frozen",
+                    self.vm.name
+                ),
+            )
+            .because(because)
+            .hint(format!(
+                "run `virsh domfsthaw {}` at once, or restart its guest agent",
                 self.vm.name
-            ),
-        )
-        .because(because)
-        .because("it is tried on in the background")
-        .hint(format!(
-            "run `virsh domfsthaw {}` at once, or restart its guest agent",
-            self.vm.name
-        )))
+            ))
+        })
     }
 }
 
@@ -206,13 +196,7 @@ impl Watchdog {
                     return None;
                 }
                 // The first connection tries too and reports the outcome.
-                let gives_up = || {
-                    since.elapsed() > KEEP_THAWING
-                        || stopped.try_recv() == Err(TryRecvError::Disconnected)
-                };
-                thaw_until_sure(&domain, &gives_up)
-                    .ok()
-                    .map(|()| since.elapsed())
+                thaw_until_sure(&domain).ok().map(|()| since.elapsed())
             })
             .map_err(|error| {
                 HypervisorError::new(
@@ -235,34 +219,9 @@ impl Watchdog {
     }
 }
 
-/// Watchdogs that go on thawing after the start call has given up.
-///
-/// Dropping this waits for them: a process that ended now would leave a guest
-/// frozen, and the next one would take that for somebody else's wish.
-#[derive(Default)]
-pub(super) struct Stubborn(Mutex<Vec<Watchdog>>);
-
-impl Stubborn {
-    fn keep(&self, watchdog: Watchdog) {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(watchdog);
-    }
-}
-
-impl Drop for Stubborn {
-    fn drop(&mut self) {
-        let all = std::mem::take(self.0.get_mut().unwrap_or_else(PoisonError::into_inner));
-        for Watchdog { stop, thread } in all {
-            drop(thread.join());
-            drop(stop);
-        }
-    }
-}
-
 /// Thaws until the agent says that nothing is frozen, or the VM is gone.
-fn thaw_until_sure(domain: &DomainHandle, gives_up: &dyn Fn() -> bool) -> Result<(), String> {
+fn thaw_until_sure(domain: &DomainHandle) -> Result<(), String> {
+    let since = Instant::now();
     loop {
         let thawed: Result<i64, String> = ask(domain, THAW);
         let because = match (status(domain), thawed) {
@@ -273,7 +232,7 @@ fn thaw_until_sure(domain: &DomainHandle, gives_up: &dyn Fn() -> bool) -> Result
         if is_gone(domain) {
             return Ok(());
         }
-        if gives_up() {
+        if since.elapsed() > THAW_DEADLINE {
             return Err(because);
         }
         std::thread::sleep(THAW_INTERVAL);
@@ -355,33 +314,5 @@ mod with_a_real_guest {
             elapsed > FREEZE_DEADLINE && elapsed < FREEZE_DEADLINE * 2,
             "{elapsed:?}"
         );
-    }
-
-    /// The agent does not answer while it freezes a guest that has much to
-    /// flush; here it is stopped.
-    #[test]
-    fn a_guest_whose_agent_answers_late_is_thawed_although_the_backup_was_given_up() {
-        let lab = Lab::start().unwrap();
-        guest::make_ext4(&lab.path("files.raw"), 16 * MIB).unwrap();
-        let files = DiskSpec::existing("vda", &lab.path("files.raw"), "raw");
-        let vm = lab.vm("web01").disk(files).guest().start().unwrap();
-        let inside = vm.guest().unwrap();
-        inside.wait_for_agent().unwrap();
-        let mut driver = LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap();
-        let found = driver.find("web01").unwrap();
-        let domain = driver.domain(&found).unwrap();
-
-        let Outcome::Frozen(frozen) =
-            freeze(&found, &domain, &driver.dialer, Quiesce::Require, &[]).unwrap()
-        else {
-            panic!("not frozen")
-        };
-        inside.run("kill -STOP $(pidof qemu-ga)").unwrap();
-        let error = frozen.thaw().unwrap_err();
-        assert!(error.message.contains("may still be frozen"), "{error:?}");
-        inside.run("kill -CONT $(pidof qemu-ga)").unwrap();
-        // As the guard does when the mover is gone.
-        drop(driver);
-        assert!(!inside.is_frozen().unwrap());
     }
 }
