@@ -311,6 +311,7 @@ fn of_restore(error: &RestoreError) -> Advice {
         RestoreError::Read { source, .. } | RestoreError::ReadFile { source, .. } => {
             of_repo(source).state(partial)
         }
+        RestoreError::TooLarge { .. } => Advice::code(FAILED).hint("restore it with --format raw"),
         RestoreError::WrongLength { .. } => Advice::code(DAMAGE).state(partial),
         RestoreError::Write { .. } => Advice::code(FAILED).state(partial),
         RestoreError::Output { .. } => Advice::code(FAILED),

@@ -122,6 +122,8 @@ pub enum RestoreError {
         expected: usize,
         got: usize,
     },
+    #[error("cannot make a qcow2 image of disk `{disk}`: it has {size_bytes} bytes")]
+    TooLarge { disk: String, size_bytes: u64 },
     #[error("cannot read `{file}` of the restore point")]
     ReadFile {
         file: String,
@@ -214,7 +216,7 @@ pub fn restore(
                     .disks
                     .push(image::restore_disk(repo, disk, &path, format, options)?);
             }
-            // The definition last: a directory that has one has all its disks.
+            // The definition last: a directory that has one has all disks of the point.
             if options.disks.is_empty() {
                 report.files = image::restore_files(repo, point, dir)?;
             }

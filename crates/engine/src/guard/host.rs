@@ -24,6 +24,10 @@ use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 /// A mover that was silent for this long is stopped or dead to us. The mover
 /// beats every second; a machine under heavy swap may miss a few.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// A mover that knows that its session broke, and has not ended it after this
+/// time, hangs (in a repository that does not answer). The guest must not wait
+/// for it: its scratch file may be filling up.
+const LOST_PATIENCE: Duration = Duration::from_secs(10);
 /// How often a running session is looked at.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
 
@@ -73,7 +77,8 @@ struct Host {
 struct Session {
     order: BeginOrder,
     committing: bool,
-    told_lost: bool,
+    /// Since when the mover has known that the session broke.
+    told_lost: Option<Instant>,
 }
 
 impl Host {
@@ -98,6 +103,12 @@ impl Host {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if self.session.is_some() && heard.elapsed() > SILENCE_MAX {
+                return;
+            }
+            if self
+                .lost_since()
+                .is_some_and(|since| since.elapsed() > LOST_PATIENCE)
+            {
                 return;
             }
             if checked.elapsed() >= CHECK_EVERY {
@@ -137,7 +148,7 @@ impl Host {
                 self.session = Some(Session {
                     order: *order,
                     committing: false,
-                    told_lost: false,
+                    told_lost: None,
                 });
                 Ok(Reply::Begun(Box::new(begun)))
             }
@@ -193,15 +204,19 @@ impl Host {
         ended
     }
 
+    fn lost_since(&self) -> Option<Instant> {
+        self.session.as_ref().and_then(|session| session.told_lost)
+    }
+
     fn tell_if_lost(&mut self) -> std::io::Result<()> {
         let (Some(session), Some(driver)) = (&mut self.session, &mut self.driver) else {
             return Ok(());
         };
-        if session.told_lost {
+        if session.told_lost.is_some() {
             return Ok(());
         }
         if let Err(error) = driver.check(&session.order.vm, session.order.session) {
-            session.told_lost = true;
+            session.told_lost = Some(Instant::now());
             send(&mut self.stream, &Answer::Lost { error })?;
         }
         Ok(())
@@ -232,4 +247,104 @@ pub(crate) fn one_line(error: &HypervisorError) -> String {
         .chain(error.because.iter().map(String::as_str))
         .collect::<Vec<_>>()
         .join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use highwater_hypervisor::{Begun, Consistency, Quiesce, RunState, VmFacts, VmRef};
+    use highwater_model::{MarkName, Nonce, PointId, RepoId, SessionId, Timestamp};
+
+    use super::*;
+    use crate::guard::Guard;
+
+    /// A hypervisor whose session breaks at once; notes what it is asked to do.
+    struct Broken(Arc<Mutex<Vec<&'static str>>>);
+
+    impl Broken {
+        #[expect(clippy::unnecessary_wraps, reason = "it is what every method answers")]
+        fn note<T>(&self, what: &'static str, answer: T) -> Result<T, HypervisorError> {
+            self.0.lock().unwrap().push(what);
+            Ok(answer)
+        }
+    }
+
+    impl Driver for Broken {
+        fn list(&mut self) -> Result<Vec<(VmRef, RunState)>, HypervisorError> {
+            self.note("list", Vec::new())
+        }
+        fn find(&mut self, name: &str) -> Result<VmRef, HypervisorError> {
+            let name = name.to_owned();
+            self.note("find", VmRef { name, uuid: None })
+        }
+        fn observe(&mut self, _: &VmRef) -> Result<VmFacts, HypervisorError> {
+            Err(no_session())
+        }
+        fn begin(&mut self, _: &BeginOrder) -> Result<Begun, HypervisorError> {
+            let begun = Begun {
+                exports: Vec::new(),
+                consistency: Consistency::Crash,
+                taken_at: Timestamp::from_unix_ms(0),
+                frozen_ms: None,
+                mark_created_s: None,
+                warnings: Vec::new(),
+            };
+            self.note("begin", begun)
+        }
+        fn check(&mut self, _: &VmRef, _: SessionId) -> Result<(), HypervisorError> {
+            Err(HypervisorError::new(
+                ErrorKind::SessionLost,
+                "cannot keep the session: scratch is nearly full",
+            ))
+        }
+        fn end(&mut self, _: &BeginOrder) -> Result<Ended, HypervisorError> {
+            self.note("end", Ended::default())
+        }
+        fn end_leftover(&mut self, _: &VmRef, _: SessionId) -> Result<Ended, HypervisorError> {
+            self.note("end_leftover", Ended::default())
+        }
+        fn mark(&mut self, _: &VmRef, _: &MarkOrder) -> Result<(), HypervisorError> {
+            self.note("mark", ())
+        }
+    }
+
+    /// The mover lives and beats, and yet does nothing about a session it was
+    /// told is lost: as when all its other threads hang in a dead repository.
+    #[test]
+    fn a_lost_session_is_ended_although_the_mover_only_beats() {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (lifeline, cutter) = UnixStream::pair().unwrap();
+        let noted = Arc::clone(&asked);
+        let guard_thread = std::thread::spawn(move || {
+            serve(theirs, cutter, &move |_| {
+                Ok(Box::new(Broken(Arc::clone(&noted))))
+            });
+        });
+        let guard = Guard::connect(ours, lifeline, "test:///", &std::env::temp_dir()).unwrap();
+        let repo = RepoId::from_bytes([1; 16]);
+        let order = BeginOrder {
+            vm: guard.find("web01").unwrap(),
+            session: SessionId::random(),
+            disks: Vec::new(),
+            new_mark: Some(highwater_hypervisor::NewMark {
+                name: MarkName::new(repo, PointId::new(Timestamp::from_unix_ms(1))),
+                nonce: Nonce::random(),
+                disks: vec!["vda".to_owned()],
+            }),
+            quiesce: Quiesce::Off,
+            freeze_mountpoints: Vec::new(),
+            socket_dir: PathBuf::from("/nowhere"),
+            scratch_dir: PathBuf::from("/nowhere"),
+        };
+        guard.begin(&order).unwrap();
+        // Ends only when the guard gives the session up by itself.
+        guard_thread.join().unwrap();
+        assert_eq!(*asked.lock().unwrap(), ["find", "begin", "end", "mark"]);
+        assert!(
+            guard.committing().is_err(),
+            "a session that was ended must not commit"
+        );
+    }
 }

@@ -97,12 +97,22 @@ pub(super) fn restore_disk(
     })
 }
 
+/// Largest disk a qcow2 image is laid out for, bytes (64 TiB): its set of
+/// chunks is kept in memory, and the size comes from outside.
+const QCOW2_BYTES_MAX: u64 = 64 << 40;
+
 fn qcow2_layout(image: &ImageReader, disk: &DiskRecord) -> Result<Qcow2Layout, RestoreError> {
     let ImageRoot {
         size_bytes,
         chunk_bytes,
         ..
     } = disk.image;
+    if size_bytes > QCOW2_BYTES_MAX {
+        return Err(RestoreError::TooLarge {
+            disk: disk.target.clone(),
+            size_bytes,
+        });
+    }
     let mut chunks = ChunkSetBuilder::new(chunk_bytes.count(size_bytes));
     for chunk in image.chunks() {
         let (index, _) = chunk.map_err(|source| RestoreError::Read {
