@@ -162,6 +162,13 @@ pub struct ChainLink {
     pub changed_ns: Option<i64>,
 }
 
+impl ChainLink {
+    /// Returns length, modification and change time, if all are known.
+    pub fn stamp(&self) -> Option<(u64, i64, i64)> {
+        Some((self.file_bytes?, self.modified_ns?, self.changed_ns?))
+    }
+}
+
 /// One dirty bitmap as QEMU reports it (`query-named-block-nodes`, QEMU 10.0).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BitmapFacts {

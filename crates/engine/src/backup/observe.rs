@@ -198,11 +198,7 @@ fn identity(disk: &DiskFacts) -> Identity {
                 name: link.name.clone(),
                 format: link.format.clone(),
                 inode: link.inode,
-                stamp: link
-                    .file_bytes
-                    .zip(link.modified_ns)
-                    .zip(link.changed_ns)
-                    .map(|((bytes, modified), changed)| (bytes, modified, changed)),
+                stamp: link.stamp(),
             })
             .collect(),
     }

@@ -156,11 +156,7 @@ fn evidence(disk: &DiskFacts, vm: &VmFacts, history: &History, size_bytes: u64) 
                 name: link.name.clone(),
                 format: link.format.clone(),
                 inode: link.inode,
-                stamp: link
-                    .file_bytes
-                    .zip(link.modified_ns)
-                    .zip(link.changed_ns)
-                    .map(|((bytes, modified), changed)| (bytes, modified, changed)),
+                stamp: link.stamp(),
             })
             .collect(),
         granularity: None,
