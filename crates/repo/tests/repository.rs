@@ -238,7 +238,7 @@ fn a_file_is_stored_whole_or_refused() {
             .unwrap_err()
             .kind()
     };
-    assert_eq!(kind(size - 1), RepoErrorKind::Usage);
+    assert_eq!(kind(size - 1), RepoErrorKind::Input);
     assert_eq!(kind(size + 1), RepoErrorKind::Input);
     writer.flush().unwrap();
     assert_eq!(read(&repo, &root).unwrap(), bytes);
