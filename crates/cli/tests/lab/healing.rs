@@ -143,14 +143,7 @@ fn an_image_replaced_by_a_copy_of_itself_is_read_as_a_whole() -> Result<()> {
 
 /// Kills the program with SIGKILL in the middle of copying.
 fn killed_while_copying(bed: &Bed, vm: &Vm) -> Result<()> {
-    let mut child = bed.spawn(&[
-        "backup",
-        "web01",
-        "--workers",
-        "1",
-        "--compression",
-        "zstd:19",
-    ])?;
+    let mut child = bed.spawn_slow(&["backup", "web01"])?;
     let deadline = Instant::now() + Duration::from_secs(20);
     while !vm.job_running().unwrap_or_default() {
         ensure!(Instant::now() < deadline, "no job began");

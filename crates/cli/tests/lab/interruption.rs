@@ -35,14 +35,7 @@ fn a_signal_ends_cleanly(signal: &str) -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
     let marks = vm.checkpoints()?;
-    let child = bed.spawn(&[
-        "backup",
-        "web01",
-        "--workers",
-        "1",
-        "--compression",
-        "zstd:19",
-    ])?;
+    let child = bed.spawn_slow(&["backup", "web01"])?;
     wait_for_job(&vm)?;
     tool("kill").args([signal, &child.id().to_string()]).run()?;
     let output = child.wait_with_output()?;
@@ -78,14 +71,7 @@ fn sigterm_ends_cleanly_with_130_and_keeps_the_old_mark() -> Result<()> {
 fn a_second_backup_of_the_same_vm_is_told_who_holds_it() -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
-    let mut first = bed.spawn(&[
-        "backup",
-        "web01",
-        "--workers",
-        "1",
-        "--compression",
-        "zstd:19",
-    ])?;
+    let mut first = bed.spawn_slow(&["backup", "web01"])?;
     wait_for_job(&vm)?;
     // Stopped, it holds the VM for ten seconds more: the second one waits for
     // that and goes on.
@@ -160,14 +146,7 @@ fn a_repository_that_cannot_be_written_leaves_the_old_mark_and_no_session() -> R
 fn qemu_killed_in_mid_backup_is_an_error_and_the_next_backup_heals() -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
-    let child = bed.spawn(&[
-        "backup",
-        "web01",
-        "--workers",
-        "1",
-        "--compression",
-        "zstd:19",
-    ])?;
+    let child = bed.spawn_slow(&["backup", "web01"])?;
     wait_for_job(&vm)?;
     vm.kill_qemu()?;
     let output = child.wait_with_output()?;

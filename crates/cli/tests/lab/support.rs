@@ -102,6 +102,13 @@ impl Bed {
             .spawn()?)
     }
 
+    /// Starts a backup in the background that has work for a while: one worker
+    /// at the slowest compression.
+    pub(crate) fn spawn_slow(&self, args: &[&str]) -> Result<Child> {
+        let slow = ["--workers", "1", "--compression", "zstd:19"];
+        self.spawn(&[args, &slow].concat())
+    }
+
     /// Restores a point to a new directory and returns it.
     pub(crate) fn restore(&self, point: &str, name: &str, args: &[&str]) -> Result<PathBuf> {
         let dir = self.lab.path(name);

@@ -67,8 +67,7 @@ fn a_session_that_breaks_at_one_vm_breaks_none_at_the_next() -> Result<()> {
         .disk(DiskSpec::qcow2("vda", MIB))
         .start()?;
     let arguments = ["backup", "web01", "web02", "--json"];
-    let slow = ["--workers", "1", "--compression", "zstd:19"];
-    let child = bed.spawn(&[&arguments[..], &slow[..]].concat())?;
+    let child = bed.spawn_slow(&arguments)?;
     let deadline = Instant::now() + Duration::from_secs(20);
     while !first.job_running().unwrap_or_default() {
         ensure!(Instant::now() < deadline, "no job began");

@@ -211,7 +211,7 @@ impl Guard {
                 // The late reply to a request that was given up.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => {
-                    return Err(guard_gone().because("it did not reply within 120 s"));
+                    return Err(cannot_reach_guard().because("it did not reply within 120 s"));
                 }
                 Err(RecvTimeoutError::Disconnected) => return Err(guard_gone()),
             }
@@ -258,8 +258,11 @@ fn note_lost(lost: &Mutex<Option<HypervisorError>>, error: HypervisorError) {
 }
 
 fn guard_gone() -> HypervisorError {
+    cannot_reach_guard().because("it has ended")
+}
+
+fn cannot_reach_guard() -> HypervisorError {
     HypervisorError::new(ErrorKind::Unreachable, "cannot reach the guard process")
-        .because("it has ended")
 }
 
 fn wrong_reply() -> HypervisorError {
