@@ -16,6 +16,7 @@ mod disk_copy;
 mod error;
 mod files;
 mod observe;
+mod pool;
 mod record;
 mod report;
 mod settle;
