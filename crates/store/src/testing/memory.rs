@@ -141,9 +141,7 @@ struct MemUnfinished {
 
 impl Unfinished for MemUnfinished {
     fn append(&mut self, parts: &[&[u8]]) -> Result<(), StoreError> {
-        parts
-            .iter()
-            .for_each(|part| self.bytes.extend_from_slice(part));
+        self.bytes.extend_from_slice(&parts.concat());
         Ok(())
     }
 
