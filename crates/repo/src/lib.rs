@@ -34,6 +34,7 @@ mod points;
 mod repository;
 mod seal;
 mod secret;
+mod stats;
 mod wire;
 mod writer;
 
@@ -48,4 +49,5 @@ pub use manifest::{
 pub use points::{DamagedPoint, PointList};
 pub use repository::{DamagedIndex, InitOptions, Repository};
 pub use secret::{Secret, SecretKind};
+pub use stats::{KindStorage, Storage};
 pub use writer::{Added, Flushed, Lane, TreeBuilder, Writer, WriterOptions, WriterStats};

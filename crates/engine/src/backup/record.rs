@@ -208,6 +208,11 @@ const fn reason(plan: &DiskPlan) -> Option<Why> {
     }
 }
 
+/// Returns the reason of a plan as JSON and manifest tell it.
+pub(super) fn reason_word(plan: &DiskPlan) -> Option<&'static str> {
+    reason(plan).map(Why::word)
+}
+
 /// Returns the reason of a plan as a person reads it.
 pub(super) fn reason_sentence(plan: &DiskPlan) -> Option<&'static str> {
     reason(plan).map(Why::sentence)

@@ -9,7 +9,7 @@ use crate::error::{Flaw, RepoError};
 use crate::index::cache::BlockCache;
 use crate::index::format::{
     BLOCK_LEN, Counts, HEADER_LEN, Header, IndexPack, IndexRow, Tables, find_in_block, prefix_of,
-    prove_block, rows_in_block,
+    prove_block, rows_in, rows_in_block,
 };
 use crate::wire::{narrow, to_hex, wide};
 
@@ -167,6 +167,26 @@ impl IndexFile {
         prove_block(&bytes)?;
         cache.insert(self.number, block, std::sync::Arc::new(bytes));
         Ok(find_in_block(&bytes, rows, id)?)
+    }
+
+    /// Returns the number of its blocks of rows.
+    pub(crate) fn blocks(&self) -> u64 {
+        self.counts.blocks()
+    }
+
+    /// Returns the packs it tells of.
+    pub(crate) fn packs(&self) -> &[IndexPack] {
+        &self.tables.packs
+    }
+
+    /// Reads a block for its rows, past the cache: nobody looks them up again.
+    pub(crate) fn rows(&self, store: &dyn Store, block: u64) -> Result<Vec<IndexRow>, LoadError> {
+        let mut bytes = [0; BLOCK_LEN];
+        let offset = block.saturating_mul(wide(BLOCK_LEN));
+        store.get_range(&self.key, self.blocks_at.saturating_add(offset), &mut bytes)?;
+        prove_block(&bytes)?;
+        let rows = rows_in(&bytes, rows_in_block(&self.counts, block)?);
+        Ok(rows.collect::<Result<_, _>>()?)
     }
 
     /// Returns the pack of a row if it exists with its exact length.

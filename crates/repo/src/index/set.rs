@@ -161,6 +161,53 @@ impl IndexSet {
         Err(RepoError::new(RepoErrorKind::Damaged, format!("find object {id}")).because(why))
     }
 
+    /// Returns the packs that all files tell of; one may come several times.
+    pub(crate) fn packs(&self) -> Vec<([u8; 32], PackKind)> {
+        let files = self.files();
+        let packs = files.iter().flat_map(|file| file.packs());
+        packs.map(|pack| (pack.id, pack.kind)).collect()
+    }
+
+    /// Shows the rows of at most about `blocks_max` blocks, evenly spread over
+    /// all files. Returns whether those are all rows.
+    pub(crate) fn sample(
+        &self,
+        blocks_max: u64,
+        show: &mut dyn FnMut(PackKind, &RecordPlace),
+    ) -> Result<bool, RepoError> {
+        let files = self.files();
+        let blocks = files.iter().map(|file| file.blocks());
+        let all = blocks.fold(0, u64::saturating_add);
+        let step = all.div_ceil(blocks_max.max(1)).max(1);
+        let mut at = 0_u64;
+        for file in files.iter() {
+            for block in 0..file.blocks() {
+                let is_next = at.is_multiple_of(step);
+                at = at.saturating_add(1);
+                if !is_next {
+                    continue;
+                }
+                let rows = match file.rows(self.store.as_ref(), block) {
+                    Ok(rows) => rows,
+                    Err(LoadError::Damaged(flaw)) => {
+                        self.note_damage(file.key(), flaw);
+                        continue;
+                    }
+                    Err(LoadError::Store(error)) => {
+                        return Err(RepoError::store("read the index", error));
+                    }
+                };
+                for row in rows {
+                    let pack = usize::try_from(row.pack_no).unwrap_or(usize::MAX);
+                    if let Some(pack) = file.packs().get(pack) {
+                        show(pack.kind, &row.place);
+                    }
+                }
+            }
+        }
+        Ok(step == 1)
+    }
+
     /// Returns the files that cannot be used.
     pub(crate) fn damaged(&self) -> Vec<DamagedFile> {
         self.damaged
