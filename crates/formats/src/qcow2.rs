@@ -118,8 +118,8 @@ impl Qcow2Layout {
         })?;
         let chunks_per_l2 = ENTRIES / self.clusters_per_chunk;
         let mut table = Vec::new();
-        let mut tables = 0;
-        for entry in (0..self.l1_entries).filter(|entry| self.l2.contains(*entry)) {
+        let present = (0..self.l1_entries).filter(|entry| self.l2.contains(*entry));
+        for (number, entry) in (self.l2_start()..).zip(present) {
             table.clear();
             for chunk in entry * chunks_per_l2..(entry + 1) * chunks_per_l2 {
                 let start = self.data_offset(chunk);
@@ -128,8 +128,7 @@ impl Qcow2Layout {
                     table.extend_from_slice(&entry.to_be_bytes());
                 }
             }
-            write((self.l2_start() + tables) * CLUSTER, &table)?;
-            tables += 1;
+            write(number * CLUSTER, &table)?;
         }
         Ok(())
     }
