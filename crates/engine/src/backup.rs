@@ -137,6 +137,7 @@ pub fn backup(
         };
     job.finish_session(&session, Outcome::Committed);
     job.give_up_superseded_marks(&history, &manifest, &planned);
+    job.merge_index();
     Ok(report::report(
         &vm,
         &manifest,
@@ -425,6 +426,16 @@ impl Job<'_> {
             .observer
             .event(&Event::Committed { point: self.point });
         Ok((manifest, copied))
+    }
+
+    /// Keeps the index small. Last: the point exists and the VM is free.
+    fn merge_index(&mut self) {
+        if let Err(error) = self.context.repo.merge_index() {
+            self.warn(format!(
+                "cannot merge index files: {}; nothing is lost, later backups try again",
+                report::chain(&error).join(": ")
+            ));
+        }
     }
 
     fn stop_if_cancelled(&self) -> Result<(), BackupError> {

@@ -189,6 +189,18 @@ impl Repository {
         stats::storage(&self.objects)
     }
 
+    /// Merges small index files into larger ones where there are many of them,
+    /// so that neither opening nor looking up gets slower with the number of
+    /// backups; returns how many were merged.
+    ///
+    /// Little work each time, and seldom any. May be cut off anywhere, and run by
+    /// several processes at once, without a loss: the merged file is durable
+    /// before those that it replaces are deleted. Nobody waits for it, so call it
+    /// when nothing else is left to do.
+    pub fn merge_index(&self) -> Result<usize, RepoError> {
+        self.objects.index.merge()
+    }
+
     /// Starts writing.
     pub fn writer(&self, options: WriterOptions) -> Result<Writer, RepoError> {
         Writer::new(Arc::clone(&self.objects), &options)

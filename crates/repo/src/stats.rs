@@ -75,7 +75,7 @@ pub(crate) fn storage(objects: &Objects) -> Result<Storage, RepoError> {
         ..Storage::default()
     };
     let mut kinds: HashMap<String, PackKind> = HashMap::new();
-    for (id, kind) in objects.index.packs() {
+    for (id, kind) in objects.index.packs()? {
         kinds.insert(to_hex(&id), kind);
     }
     let bytes_of = |kind| -> Result<u64, RepoError> {
