@@ -152,10 +152,12 @@ impl VmBuilder {
         let mut elements = String::new();
         for spec in &self.disks {
             let image = spec.create(&self.lab, &self.name)?;
-            elements.push_str(&xml::disk(spec, image.as_ref()));
+            let element = xml::disk(spec, image.as_ref());
+            elements.push_str(&element);
             disks.push(VmDisk {
                 target: spec.target.clone(),
                 image,
+                element,
             });
         }
         self.devices.insert_str(0, &elements);
@@ -187,6 +189,8 @@ pub struct Vm {
 struct VmDisk {
     target: String,
     image: Option<(PathBuf, String)>,
+    /// What libvirt is told about it.
+    element: String,
 }
 
 /// What a backup may have left behind at a VM; see [`Vm::leftovers`].
@@ -246,6 +250,34 @@ impl Vm {
     /// Pulls the plug; QEMU closes its images in order.
     pub fn destroy(&self) -> Result<()> {
         self.lab.virsh(&["destroy", &self.name])?;
+        Ok(())
+    }
+
+    /// Takes a disk out of the running VM and waits until it is gone. Only
+    /// where nobody in the guest has to agree: a disk on the SCSI bus.
+    pub fn detach(&self, disk: &str) -> Result<()> {
+        self.lab
+            .virsh(&["detach-disk", &self.name, disk, "--live"])?;
+        wait_until("the disk is gone", Duration::from_secs(10), || {
+            let domain_xml = self.lab.virsh(&["dumpxml", &self.name])?;
+            Ok(xml::disk_alias(&domain_xml, disk).is_none())
+        })
+    }
+
+    /// Puts a disk that the VM was made with, and lost, back into it.
+    pub fn attach(&self, disk: &str) -> Result<()> {
+        let known = self.disks.iter().find(|known| known.target == disk);
+        let known = known.with_context(|| format!("VM {} was made without {disk}", self.name))?;
+        let file = tempfile::Builder::new()
+            .suffix(".xml")
+            .tempfile_in(self.lab.dir())?;
+        fs::write(file.path(), &known.element)?;
+        self.lab.virsh(&[
+            "attach-device".as_ref(),
+            self.name.as_ref(),
+            file.path().as_os_str(),
+            "--live".as_ref(),
+        ])?;
         Ok(())
     }
 
