@@ -565,7 +565,10 @@ mod tests {
             (link.inode, link.stamp) = (None, None);
             parent.identity = disk.identity.clone();
         };
-        check(|disk, parent| unseen(disk, parent, 0), "rescan image-unseen");
+        check(
+            |disk, parent| unseen(disk, parent, 0),
+            "rescan image-unseen",
+        );
         check(
             |disk, parent| {
                 unseen(disk, parent, 0);

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::command::{tool, wait_until};
-use crate::disk::DiskSpec;
+use crate::disk::{DiskSpec, IOTHREAD};
 use crate::lab::Lab;
 use crate::{images, xml};
 
@@ -22,6 +22,7 @@ pub struct VmBuilder {
     lab: Lab,
     name: String,
     disks: Vec<DiskSpec>,
+    uuid: Option<String>,
     machine: String,
     memory_mib: u64,
     os: String,
@@ -43,6 +44,7 @@ impl VmBuilder {
             lab,
             name: name.to_owned(),
             disks: Vec::new(),
+            uuid: None,
             machine: "pc".to_owned(),
             memory_mib: 16,
             os: String::new(),
@@ -67,6 +69,13 @@ impl VmBuilder {
     pub fn device(mut self, xml: &str) -> Self {
         self.devices.push_str(xml);
         self.devices.push('\n');
+        self
+    }
+
+    /// Gives it the UUID of another one, which it is to be taken for.
+    #[must_use]
+    pub fn uuid(mut self, uuid: &str) -> Self {
+        self.uuid = Some(uuid.to_owned());
         self
     }
 
@@ -163,8 +172,10 @@ impl VmBuilder {
         self.devices.insert_str(0, &elements);
         let domain = xml::Domain {
             name: self.name.clone(),
+            uuid: self.uuid,
             machine: self.machine,
             memory_mib: self.memory_mib,
+            iothreads: u32::from(self.disks.iter().any(has_iothread)),
             os: self.os,
             devices: self.devices,
         };
@@ -175,6 +186,10 @@ impl VmBuilder {
         };
         Ok((vm, domain.to_xml()))
     }
+}
+
+fn has_iothread(disk: &DiskSpec) -> bool {
+    disk.driver.contains(IOTHREAD)
 }
 
 /// A VM. It ends with its lab.

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
-    BitmapFacts, ChainLink, DiskFacts, DiskSource, MarkSupport, NoMarks, Place, RootNode, SkipReason,
-    WriteCounters,
+    BitmapFacts, ChainLink, DiskFacts, DiskSource, MarkSupport, NoMarks, Place, RootNode,
+    SkipReason, WriteCounters,
 };
 
 use super::blocks::Blocks;
