@@ -202,3 +202,98 @@ fn disks_of_every_shape_come_back_byte_for_byte_in_chunks_of_256_kib() -> Result
 fn disks_of_every_shape_come_back_byte_for_byte_in_chunks_of_4_mib() -> Result<()> {
     every_shape_comes_back("4MiB", 3)
 }
+
+/// Smaller than a chunk, than a cluster, than a sector; exactly as large; and a
+/// sector more.
+#[test]
+fn disks_of_a_few_bytes_come_back_with_their_own_length() -> Result<()> {
+    const CHUNK: u64 = 64 * KIB;
+    let bed = Bed::start()?;
+    let mut vm = bed.lab.vm("web01");
+    let mut images = Vec::new();
+    for (place, bytes) in [0_u16, 1, 511, 512, 513].into_iter().enumerate() {
+        let image = bed.lab.path(&format!("tiny{bytes}.raw"));
+        fs::write(&image, vec![0x5a; usize::from(bytes)])?;
+        let target = format!("sd{}", ["a", "b", "c", "d", "e"][place]);
+        vm = vm.disk(DiskSpec::existing(&target, &image, "raw"));
+        images.push((target, Reading::RawFile(image)));
+    }
+    for (target, bytes) in [
+        ("vda", 512),
+        ("vdb", CHUNK - 512),
+        ("vdc", CHUNK),
+        ("vdd", CHUNK + 512),
+        ("vde", 64 * CHUNK),
+        ("vdf", 64 * CHUNK + 512),
+    ] {
+        vm = vm.disk(DiskSpec::qcow2(target, bytes));
+        let image = bed.lab.path(&format!("web01-{target}.qcow2"));
+        images.push((target.to_owned(), Reading::Image(image, "qcow2")));
+    }
+    let vm = vm.start()?;
+    let subjects: Vec<Subject> = images
+        .into_iter()
+        .map(|(target, reading)| Subject::new(&target, MIB, reading, ""))
+        .collect::<Result<_>>()?;
+    let mut points = Vec::new();
+    for pattern in 1..4 {
+        for subject in &subjects {
+            if subject.target.starts_with('v') {
+                let write = format!("write -P {pattern} 0 512");
+                vm.write(&subject.target, &write)?;
+                vm.flush(&subject.target)?;
+            }
+        }
+        let (taken, _) = crate::matrix::take(&bed, &vm, &[], &subjects)?;
+        points.push(taken);
+    }
+    for taken in &points {
+        crate::matrix::check(&bed, taken)?;
+    }
+    crate::matrix::check_own_format(&bed, &points[1])?;
+    bed.assert_tidy(&vm, 1)
+}
+
+/// Filters between the guest and its image, and what else a definition may say.
+#[test]
+fn disks_with_filters_limits_queues_and_slices_come_back_byte_for_byte() -> Result<()> {
+    let bed = Bed::start()?;
+    let base = bed.lab.path("web01-vda.base");
+    fs::write(&base, vec![0x66; 3 << 20])?;
+    let sliced = bed.lab.path("sliced.raw");
+    fs::write(&sliced, vec![0x5a; 6 << 20])?;
+    let slice = format!(
+        "<disk type='file' device='disk'><driver name='qemu' type='raw'/><source file='{}'>\
+         <slices><slice type='storage' offset='1048576' size='3145728'/></slices></source>\
+         <target dev='vdd' bus='virtio'/></disk>",
+        sliced.display()
+    );
+    let size = 3 * MIB + 512;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(
+            DiskSpec::qcow2("vda", size)
+                .backing(&base, "raw")
+                .driver("copy_on_read='on'"),
+        )
+        .disk(
+            DiskSpec::qcow2("vdb", size)
+                .element("<iotune><total_iops_sec>100000</total_iops_sec></iotune>"),
+        )
+        .disk(DiskSpec::qcow2("vdc", size).driver("queues='2' detect_zeroes='unmap' io='threads'"))
+        .disk(DiskSpec::raw_xml("vdd", &slice))
+        .disk(DiskSpec::qcow2("sda", size).serial("S1"))
+        .start()?;
+    let reading = |target| Reading::Image(vm.image(target), "qcow2");
+    let of_slice = format!(
+        "driver=raw,offset=1048576,size=3145728,file.filename={}",
+        sliced.display()
+    );
+    let of_slice = Reading::Options(vec!["--image-opts".to_owned(), of_slice]);
+    let mut subjects = vec![Subject::new("vdd", 3 * MIB, of_slice, NO_MARKS)?];
+    for target in ["vda", "vdb", "vdc", "sda"] {
+        subjects.push(Subject::new(target, size, reading(target), INCREMENTAL)?);
+    }
+    rounds_equal_the_disks(&bed, &vm, &mut subjects, 4)
+}
