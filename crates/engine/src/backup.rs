@@ -15,6 +15,7 @@ mod copy;
 mod disk_copy;
 mod error;
 mod files;
+pub(crate) mod fuzzing;
 mod observe;
 mod record;
 mod report;
