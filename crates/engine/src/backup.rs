@@ -16,6 +16,7 @@ mod disk_copy;
 mod error;
 mod estimate;
 mod files;
+pub(crate) mod fuzzing;
 mod observe;
 mod record;
 mod report;

@@ -6,6 +6,8 @@
 mod backup;
 mod cancel;
 mod events;
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
 mod limiter;
 mod points;

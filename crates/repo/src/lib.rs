@@ -23,6 +23,8 @@ mod config;
 mod container;
 mod error;
 mod fetch;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hash;
 mod image;
 mod index;

@@ -84,7 +84,9 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
         version: 1,
         point: job.point,
         vm: job.identity(),
-        sequence: history.newest.map_or(1, |(_, sequence)| sequence + 1),
+        sequence: history
+            .newest
+            .map_or(1, |(_, sequence)| sequence.saturating_add(1)),
         prev: history.newest.map(|(point, _)| point),
         taken_at: session.begun.taken_at,
         utc_offset_minutes: job.options.utc_offset_minutes,
