@@ -9,8 +9,8 @@ use highwater_store::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErr
 use crate::error::{Flaw, RepoError};
 use crate::index::cache::BlockCache;
 use crate::index::format::{
-    BLOCK_LEN, Counts, HEADER_LEN, Header, IndexPack, IndexRow, Tables, find_in_block, prefix_of,
-    prove_block, rows_in, rows_in_block,
+    BLOCK_LEN, Counts, HEADER_LEN, Header, IndexPack, IndexRow, Tables, decode_block,
+    find_in_block, prefix_of, prove_block, rows_in_block,
 };
 use crate::wire::{narrow, to_hex, wide};
 
@@ -198,8 +198,7 @@ impl IndexFile {
             &mut bytes,
         )?;
         prove_block(&bytes)?;
-        let rows = rows_in(&bytes, rows_in_block(&loaded.counts, block)?);
-        Ok(rows.collect::<Result<_, _>>()?)
+        Ok(decode_block(&bytes, rows_in_block(&loaded.counts, block)?)?)
     }
 
     /// Returns the pack of a row if it exists with its exact length.
