@@ -141,9 +141,9 @@ struct MemUnfinished {
 
 impl Unfinished for MemUnfinished {
     fn append(&mut self, parts: &[&[u8]]) -> Result<(), StoreError> {
-        parts
-            .iter()
-            .for_each(|part| self.bytes.extend_from_slice(part));
+        for part in parts {
+            self.bytes.extend_from_slice(part);
+        }
         Ok(())
     }
 
