@@ -15,6 +15,7 @@ use crate::objects::Objects;
 use crate::points::{self, PointList};
 use crate::seal::Cipher;
 use crate::secret::{self, DataKeys, Secret, SecretKind};
+use crate::stats::{self, Storage};
 use crate::wire::is_zero;
 use crate::writer::{Writer, WriterOptions};
 
@@ -181,6 +182,11 @@ impl Repository {
                 why: file.flaw.to_string(),
             })
             .collect()
+    }
+
+    /// Returns what the repository stores, by kind.
+    pub fn storage(&self) -> Result<Storage, RepoError> {
+        stats::storage(&self.objects)
     }
 
     /// Merges small index files into larger ones where there are many of them,

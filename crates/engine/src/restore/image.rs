@@ -7,6 +7,7 @@ use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use highwater_formats::{ChunkSetBuilder, Qcow2Layout};
 use highwater_model::ObjectId;
@@ -16,7 +17,7 @@ use highwater_repo::{
 use highwater_store::durable;
 
 use super::{Fetch, Format, RestoreError, RestoreOptions, RestoredDisk, check_length, file_name};
-use crate::{DiskProgress, Event};
+use crate::{DiskDone, DiskProgress, Event};
 
 /// Chunks looked up and sorted by pack at a time. Bounds memory (40 bytes
 /// each) and is wide enough that scattered increments are read in pack order:
@@ -59,6 +60,7 @@ pub(super) fn restore_disk(
         path: path.to_owned(),
         source,
     };
+    let began = Instant::now();
     let image = repo.image(&disk.image).map_err(read)?;
     let layout = match format {
         Format::Raw => Layout::Raw,
@@ -87,6 +89,13 @@ pub(super) fn restore_disk(
     options.observer.event(&Event::DiskDone {
         disk: &disk.target,
         failure: None,
+        done: Some(DiskDone {
+            size_bytes: disk.image.size_bytes,
+            dirty_bytes: disk.image.size_bytes,
+            read_bytes: data_bytes,
+            stored_bytes: 0,
+            elapsed: began.elapsed(),
+        }),
     });
     Ok(RestoredDisk {
         disk: disk.target.clone(),
@@ -146,6 +155,7 @@ fn write_chunks(
             return Err(Fetch::Sink(RestoreError::Interrupted));
         }
         check_length(&disk.target, index, image.chunk_len(index), bytes.len())?;
+        options.hold_back(bytes.len());
         let offset = match layout {
             Layout::Raw => index * chunk_bytes,
             Layout::Qcow2(layout) => layout

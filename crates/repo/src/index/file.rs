@@ -9,8 +9,8 @@ use highwater_store::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErr
 use crate::error::{Flaw, RepoError};
 use crate::index::cache::BlockCache;
 use crate::index::format::{
-    BLOCK_LEN, Counts, HEADER_LEN, Header, IndexPack, IndexRow, Tables, find_in_block, prefix_of,
-    prove_block, rows_in_block,
+    BLOCK_LEN, Counts, HEADER_LEN, Header, IndexPack, IndexRow, Tables, decode_block,
+    find_in_block, prefix_of, prove_block, rows_in_block,
 };
 use crate::wire::{narrow, to_hex, wide};
 
@@ -175,6 +175,30 @@ impl IndexFile {
         prove_block(&bytes)?;
         cache.insert(self.number, block, std::sync::Arc::new(bytes));
         Ok(find_in_block(&bytes, rows, id)?)
+    }
+
+    /// Returns the number of its blocks of rows.
+    pub(crate) fn blocks(&self, store: &dyn Store) -> Result<u64, LoadError> {
+        Ok(self.loaded(store)?.counts.blocks())
+    }
+
+    /// Returns the packs it tells of.
+    pub(crate) fn packs(&self, store: &dyn Store) -> Result<&[IndexPack], LoadError> {
+        Ok(&self.loaded(store)?.tables.packs)
+    }
+
+    /// Reads a block for its rows, past the cache: nobody looks them up again.
+    pub(crate) fn rows(&self, store: &dyn Store, block: u64) -> Result<Vec<IndexRow>, LoadError> {
+        let loaded = self.loaded(store)?;
+        let mut bytes = [0; BLOCK_LEN];
+        let offset = block.saturating_mul(wide(BLOCK_LEN));
+        store.get_range(
+            self.key(),
+            loaded.blocks_at.saturating_add(offset),
+            &mut bytes,
+        )?;
+        prove_block(&bytes)?;
+        Ok(decode_block(&bytes, rows_in_block(&loaded.counts, block)?)?)
     }
 
     /// Returns the pack of a row if it exists with its exact length.

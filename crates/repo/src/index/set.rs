@@ -258,6 +258,77 @@ impl IndexSet {
         Err(RepoError::new(RepoErrorKind::Damaged, format!("find object {id}")).because(why))
     }
 
+    /// Returns the packs that all files tell of; one may come several times.
+    pub(crate) fn packs(&self) -> Result<Vec<([u8; 32], PackKind)>, RepoError> {
+        let mut packs = Vec::new();
+        for file in self.files().iter() {
+            if let Some(known) = self.usable(file, file.packs(self.store.as_ref()))? {
+                packs.extend(known.iter().map(|pack| (pack.id, pack.kind)));
+            }
+        }
+        Ok(packs)
+    }
+
+    /// Shows the rows of at most about `blocks_max` blocks, evenly spread over
+    /// all files. Returns whether those are all rows.
+    pub(crate) fn sample(
+        &self,
+        blocks_max: u64,
+        show: &mut dyn FnMut(PackKind, &RecordPlace),
+    ) -> Result<bool, RepoError> {
+        let store = self.store.as_ref();
+        let files = self.files();
+        let mut usable = Vec::new();
+        for file in files.iter() {
+            let blocks = self.usable(file, file.blocks(store))?;
+            usable.extend(blocks.map(|blocks| (file, blocks)));
+        }
+        let all = usable.iter().map(|(_, blocks)| *blocks);
+        let all = all.fold(0, u64::saturating_add);
+        let step = all.div_ceil(blocks_max.max(1)).max(1);
+        let mut at = 0_u64;
+        for (file, blocks) in usable {
+            for block in 0..blocks {
+                let is_next = at.is_multiple_of(step);
+                at = at.saturating_add(1);
+                if !is_next {
+                    continue;
+                }
+                let Some(rows) = self.usable(file, file.rows(store, block))? else {
+                    continue;
+                };
+                let Some(packs) = self.usable(file, file.packs(store))? else {
+                    continue;
+                };
+                for row in rows {
+                    let pack = usize::try_from(row.pack_no).unwrap_or(usize::MAX);
+                    if let Some(pack) = packs.get(pack) {
+                        show(pack.kind, &row.place);
+                    }
+                }
+            }
+        }
+        Ok(step == 1)
+    }
+
+    /// Takes what was read of a file, or `None` where it is damaged or has been
+    /// merged away since it was listed.
+    fn usable<T>(
+        &self,
+        file: &IndexFile,
+        read: Result<T, LoadError>,
+    ) -> Result<Option<T>, RepoError> {
+        match read {
+            Ok(value) => Ok(Some(value)),
+            Err(LoadError::Damaged(flaw)) => {
+                self.note_damage(file.key(), flaw);
+                Ok(None)
+            }
+            Err(LoadError::Store(error)) if error.kind() == StoreErrorKind::NotFound => Ok(None),
+            Err(LoadError::Store(error)) => Err(RepoError::store(READ_INDEX, error)),
+        }
+    }
+
     /// Returns the files that cannot be used.
     pub(crate) fn damaged(&self) -> Vec<DamagedFile> {
         self.damaged
