@@ -364,3 +364,36 @@ fn thirty_three_disks_on_three_buses_come_back_each_to_its_own_name() -> Result<
     }
     bed.assert_tidy(&vm, 2)
 }
+
+#[test]
+fn a_disk_made_smaller_is_read_as_a_whole_and_tracked_again() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 3 * MIB))
+        .disk(DiskSpec::qcow2("vdb", 3 * MIB))
+        .start()?;
+    let mut subjects = [
+        subject(&vm, "vda", 2 * MIB + 512)?,
+        subject(&vm, "vdb", 3 * MIB)?,
+    ];
+    let mut points = Vec::new();
+    for expected in ["full: first-backup", "full: disk-shrank", "incremental"] {
+        write_to(&vm, &mut subjects, 6)?;
+        if expected == "full: disk-shrank" {
+            vm.destroy()?;
+            let resize = tool("qemu-img").args(["resize", "-q", "--shrink", "-f", "qcow2"]);
+            let size = (2 * MIB + 512).to_string();
+            resize.arg(vm.image("vda")).arg(size).run()?;
+            vm.start()?;
+        }
+        let (taken, report) = take(&bed, &vm, &[], &subjects)?;
+        assert_eq!(mode(&report, "vda"), expected, "{report}");
+        points.push(taken);
+    }
+    for taken in &points {
+        check(&bed, taken)?;
+    }
+    bed.assert_tidy(&vm, 1)
+}
