@@ -9,16 +9,18 @@ mod events;
 #[doc(hidden)]
 pub mod fuzzing;
 mod guard;
+mod limiter;
 mod points;
 mod restore;
 
 pub use backup::{
-    BackupContext, BackupError, BackupOptions, CopyError, DiskReport, Report, Status, Tuning,
-    backup,
+    BackupContext, BackupError, BackupOptions, CopyError, DiskEstimate, DiskReport, Estimate,
+    Report, Status, Tuning, backup, estimate,
 };
 pub use cancel::Cancel;
-pub use events::{DiskProgress, Event, Observer};
+pub use events::{DiskDone, DiskProgress, Event, Observer};
 pub use guard::{Connect, Guard, GuardError, Outcome, lock_path, serve};
+pub use limiter::Limiter;
 pub use points::{PointError, PointRef, resolve, select_vm};
 pub use restore::{
     Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,
@@ -30,6 +32,6 @@ pub use highwater_plan::{Level, Refusal};
 pub mod repository {
     pub use highwater_repo::{
         Compression, DamagedPoint, ImageRoot, InitOptions, Manifest, PointList, RepoError,
-        RepoErrorKind, Repository, Secret, SecretKind, VmIdentity, WriterOptions,
+        RepoErrorKind, Repository, Secret, SecretKind, Storage, VmIdentity, WriterOptions,
     };
 }

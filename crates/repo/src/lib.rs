@@ -36,6 +36,7 @@ mod points;
 mod repository;
 mod seal;
 mod secret;
+mod stats;
 mod wire;
 mod writer;
 
@@ -50,4 +51,5 @@ pub use manifest::{
 pub use points::{DamagedPoint, PointList};
 pub use repository::{DamagedIndex, InitOptions, Repository};
 pub use secret::{Secret, SecretKind};
+pub use stats::{KindStorage, Storage};
 pub use writer::{Added, Flushed, Lane, TreeBuilder, Writer, WriterOptions, WriterStats};

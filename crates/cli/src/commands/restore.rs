@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use highwater_engine::{self as engine, Format, RestoreOptions, Target};
+use highwater_engine::{self as engine, Format, Limiter, RestoreOptions, Target};
 use highwater_model::format_size;
 
 use crate::advice::{self, CliError};
@@ -19,6 +19,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
     let list = all_points(&repo)?;
     let point = find_point(&list.points, &args.point)?;
     let progress = Progress::new(global);
+    let limiter = args.limit.map(Limiter::new);
     let options = RestoreOptions {
         disks: &args.disks,
         format: args.format.map(|format| match format {
@@ -26,6 +27,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
             args::Format::Raw => Format::Raw,
         }),
         workers: std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+        limiter: limiter.as_ref(),
         observer: &progress,
         cancel: &cancel,
     };

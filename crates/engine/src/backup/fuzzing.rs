@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use highwater_hypervisor::{
-    Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, MarkSupport, RootNode,
-    RunState, VmFacts, VmRef, WriteErrorPolicy,
+    Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, MarkSupport, Place,
+    RootNode, RunState, VmFacts, VmRef, WriteErrorPolicy,
 };
 use highwater_plan::{DiskPlan, Level};
 use highwater_repo::{Compression, DiskRecord, Manifest, MarkRecord, fuzzing};
@@ -103,6 +103,7 @@ fn disk_facts(disk: &DiskRecord, mark: Option<&MarkRecord>) -> DiskFacts {
     let chain = disk.evidence.chain.iter().map(|link| ChainLink {
         name: link.name.clone(),
         format: link.format.clone(),
+        place: Place::Host,
         node: Some("node".to_owned()),
         inode: link.inode,
         file_bytes: link.stamp.map(|stamp| stamp.0),
@@ -138,6 +139,7 @@ fn options(level: Level) -> BackupOptions {
         socket_dir: PathBuf::new(),
         compression: Compression::None,
         tuning: Tuning::default(),
+        threshold: None,
         tags: Vec::new(),
         group: None,
         host: String::new(),

@@ -109,7 +109,7 @@ pub fn index(bytes: &[u8]) {
     shelf.place(&make(ObjectKind::Pack, 0), &[0; 4096]);
     shelf.place(&make(ObjectKind::Pack, 1), &[1; 100]);
     let shelf = Arc::new(shelf);
-    let set = IndexSet::load(shelf.clone()).expect("a store in memory does not fail");
+    let set = IndexSet::open(shelf.clone()).expect("a store in memory does not fail");
     let blocks = bytes.rchunks_exact(4096).take(8);
     let rows: BTreeSet<ObjectId> = blocks
         .flat_map(|block| block.as_chunks::<48>().0)
