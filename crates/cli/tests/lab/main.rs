@@ -7,6 +7,10 @@
     reason = "a test may stop at the first surprise"
 )]
 
+mod bad_input;
+mod bad_input_nbd;
+mod bad_input_places;
+mod bad_input_space;
 mod correctness;
 mod disks;
 mod healing;
@@ -19,6 +23,7 @@ mod matrix_shapes;
 mod matrix_sources;
 mod restore;
 mod saved;
+mod scene;
 mod stress;
 mod support;
 mod vms;
