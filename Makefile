@@ -33,10 +33,10 @@ demo: ## a guided tour: back up, lose, restore
 	cargo build --release --locked --bin highwater
 	scripts/demo.sh
 
-bench: ## measure against others, interleaved
+bench: ## measure against others, interleaved (PART="full chain" for some)
 	@scripts/setup.sh --for bench
 	cargo build --release --locked --bin highwater
-	scripts/bench.sh
+	scripts/bench.sh $(PART)
 
 mutants: ## break the program on purpose; its tests must notice (NAME=... for some)
 	@scripts/setup.sh --for test

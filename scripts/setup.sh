@@ -44,7 +44,7 @@ vms=(qemu-system-x86 qemu-utils qemu-guest-agent libvirt-daemon-system libvirt-c
 lab=(busybox-static e2fsprogs ovmf procps swtpm swtpm-tools util-linux xz-utils zstd)
 readers=(libnbd-bin nbdkit nbdkit-plugin-python python3-libnbd python3-venv)
 # Other programs we are compared with. Not every release has all of them.
-peers=(fio hyperfine virtnbdbackup restic borgbackup)
+peers=(fio hyperfine strace virtnbdbackup restic borgbackup)
 
 packages=("${build[@]}")
 optional=()
