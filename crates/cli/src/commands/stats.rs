@@ -127,7 +127,9 @@ fn by_vm(points: &[Manifest]) -> Vec<VmStats> {
 
 fn text(stats: &Stats) -> String {
     let storage = &stats.storage;
-    let times = |ratio: Option<f64>| ratio.map_or_else(|| "-".to_owned(), |it| format!("{it:.2}"));
+    let told = |ratio: Option<f64>, before: &str, after: &str| {
+        ratio.map_or_else(String::new, |it| format!("{before}{it:.2}{after}"))
+    };
     let about = if storage.is_exact { "" } else { "about " };
     let encrypted = if stats.encrypted {
         "encrypted"
@@ -142,7 +144,10 @@ fn text(stats: &Stats) -> String {
         &stats.id,
         &format!("{encrypted}, {chunk} chunks"),
     ]);
-    let vms = format!("of {} VMs", stats.vms.len());
+    let vms = match stats.vms.len() {
+        1 => "of 1 VM".to_owned(),
+        vms => format!("of {vms} VMs"),
+    };
     row(["restore points", &stats.points.to_string(), &vms]);
     let logical = format_size(stats.logical_bytes);
     row([
@@ -154,15 +159,16 @@ fn text(stats: &Stats) -> String {
     row([
         "distinct data",
         &plain,
-        &format!("sharing and zeroes: {} x", times(stats.dedup())),
+        &told(stats.dedup(), "zeroes and sharing save ", " x"),
     ]);
     let total = format_size(storage.total_bytes());
     row([
         "stored",
         &total,
-        &format!("in all: {} x smaller", times(stats.saving())),
+        &told(stats.saving(), "", " x smaller in all"),
     ]);
-    let compression = format!("compressed {about}{} x", times(stats.compression()));
+    let before = format!("compressed {about}");
+    let compression = told(stats.compression(), &before, " x");
     row([
         "  chunks",
         &format_size(storage.chunks.stored_bytes),

@@ -9,9 +9,13 @@
 
 mod correctness;
 mod disks;
+#[path = "../golden/mod.rs"]
+mod golden;
 mod healing;
 mod interruption;
 mod levels;
+mod output;
+mod people;
 mod restore;
 mod saved;
 mod stress;
