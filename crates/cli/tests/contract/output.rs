@@ -121,8 +121,9 @@ fn restore_says_what_it_wrote_and_what_it_refuses() -> Result<()> {
 #[test]
 fn stats_add_up() -> Result<()> {
     let shelf = Shelf::plain()?;
-    let mut golden = golden("stats", &shelf);
-    say(&mut golden, &shelf, "stats")?;
+    let mut empty = golden("stats-empty", &shelf);
+    say(&mut empty, &shelf, "stats")?;
+    empty.check()?;
     for (vm, hours, content) in [
         ("web01", 0, b"high"),
         ("web01", 1, b"rise"),
@@ -136,9 +137,46 @@ fn stats_add_up() -> Result<()> {
             content,
         })?;
     }
+    let stats = shelf.json(&["stats"])?;
+    let stored = &stats["stored"];
+    let kinds = [
+        "chunks",
+        "pages",
+        "index",
+        "manifests",
+        "other",
+        "unindexed",
+    ];
+    let all: u64 = kinds.iter().filter_map(|kind| stored[kind].as_u64()).sum();
+    assert_eq!(stats["stored_bytes"], all, "{stats}");
+    let on_disk = bytes_below(&shelf.repo().join("packs"))?;
+    assert_eq!(
+        stored["chunks"].as_u64().unwrap() + stored["pages"].as_u64().unwrap(),
+        on_disk
+    );
+    // A manifest is compressed, and ids of points are drawn.
+    let saving = stats["saving_ratio"].as_f64().unwrap_or_default();
+    let mut golden = golden("stats", &shelf)
+        .text(stats["stored_bytes"].to_string(), "ALL")
+        .text(stored["manifests"].to_string(), "MANIFESTS")
+        .text(format!("{saving:.2}"), "SAVING")
+        .text(saving.to_string(), "SAVING");
     say(&mut golden, &shelf, "stats")?;
     say(&mut golden, &shelf, "stats --json")?;
     golden.check()
+}
+
+fn bytes_below(dir: &Path) -> Result<u64> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        bytes += if entry.metadata()?.is_dir() {
+            bytes_below(&entry.path())?
+        } else {
+            entry.metadata()?.len()
+        };
+    }
+    Ok(bytes)
 }
 
 #[test]

@@ -51,6 +51,12 @@ impl Golden {
         self
     }
 
+    /// Has a text that differs from run to run shown as a name.
+    pub(crate) fn text(mut self, text: String, name: &'static str) -> Self {
+        self.paths.push((text, name));
+        self
+    }
+
     /// Runs a command and notes all it says, under the words `shown`.
     pub(crate) fn run(&mut self, shown: &str, command: &mut Command) -> Result<Output> {
         let output = command.output()?;
@@ -116,6 +122,9 @@ impl Golden {
     }
 
     fn word(&self, before: &str, word: &str, after: &str) -> String {
+        if let Some(value) = word.strip_prefix(':') {
+            return format!(":{}", self.word(&format!("{before}:"), value, after));
+        }
         if let Some(id) = word.strip_prefix("id:") {
             return format!("id:{}", self.word(before, id, after));
         }

@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    dead_code,
     reason = "a test may stop at the first surprise"
 )]
 
