@@ -19,6 +19,7 @@ mod output;
 mod people;
 mod restore;
 mod saved;
+mod shells;
 mod stress;
 mod support;
 mod vms;
