@@ -8,14 +8,14 @@ mod list;
 mod man;
 mod restore;
 mod show;
-pub(crate) mod stats;
+mod stats;
 
 use highwater_engine::repository::{Manifest, PointList, Repository};
 use highwater_engine::{PointError, PointRef, resolve};
 
 use crate::advice::CliError;
 use crate::args::{Args, Command};
-use crate::settings::Effective;
+use crate::effective::Effective;
 use crate::{nearest, output, times};
 
 /// Runs what was typed; returns the exit code.
