@@ -43,6 +43,7 @@ pub(crate) enum CliError {
     Store(StoreError),
     Point(PointError),
     Hypervisor(HypervisorError),
+    Interrupted,
 }
 
 impl CliError {
@@ -70,6 +71,7 @@ impl CliError {
             Self::Store(error) => chain(error),
             Self::Point(error) => chain(error),
             Self::Hypervisor(error) => chain(error),
+            Self::Interrupted => vec!["interrupted".to_owned()],
         }
     }
 }
@@ -149,6 +151,7 @@ pub(crate) fn advise(error: &CliError) -> Advice {
         CliError::Store(error) => of_store(error),
         CliError::Point(error) => of_point(error),
         CliError::Hypervisor(error) => of_hypervisor(error),
+        CliError::Interrupted => Advice::code(INTERRUPTED).state("nothing was changed"),
     }
 }
 

@@ -66,6 +66,9 @@ pub(crate) enum Command {
     Show(Show),
     /// Restore disks of a restore point
     Restore(Restore),
+    /// Check that the repository is whole and every restore point can be read
+    #[command(visible_alias = "check")]
+    Verify(Verify),
 }
 
 #[derive(Debug, ClapArgs)]
@@ -186,6 +189,19 @@ pub(crate) struct Restore {
     /// Image format [default: the source's]
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Verify {
+    /// Check only these restore points and what they need [default: the whole repository]
+    #[arg(value_name = "POINT")]
+    pub(crate) points: Vec<String>,
+    /// Read every byte: hash each pack, open each chunk and prove its content
+    #[arg(long)]
+    pub(crate) read_data: bool,
+    /// Check what of an encrypted repository can be checked without its key
+    #[arg(long, conflicts_with = "points")]
+    pub(crate) no_key: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -5,6 +5,7 @@ mod init;
 mod list;
 mod restore;
 mod show;
+mod verify;
 
 use highwater_engine::repository::{Manifest, PointList, Repository};
 use highwater_engine::{PointRef, resolve};
@@ -22,6 +23,7 @@ pub(crate) fn run(args: Args) -> Result<u8, CliError> {
         Command::List(args) => list::run(&global, &args),
         Command::Show(args) => show::run(&global, &args),
         Command::Restore(args) => restore::run(&global, &args),
+        Command::Verify(args) => verify::run(&global, &args),
     }
 }
 

@@ -9,6 +9,7 @@ mod events;
 mod guard;
 mod points;
 mod restore;
+mod verify;
 
 pub use backup::{
     BackupContext, BackupError, BackupOptions, CopyError, DiskReport, Report, Status, Tuning,
@@ -22,12 +23,15 @@ pub use restore::{
     Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,
 };
 
+pub use verify::{Subject, VerifyJob, verify};
+
 pub use highwater_plan::{Level, Refusal};
 
 /// The repository, as far as whoever wires the jobs up needs it.
 pub mod repository {
     pub use highwater_repo::{
-        Compression, DamagedPoint, ImageRoot, InitOptions, Manifest, PointList, RepoError,
-        RepoErrorKind, Repository, Secret, SecretKind, VmIdentity, WriterOptions,
+        Checked, Compression, Damage, DamagedPoint, HurtFile, HurtImage, HurtPoint, ImageRoot,
+        InitOptions, Manifest, PointList, Progress, RepoError, RepoErrorKind, Repository, Secret,
+        SecretKind, VerifyDepth, VerifyError, VerifyPhase, VerifyReport, VmIdentity, WriterOptions,
     };
 }

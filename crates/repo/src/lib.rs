@@ -34,6 +34,7 @@ mod points;
 mod repository;
 mod seal;
 mod secret;
+mod verify;
 mod wire;
 mod writer;
 
@@ -48,4 +49,8 @@ pub use manifest::{
 pub use points::{DamagedPoint, PointList};
 pub use repository::{DamagedIndex, InitOptions, Repository};
 pub use secret::{Secret, SecretKind};
+pub use verify::{
+    Checked, Damage, DamagedObject, HurtFile, HurtImage, HurtPoint, Progress, VerifyDepth,
+    VerifyError, VerifyOptions, VerifyPhase, VerifyReport,
+};
 pub use writer::{Added, Flushed, Lane, TreeBuilder, Writer, WriterOptions, WriterStats};

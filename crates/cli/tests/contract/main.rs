@@ -9,6 +9,7 @@
 
 mod hostile;
 mod shelf;
+mod verify;
 
 use std::fs;
 
