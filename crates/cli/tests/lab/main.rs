@@ -16,4 +16,5 @@ mod restore;
 mod saved;
 mod stress;
 mod support;
+mod verify;
 mod vms;

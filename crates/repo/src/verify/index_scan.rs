@@ -122,10 +122,12 @@ fn read(
         for (at, row) in rows.enumerate() {
             let row = row?;
             let id = row.place.id;
-            if last >= Some(id) || (at == 0 && prefix_of(&id) != prefix) {
+            // One id may have several copies, each with its row.
+            let order = (id, row.pack_no, row.place.offset);
+            if last >= Some(order) || (at == 0 && prefix_of(&id) != prefix) {
                 flaw.get_or_insert(Flaw("its rows are not in their order"));
             }
-            last = Some(id);
+            last = Some(order);
             let pack_no = usize::try_from(row.pack_no).unwrap_or(usize::MAX);
             match scanned.packs.get(pack_no) {
                 Some(pack) if is_possible(pack, &row) => {

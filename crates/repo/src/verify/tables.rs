@@ -63,7 +63,8 @@ pub(super) fn row_sum(place: &RecordPlace) -> u128 {
         | u128::from(place.record_len) << 32
         | u128::from(place.plain_len);
     let mixed =
-        (half(first) ^ half(rest).rotate_left(64) ^ fields.wrapping_mul(ODD)).wrapping_mul(ODD);
+        (half(first) ^ half(rest).wrapping_mul(ODD).rotate_left(64) ^ fields.wrapping_mul(ODD))
+            .wrapping_mul(ODD);
     (mixed ^ mixed >> 71).wrapping_mul(ODD)
 }
 

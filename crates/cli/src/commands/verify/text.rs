@@ -173,15 +173,18 @@ pub(super) fn advice(verified: &Verified) -> (Option<String>, Option<&'static st
             .to_owned()
     };
     let has = |word: &str| report.damage.iter().any(|it| it.object.kind_word() == word);
+    // What is gone is stored again when it is met; what is damaged counts as
+    // stored as long as it lies there with its length.
+    let is_gone = |it: &Damage| it.what == "it is missing" || it.object.kind_word() == "index";
     let hint = if has("key") {
         "get the damaged key object from a copy of the repository: without any key nobody can \
          read it"
-    } else if has("pack") {
+    } else if report.damage.iter().all(is_gone) {
+        "`highwater backup VM -l full` stores again what the VM still holds, and what points \
+         share with it is whole again"
+    } else if has("pack") || has("index") {
         "put the object back from a copy of the repository if there is one; what is whole can be \
          restored; back the VM up into a new repository, for this one does not repair itself"
-    } else if has("index") {
-        "`highwater backup VM -l full` stores again what the VM still holds, and points that \
-         share it are whole again"
     } else {
         "the other restore points of the VM are not concerned; the next backup adds a complete one"
     };
