@@ -75,6 +75,7 @@ pub(crate) enum CliError {
         hint: String,
     },
     Hypervisor(HypervisorError),
+    Interrupted,
 }
 
 impl CliError {
@@ -114,6 +115,7 @@ impl CliError {
             }
             Self::NoSuchVm { error, .. } => chain(error.as_ref()),
             Self::Hypervisor(error) => chain(error),
+            Self::Interrupted => vec!["interrupted".to_owned()],
         }
     }
 }
@@ -212,6 +214,7 @@ pub(crate) fn advise(error: &CliError) -> Advice {
         }
         CliError::NoSuchVm { error, hint } => of_backup(error).hint(hint),
         CliError::Hypervisor(error) => of_hypervisor(error),
+        CliError::Interrupted => Advice::code(INTERRUPTED).state("nothing was changed"),
     }
 }
 

@@ -9,6 +9,7 @@ mod man;
 mod restore;
 mod show;
 mod stats;
+mod verify;
 
 use highwater_engine::repository::{Manifest, PointList, Repository};
 use highwater_engine::{PointError, PointRef, resolve};
@@ -31,6 +32,7 @@ pub(crate) fn run(args: Args, effective: &Effective) -> Result<u8, CliError> {
         Command::Config => config::run(&global, effective),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
+        Command::Verify(args) => verify::run(&global, &args),
     }
 }
 

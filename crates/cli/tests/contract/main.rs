@@ -15,6 +15,7 @@ mod hostile;
 mod output;
 mod settings;
 mod shelf;
+mod verify;
 
 use std::fs;
 

@@ -32,4 +32,5 @@ mod scene;
 mod shells;
 mod stress;
 mod support;
+mod verify;
 mod vms;
