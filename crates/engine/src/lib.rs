@@ -6,28 +6,37 @@
 mod backup;
 mod cancel;
 mod events;
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
+mod limiter;
 mod points;
 mod restore;
+mod verify;
 
 pub use backup::{
-    BackupContext, BackupError, BackupOptions, CopyError, DiskReport, Report, Status, Tuning,
-    backup,
+    BackupContext, BackupError, BackupOptions, CopyError, DiskEstimate, DiskReport, Estimate,
+    Report, Status, Tuning, backup, estimate,
 };
 pub use cancel::Cancel;
-pub use events::{DiskProgress, Event, Observer};
+pub use events::{DiskDone, DiskProgress, Event, Observer};
 pub use guard::{Connect, Guard, GuardError, Outcome, lock_path, serve};
+pub use limiter::Limiter;
 pub use points::{PointError, PointRef, resolve, select_vm};
 pub use restore::{
     Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,
 };
+
+pub use verify::{Subject, VerifyJob, verify};
 
 pub use highwater_plan::{Level, Refusal};
 
 /// The repository, as far as whoever wires the jobs up needs it.
 pub mod repository {
     pub use highwater_repo::{
-        Compression, DamagedPoint, ImageRoot, InitOptions, Manifest, PointList, RepoError,
-        RepoErrorKind, Repository, Secret, SecretKind, VmIdentity, WriterOptions,
+        Checked, Compression, Damage, DamagedPoint, HurtFile, HurtImage, HurtPoint, ImageRoot,
+        InitOptions, Manifest, PointList, Progress, RepoError, RepoErrorKind, Repository, Secret,
+        SecretKind, Storage, VerifyDepth, VerifyError, VerifyPhase, VerifyReport, VmIdentity,
+        WriterOptions,
     };
 }

@@ -15,6 +15,7 @@ use crate::objects::Objects;
 use crate::points::{self, PointList};
 use crate::seal::Cipher;
 use crate::secret::{self, DataKeys, Secret, SecretKind};
+use crate::stats::{self, Storage};
 use crate::wire::is_zero;
 use crate::writer::{Writer, WriterOptions};
 
@@ -30,7 +31,7 @@ pub struct InitOptions {
 /// An open repository; clones share everything.
 #[derive(Clone)]
 pub struct Repository {
-    objects: Arc<Objects>,
+    pub(crate) objects: Arc<Objects>,
 }
 
 /// An index file that cannot be used. The objects it showed are stored again
@@ -183,6 +184,23 @@ impl Repository {
             .collect()
     }
 
+    /// Returns what the repository stores, by kind.
+    pub fn storage(&self) -> Result<Storage, RepoError> {
+        stats::storage(&self.objects)
+    }
+
+    /// Merges small index files into larger ones where there are many of them,
+    /// so that neither opening nor looking up gets slower with the number of
+    /// backups; returns how many were merged.
+    ///
+    /// Little work each time, and seldom any. May be cut off anywhere, and run by
+    /// several processes at once, without a loss: the merged file is durable
+    /// before those that it replaces are deleted. Nobody waits for it, so call it
+    /// when nothing else is left to do.
+    pub fn merge_index(&self) -> Result<usize, RepoError> {
+        self.objects.index.merge()
+    }
+
     /// Starts writing.
     pub fn writer(&self, options: WriterOptions) -> Result<Writer, RepoError> {
         Writer::new(Arc::clone(&self.objects), &options)
@@ -239,7 +257,7 @@ fn read_config(store: &dyn Store) -> Result<Option<(Config, Vec<u8>)>, RepoError
     }
 }
 
-fn need_config(store: &dyn Store) -> Result<(Config, Vec<u8>), RepoError> {
+pub(crate) fn need_config(store: &dyn Store) -> Result<(Config, Vec<u8>), RepoError> {
     read_config(store)?.ok_or_else(|| {
         let what = format!("find a repository in {}", store.location());
         RepoError::new(RepoErrorKind::NoRepository, what)

@@ -430,6 +430,9 @@ fn read_items(
                 };
                 waiting.insert(item.seq, item.range);
                 waiting_bytes += item.range.len();
+                if let Some(limiter) = &disk.shared.limiter {
+                    limiter.take(item.range.len(), &|| disk.stopped());
+                }
                 first_asked.get_or_insert_with(Instant::now);
                 link.0
                     .submit_read(item.seq, item.range, buffer)

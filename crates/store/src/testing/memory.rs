@@ -141,7 +141,9 @@ struct MemUnfinished {
 
 impl Unfinished for MemUnfinished {
     fn append(&mut self, parts: &[&[u8]]) -> Result<(), StoreError> {
-        self.bytes.extend_from_slice(&parts.concat());
+        for part in parts {
+            self.bytes.extend_from_slice(part);
+        }
         Ok(())
     }
 
