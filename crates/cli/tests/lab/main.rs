@@ -19,6 +19,7 @@ mod matrix_shapes;
 mod matrix_sources;
 mod restore;
 mod saved;
+mod scale;
 mod stress;
 mod support;
 mod vms;
