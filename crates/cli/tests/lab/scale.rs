@@ -305,3 +305,26 @@ fn a_damaged_newest_manifest_costs_a_rescan_and_is_said() -> Result<()> {
     ensure!(mode(&bed.backup(&vm, &[])?, "vda") == "incremental");
     bed.assert_tidy(&vm, 1)
 }
+
+#[test]
+fn the_mark_of_a_disk_that_is_left_out_is_kept_however_often_it_is_left_out() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", GIB))
+        .disk(DiskSpec::qcow2("vdb", GIB))
+        .start()?;
+    bed.backup(&vm, &[])?;
+    for pattern in 1..4 {
+        vm.write("vdb", &format!("write -P {pattern} {pattern}M 1M"))?;
+        let report = bed.backup(&vm, &["-d", "vda"])?;
+        ensure!(mode(&report, "vda") == "incremental", "{report}");
+    }
+    let report = bed.backup(&vm, &[])?;
+    ensure!(mode(&report, "vdb") == "incremental", "{report}");
+    let dir = bed.restore(&point(&report), "restored", &[])?;
+    let now = reference(&bed, &vm, "vdb", "now.raw")?;
+    assert_same(&now, &dir.join("vdb.qcow2"))?;
+    bed.assert_tidy(&vm, 1)
+}
