@@ -181,8 +181,7 @@ impl Job<'_> {
             VmGate::EndLeftoverFirst(_) | VmGate::Busy => return Err(self.busy(&facts)),
             VmGate::WrongState => return Err(self.wrong_state(&facts)),
         }
-        let history = History::load(self.context.repo, &self.identity(), &facts)
-            .map_err(|source| BackupError::repository(&self.vm.name, source))?;
+        let history = self.history(&facts)?;
         let newest = history.committed.last().copied();
         self.point = PointId::new_after(self.context.clock.now(), newest);
         if self.tidy_marks(&facts, &history) {
@@ -192,6 +191,19 @@ impl Job<'_> {
         let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
         self.tell_plan(&facts, &planned)?;
         Ok((facts, history, planned))
+    }
+
+    fn history(&mut self, facts: &VmFacts) -> Result<History, BackupError> {
+        let is_wanted = |target: &str| observe::is_wanted(self.options, target);
+        let history = History::load(self.context.repo, &self.identity(), facts, &is_wanted)
+            .map_err(|source| BackupError::repository(&self.vm.name, source))?;
+        for (point, error) in &history.unreadable {
+            self.warn(format!(
+                "cannot use restore point {point}: {}",
+                report::chain(error).join(": ")
+            ));
+        }
+        Ok(history)
     }
 
     fn busy(&self, facts: &VmFacts) -> BackupError {

@@ -94,10 +94,12 @@ impl Wanted {
 impl Plan {
     fn make(objects: &Objects, wanted: &[(u64, ObjectId)]) -> Result<Self, RepoError> {
         let longest = record_len_max(objects.config.chunk_size.len());
-        let mut packs: Vec<Place> = Vec::new();
-        let mut numbers: HashMap<[u8; 32], usize> = HashMap::new();
+        let mut packs = Packs::default();
         let mut records = Vec::with_capacity(wanted.len());
-        for (tag, id) in wanted {
+        // In the order of the index, so that each of its blocks is read once.
+        let mut by_id: Vec<&(u64, ObjectId)> = wanted.iter().collect();
+        by_id.sort_unstable_by_key(|(_, id)| id);
+        for (tag, id) in by_id {
             let place = objects.index.need(id)?;
             let record = place.record;
             let record_len = narrow(record.record_len.into()).unwrap_or(usize::MAX);
@@ -105,20 +107,18 @@ impl Plan {
                 let flaw = Flaw("the index shows an impossible place");
                 return Err(RepoError::damaged(format!("find object {id}"), flaw));
             }
-            let pack = *numbers.entry(place.pack_id).or_insert_with(|| {
-                packs.push(place);
-                packs.len().saturating_sub(1)
-            });
             records.push(Wanted {
-                pack,
+                pack: packs.number_of(place, *tag),
                 record,
                 tag: *tag,
             });
         }
-        records.sort_unstable_by_key(|wanted| (wanted.pack, wanted.record.offset));
+        let ranks = packs.ranks();
+        records
+            .sort_unstable_by_key(|wanted| (ranks.get(wanted.pack).copied(), wanted.record.offset));
         let reads = group(&records);
         Ok(Self {
-            packs,
+            packs: packs.places,
             records,
             reads,
         })
@@ -133,6 +133,43 @@ impl Plan {
             record: wanted.record,
             ..*pack
         }
+    }
+}
+
+/// The packs of a plan, in the order in which they were met.
+#[derive(Default)]
+struct Packs {
+    places: Vec<Place>,
+    first_tags: Vec<u64>,
+    numbers: HashMap<[u8; 32], usize>,
+}
+
+impl Packs {
+    fn number_of(&mut self, place: Place, tag: u64) -> usize {
+        let next = self.places.len();
+        let number = *self.numbers.entry(place.pack_id).or_insert(next);
+        if number == next {
+            self.places.push(place);
+            self.first_tags.push(tag);
+        }
+        if let Some(first) = self.first_tags.get_mut(number) {
+            *first = tag.min(*first);
+        }
+        number
+    }
+
+    /// Returns, for each pack, when it is its turn: as its first chunk lies in
+    /// the image, so that a fresh image is written nearly from first to last.
+    fn ranks(&self) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..self.places.len()).collect();
+        order.sort_unstable_by_key(|number| self.first_tags.get(*number));
+        let mut ranks = vec![0; order.len()];
+        for (rank, number) in order.into_iter().enumerate() {
+            if let Some(slot) = ranks.get_mut(number) {
+                *slot = rank;
+            }
+        }
+        ranks
     }
 }
 

@@ -199,7 +199,10 @@ impl LocalStore {
                     } else {
                         String::new()
                     };
-                    self.list_folder(kind, &entry.path(), &above, prefix, &mut found)?;
+                    // The points of other VMs may be many.
+                    if above.starts_with(prefix) || prefix.starts_with(&above) {
+                        self.list_folder(kind, &entry.path(), &above, prefix, &mut found)?;
+                    }
                 }
             }
             _ => {

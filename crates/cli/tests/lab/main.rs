@@ -28,6 +28,7 @@ mod output;
 mod people;
 mod restore;
 mod saved;
+mod scale;
 mod scene;
 mod shells;
 mod stress;

@@ -7,7 +7,7 @@ use highwater_hypervisor::{ChainLink, CheckpointFacts, VmFacts};
 use highwater_model::PointId;
 use highwater_plan::{DiskPlan, VmGate, gate};
 
-use super::observe::{self, History, PlannedDisk};
+use super::observe::{self, PlannedDisk};
 use super::settle::Tidying;
 use super::{BackupContext, BackupError, BackupOptions, Job, record};
 use crate::Event;
@@ -61,7 +61,7 @@ pub fn estimate(
         .map_err(|source| BackupError::observe(vm_name, source))?;
     context.observer.event(&Event::Started { vm: &vm.name });
     let now = context.clock.now();
-    let job = Job {
+    let mut job = Job {
         context,
         options,
         vm: &vm,
@@ -88,8 +88,7 @@ pub fn estimate(
     if let VmGate::WrongState = gate(observe::vm_state(&facts), observe::job_view(&facts)) {
         return Err(job.wrong_state(&facts));
     }
-    let history = History::load(context.repo, &job.identity(), &facts)
-        .map_err(|source| BackupError::repository(&vm.name, source))?;
+    let history = job.history(&facts)?;
     let tidying = Tidying::of(context.repo.id(), &facts, &history);
     foresee(tidying, &mut facts, &mut would_heal);
     job.check_wanted_disks(&facts)?;

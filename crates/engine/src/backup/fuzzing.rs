@@ -23,7 +23,7 @@ pub(crate) fn manifest(json: &[u8]) {
         return;
     };
     let facts = facts(&manifest);
-    let Ok(history) = History::load(&repo, &manifest.vm, &facts) else {
+    let Ok(history) = History::load(&repo, &manifest.vm, &facts, &|_| true) else {
         return;
     };
     for level in [Level::Auto, Level::Incremental, Level::Differential] {

@@ -32,6 +32,8 @@ pub(super) struct History {
     pub(super) smallest: BTreeMap<String, u64>,
     /// Disks that are in some point.
     seen: BTreeSet<String>,
+    /// Points whose manifest cannot be read, and why.
+    pub(super) unreadable: Vec<(PointId, RepoError)>,
 }
 
 /// A disk's parent as the manifest tells it.
@@ -43,29 +45,38 @@ pub(super) struct ParentRecord {
 }
 
 impl History {
-    /// Reads manifests from the newest on until every disk's parent is known,
-    /// so that the cost does not grow with the number of points.
+    /// Reads manifests from the newest on until the parent of every disk that
+    /// needs one is known, so that the cost does not grow with the number of points.
     pub(super) fn load(
         repo: &Repository,
         vm: &VmIdentity,
         facts: &VmFacts,
+        is_wanted: &dyn Fn(&str) -> bool,
     ) -> Result<Self, RepoError> {
         let mut history = Self::default();
         let points = repo.point_ids(vm)?;
         history.committed = points.iter().copied().collect();
+        // A disk that is left out needs a parent only as long as it has a mark
+        // to be kept; without this, one that was never backed up would have
+        // every manifest read, each time.
+        let needs_parent = |disk: &&DiskFacts| is_wanted(&disk.target) || has_mark_of(disk, repo);
+        let disks: Vec<&DiskFacts> = facts.disks.iter().filter(needs_parent).collect();
         for point in points.into_iter().rev() {
-            if history.newest.is_some() && facts.disks.iter().all(|disk| history.settles(disk)) {
+            if history.newest.is_some() && disks.iter().all(|disk| history.settles(disk)) {
                 break;
             }
             // A manifest that cannot be read proves nothing, so it is nobody's
-            // parent; `verify` is where its damage is reported.
+            // parent.
             match repo.manifest(vm, point) {
                 Ok(manifest) => history.take(point, &manifest),
                 Err(error)
                     if matches!(
                         error.kind(),
                         RepoErrorKind::Damaged | RepoErrorKind::NewerFormat
-                    ) => {}
+                    ) =>
+                {
+                    history.unreadable.push((point, error));
+                }
                 // A store that does not answer says nothing about the
                 // manifest: going on would give up marks that are needed.
                 Err(error) => return Err(error),
@@ -129,6 +140,18 @@ impl PlannedDisk {
     }
 }
 
+fn has_mark_of(disk: &DiskFacts, repo: &Repository) -> bool {
+    let name = |bitmap: &BitmapFacts| bitmap.name.parse::<MarkName>();
+    let mut marks = disk.bitmaps.iter().filter_map(|bitmap| name(bitmap).ok());
+    marks.any(|mark| mark.is_of(repo.id()))
+}
+
+/// Returns whether the user wants this disk.
+pub(super) fn is_wanted(options: &BackupOptions, target: &str) -> bool {
+    let is_in = |list: &[String]| list.iter().any(|it| it == target);
+    (options.only_disks.is_empty() || is_in(&options.only_disks)) && !is_in(&options.without_disks)
+}
+
 /// Plans every disk the user wants.
 pub(super) fn plan_disks(
     repo: &Repository,
@@ -136,10 +159,7 @@ pub(super) fn plan_disks(
     facts: &VmFacts,
     history: &History,
 ) -> Vec<PlannedDisk> {
-    let wanted = |disk: &&DiskFacts| {
-        (options.only_disks.is_empty() || options.only_disks.contains(&disk.target))
-            && !options.without_disks.contains(&disk.target)
-    };
+    let wanted = |disk: &&DiskFacts| is_wanted(options, &disk.target);
     facts
         .disks
         .iter()
