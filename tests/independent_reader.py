@@ -116,12 +116,12 @@ class Repository:
         packs_at, blocks = 64 + 32 * s_count, -(-r_count // 84)
         firsts_at = packs_at + 48 * p_count
         blocks_at = firsts_at + 8 * blocks + 8 * -(-10 * r_count // 64)
-        known = (b"HWINDX\1\0", bytes(8), blocks_at + 4096 * blocks)
-        need((magic, data[56:64], len(data)) == known, f"index/{name}: unknown format or length")
+        known = (bytes(8), blocks_at + 4096 * blocks)
+        need(magic in (b"HWINDX\1\0", b"HWINDX\2\0") and (data[56:64], len(data)) == known, f"index/{name}: unknown format or length")
         tables = data[:24] + data[64:blocks_at]
         need(blake3(tables).digest() == data[24:56], f"index/{name}: damaged tables")
         packs = [unpack_from("<32sQB", data, packs_at + 48 * n) for n in range(p_count)]
-        rows, last = [], b""
+        rows, last = [], (b"", 0, 0)
         for number in range(blocks):
             at, first_at = blocks_at + 4096 * number, firsts_at + 8 * number
             block = data[at:at + 4096]
@@ -129,8 +129,11 @@ class Repository:
                  and block[:8] == data[first_at:first_at + 8], f"index/{name}: damaged block")
             for row in range(min(84, r_count - 84 * number)):
                 id_, pack_number, *place = unpack_from("<32sIIII", block, 48 * row)
-                need(last < id_ and pack_number < p_count, f"index/{name}: bad row")
-                rows.append((last := id_, packs[pack_number], place))
+                this = (id_, pack_number, place[0])
+                need(last < this and pack_number < p_count
+                     and (magic[6] == 2 or last[0] < id_), f"index/{name}: bad row")
+                rows.append((id_, packs[pack_number], place))
+                last = this
         return {data[n:n + 32].hex() for n in range(64, packs_at, 32)}, rows
 
     @cached_property

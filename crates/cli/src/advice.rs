@@ -13,6 +13,7 @@ pub(crate) const DONE: u8 = 0;
 pub(crate) const FAILED: u8 = 1;
 pub(crate) const USAGE: u8 = 2;
 pub(crate) const SOME_FAILED: u8 = 3;
+pub(crate) const WARNED: u8 = 4;
 pub(crate) const NO_REPOSITORY: u8 = 10;
 pub(crate) const BUSY: u8 = 11;
 pub(crate) const WRONG_KEY: u8 = 12;
@@ -26,7 +27,22 @@ pub(crate) enum CliError {
         message: String,
         hint: String,
     },
+    /// What was typed is no command of ours.
+    CommandLine {
+        reason: String,
+        hint: String,
+    },
+    /// A configuration file that cannot be used.
+    Config {
+        path: PathBuf,
+        reason: String,
+        hint: Option<String>,
+    },
     Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    Write {
         path: PathBuf,
         source: std::io::Error,
     },
@@ -42,6 +58,22 @@ pub(crate) enum CliError {
     Repo(RepoError),
     Store(StoreError),
     Point(PointError),
+    /// A point that was not found, though a VM has the whole text as its name.
+    PointOrVm {
+        error: PointError,
+        vm: String,
+        uuid: Option<String>,
+    },
+    /// A VM without points, and one with a name that is nearly the same.
+    PointNear {
+        error: PointError,
+        name: String,
+    },
+    /// A VM that was not found, and what the names of others are.
+    NoSuchVm {
+        error: Box<BackupError>,
+        hint: String,
+    },
     Hypervisor(HypervisorError),
     Interrupted,
 }
@@ -57,6 +89,15 @@ impl CliError {
         let one = |message: String, source: &dyn Error| vec![message, source.to_string()];
         match self {
             Self::Usage { message, .. } => vec![message.clone()],
+            Self::CommandLine { reason, .. } => vec![
+                "cannot understand the command line".to_owned(),
+                reason.clone(),
+            ],
+            Self::Config { path, reason, .. } => vec![
+                format!("cannot use configuration {}", path.display()),
+                reason.clone(),
+            ],
+            Self::Write { path, source } => one(format!("cannot write {}", path.display()), source),
             Self::Read { path, source } => one(format!("cannot read {}", path.display()), source),
             Self::PasswordCommand { reason } => {
                 vec![
@@ -69,7 +110,10 @@ impl CliError {
             Self::Backup(error) => chain(error.as_ref()),
             Self::Restore(error) => chain(error.as_ref()),
             Self::Store(error) => chain(error),
-            Self::Point(error) => chain(error),
+            Self::Point(error) | Self::PointOrVm { error, .. } | Self::PointNear { error, .. } => {
+                chain(error)
+            }
+            Self::NoSuchVm { error, .. } => chain(error.as_ref()),
             Self::Hypervisor(error) => chain(error),
             Self::Interrupted => vec!["interrupted".to_owned()],
         }
@@ -140,16 +184,35 @@ impl Advice {
 /// Returns what to do about an error.
 pub(crate) fn advise(error: &CliError) -> Advice {
     match error {
-        CliError::Usage { hint, .. } => Advice::code(USAGE).hint(hint),
-        CliError::Read { .. } | CliError::PasswordCommand { .. } | CliError::Output { .. } => {
-            Advice::code(FAILED)
+        CliError::Usage { hint, .. } | CliError::CommandLine { hint, .. } => {
+            Advice::code(USAGE).hint(hint)
         }
+        CliError::Config { hint, .. } => Advice {
+            hint: hint.clone(),
+            ..Advice::code(USAGE)
+        },
+        CliError::Read { .. }
+        | CliError::Write { .. }
+        | CliError::PasswordCommand { .. }
+        | CliError::Output { .. } => Advice::code(FAILED),
         CliError::Init(error) => of_init(error),
         CliError::Backup(error) => of_backup(error),
         CliError::Restore(error) => of_restore(error),
         CliError::Repo(error) => of_repo(error),
         CliError::Store(error) => of_store(error),
         CliError::Point(error) => of_point(error),
+        CliError::PointNear { error, name } => of_point(error).hint(format!(
+            "did you mean `{name}`? See `highwater list` for VMs with restore points"
+        )),
+        CliError::PointOrVm { error, vm, uuid } => {
+            let uuid = uuid.as_ref().map(|it| format!(" or `uuid:{it}`"));
+            of_point(error).hint(format!(
+                "the text is split at its last `@` or `~`; VM `{vm}` is written `{vm}@latest`{}, \
+                 a restore point of it `id:ID`",
+                uuid.unwrap_or_default()
+            ))
+        }
+        CliError::NoSuchVm { error, hint } => of_backup(error).hint(hint),
         CliError::Hypervisor(error) => of_hypervisor(error),
         CliError::Interrupted => Advice::code(INTERRUPTED).state("nothing was changed"),
     }
@@ -160,7 +223,7 @@ fn of_init(error: &RepoError) -> Advice {
     match error.kind() {
         RepoErrorKind::AlreadyExists => Advice::code(FAILED)
             .state(untouched)
-            .hint("a repository is there already: use it, or choose another place"),
+            .hint("use it as it is, or choose another place"),
         _ => of_repo(error).state(untouched),
     }
 }
@@ -187,6 +250,9 @@ fn of_store(error: &StoreError) -> Advice {
     match error.kind() {
         StoreErrorKind::NotFound => {
             Advice::code(NO_REPOSITORY).hint("check the path of the repository")
+        }
+        StoreErrorKind::BadLocation => {
+            Advice::code(USAGE).hint("a repository is a directory: write /path or file:///path")
         }
         _ => Advice::code(FAILED),
     }
@@ -246,9 +312,9 @@ fn of_backup(error: &BackupError) -> Advice {
             .state(NO_POINT)
             .hint(format!("its disks are: {}", known.join(", "))),
         BackupError::DiskCannot { .. } => Advice::code(USAGE).state(NO_POINT),
-        BackupError::NoDisks { .. } => Advice::code(FAILED)
-            .state(NO_POINT)
-            .hint("see `virsh domblklist` for its disks"),
+        BackupError::NoDisks { vm } => Advice::code(FAILED).state(NO_POINT).hint(format!(
+            "see `virsh domblklist {vm}` for its disks, and what -d and -x leave of them"
+        )),
         BackupError::Refused { refusal, vm, disk } => Advice::code(FAILED)
             .state(NO_POINT)
             .hint(refusal_hint(*refusal, vm, disk)),

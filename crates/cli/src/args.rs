@@ -3,6 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use highwater_engine::repository::Compression;
+
+use crate::values;
 
 /// Backup, recovery and instant restore for QEMU/KVM virtual machines.
 #[derive(Debug, Parser)]
@@ -22,6 +25,13 @@ pub(crate) struct Args {
 #[derive(Debug, ClapArgs)]
 #[command(next_help_heading = "Global options")]
 pub(crate) struct Global {
+    /// Configuration file instead of /etc/highwater/config.toml and
+    /// ~/.config/highwater/config.toml [env: HIGHWATER_CONFIG]
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// Use the settings of [profile.NAME] in the configuration [env: HIGHWATER_PROFILE]
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) profile: Option<String>,
     /// Repository: a path or file:// URL [env: HIGHWATER_REPO]
     #[arg(short, long, global = true, value_name = "URL")]
     pub(crate) repo: Option<String>,
@@ -42,15 +52,51 @@ pub(crate) struct Global {
     /// Key file of a repository made with --encryption keyfile [env: HIGHWATER_KEY_FILE]
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) key_file: Option<PathBuf>,
-    /// Print one JSON document instead of text
-    #[arg(long, global = true)]
-    pub(crate) json: bool,
+    /// Print JSON instead of text: one document, or one line per event
+    #[arg(
+        long = "json",
+        global = true,
+        value_enum,
+        value_name = "STYLE",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "document"
+    )]
+    pub(crate) json_style: Option<JsonStyle>,
     /// Print errors and warnings only
-    #[arg(short, long, global = true)]
+    #[arg(short, long, global = true, conflicts_with = "verbose")]
     pub(crate) quiet: bool,
-    /// Show plain lines instead of progress bars
+    /// Tell more: the plan, the point in time, what is read and stored
+    #[arg(short, long, global = true)]
+    pub(crate) verbose: bool,
+    /// Show no progress while something runs
     #[arg(long, global = true)]
     pub(crate) no_progress: bool,
+    /// Exit with 4 if there was a warning
+    #[arg(long, global = true)]
+    pub(crate) strict: bool,
+    /// Whether any JSON is wanted.
+    #[arg(skip)]
+    pub(crate) json: bool,
+    /// What the configuration says about secrets; flags and environment go first.
+    #[arg(skip)]
+    pub(crate) configured: ConfiguredSecrets,
+}
+
+/// Where the configuration says that secrets come from.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct ConfiguredSecrets {
+    pub(crate) password_file: Option<PathBuf>,
+    pub(crate) password_command: Option<String>,
+    pub(crate) key_file: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum JsonStyle {
+    /// One document at the end
+    Document,
+    /// One line per event
+    Events,
 }
 
 #[derive(Debug, Subcommand)]
@@ -66,6 +112,15 @@ pub(crate) enum Command {
     Show(Show),
     /// Restore disks of a restore point
     Restore(Restore),
+    /// Show what the repository holds and what it saves
+    Stats,
+    /// Show the effective settings and where each comes from
+    Config,
+    /// Print the completions of a shell
+    Completions(Completions),
+    /// Write the manual pages into a directory
+    #[command(hide = true)]
+    Man(Man),
     /// Check that the repository is whole and every restore point can be read
     #[command(visible_alias = "check")]
     Verify(Verify),
@@ -77,7 +132,7 @@ pub(crate) struct Init {
     #[arg(long, value_enum)]
     pub(crate) encryption: Option<Encryption>,
     /// Chunk size, a power of two from 64KiB to 4MiB
-    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = chunk_size)]
+    #[arg(long, value_name = "SIZE", default_value = "64KiB", value_parser = values::chunk_size)]
     pub(crate) chunk_size: highwater_model::ChunkSize,
 }
 
@@ -112,9 +167,9 @@ pub(crate) struct Backup {
     /// Leave this disk out (may be repeated)
     #[arg(short = 'x', long = "exclude", value_name = "DISK")]
     pub(crate) exclude: Vec<String>,
-    /// Freeze the guest's file systems through its agent
-    #[arg(long, value_enum, default_value_t = Quiesce::Try)]
-    pub(crate) quiesce: Quiesce,
+    /// Freeze the guest's file systems through its agent [default: try]
+    #[arg(long, value_enum)]
+    pub(crate) quiesce: Option<Quiesce>,
     /// Freeze only this mount point (may be repeated)
     #[arg(long = "freeze-mountpoint", value_name = "PATH")]
     pub(crate) freeze_mountpoints: Vec<String>,
@@ -124,14 +179,23 @@ pub(crate) struct Backup {
     /// Threads that hash and compress [default: number of cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) workers: Option<u16>,
-    /// Compression: zstd[:N], lz4 or none
-    #[arg(long, value_name = "METHOD", default_value = "zstd", value_parser = compression)]
-    pub(crate) compression: highwater_engine::repository::Compression,
+    /// Compression: zstd[:N], lz4 or none [default: zstd]
+    #[arg(long, value_name = "METHOD", value_parser = values::compression)]
+    pub(crate) compression: Option<Compression>,
+    /// Make no restore point if less than this is dirty
+    #[arg(long, value_name = "SIZE", value_parser = values::size)]
+    pub(crate) threshold: Option<u64>,
+    /// Read no faster than this many bytes per second, such as 50MiB
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    pub(crate) limit: Option<u64>,
+    /// Tell what a backup would read, and change nothing
+    #[arg(long)]
+    pub(crate) estimate: bool,
     /// Tag to keep with the restore point (may be repeated)
-    #[arg(long = "tag", value_name = "TAG")]
+    #[arg(long = "tag", value_name = "TAG", value_parser = values::label)]
     pub(crate) tags: Vec<String>,
-    /// Group to keep with the restore point
-    #[arg(long, value_name = "NAME")]
+    /// Group to keep with the restore point, the same for all VMs of the call
+    #[arg(long, value_name = "NAME", value_parser = values::label)]
     pub(crate) group: Option<String>,
 }
 
@@ -166,6 +230,26 @@ pub(crate) struct List {
     /// List the restore points of all VMs
     #[arg(long)]
     pub(crate) all: bool,
+    /// Only points with this tag (may be repeated: with all of them)
+    #[arg(long = "tag", value_name = "TAG")]
+    pub(crate) tags: Vec<String>,
+    /// Only points of this group
+    #[arg(long, value_name = "NAME")]
+    pub(crate) group: Option<String>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Completions {
+    /// Shell
+    #[arg(value_enum)]
+    pub(crate) shell: clap_complete::Shell,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Man {
+    /// Directory, which exists
+    #[arg(value_name = "DIR")]
+    pub(crate) dir: PathBuf,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -189,6 +273,9 @@ pub(crate) struct Restore {
     /// Image format [default: the source's]
     #[arg(long, value_enum)]
     pub(crate) format: Option<Format>,
+    /// Restore no faster than this many bytes per second, such as 50MiB
+    #[arg(long, value_name = "RATE", value_parser = values::rate)]
+    pub(crate) limit: Option<u64>,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -210,30 +297,6 @@ pub(crate) enum Format {
     Qcow2,
     /// Raw, sparse
     Raw,
-}
-
-fn chunk_size(text: &str) -> Result<highwater_model::ChunkSize, String> {
-    let bytes = highwater_model::parse_size(text).ok_or_else(|| "not a size".to_owned())?;
-    highwater_model::ChunkSize::new(bytes).map_err(|error| error.to_string())
-}
-
-fn compression(text: &str) -> Result<highwater_engine::repository::Compression, String> {
-    use highwater_engine::repository::Compression;
-    match text {
-        "none" => Ok(Compression::None),
-        "lz4" => Ok(Compression::Lz4),
-        // Level 3 is zstd's own default; here level 1 keeps up with a disk.
-        "zstd" => Ok(Compression::Zstd(1)),
-        _ => {
-            let level = text
-                .strip_prefix("zstd:")
-                .and_then(|level| level.parse().ok());
-            level
-                .filter(|level| (1..=19).contains(level))
-                .map(Compression::Zstd)
-                .ok_or_else(|| "use zstd, zstd:1 to zstd:19, lz4 or none".to_owned())
-        }
-    }
 }
 
 #[cfg(test)]

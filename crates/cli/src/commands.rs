@@ -1,21 +1,26 @@
 //! One file per command.
 
 mod backup;
+mod completions;
+mod config;
 mod init;
 mod list;
+mod man;
 mod restore;
 mod show;
+mod stats;
 mod verify;
 
 use highwater_engine::repository::{Manifest, PointList, Repository};
-use highwater_engine::{PointRef, resolve};
+use highwater_engine::{PointError, PointRef, resolve};
 
 use crate::advice::CliError;
 use crate::args::{Args, Command};
-use crate::{output, times};
+use crate::effective::Effective;
+use crate::{nearest, output, times};
 
 /// Runs what was typed; returns the exit code.
-pub(crate) fn run(args: Args) -> Result<u8, CliError> {
+pub(crate) fn run(args: Args, effective: &Effective) -> Result<u8, CliError> {
     let global = args.global;
     match args.command {
         Command::Init(args) => init::run(&global, &args),
@@ -23,6 +28,10 @@ pub(crate) fn run(args: Args) -> Result<u8, CliError> {
         Command::List(args) => list::run(&global, &args),
         Command::Show(args) => show::run(&global, &args),
         Command::Restore(args) => restore::run(&global, &args),
+        Command::Stats => stats::run(&global),
+        Command::Config => config::run(&global, effective),
+        Command::Completions(args) => completions::run(&args),
+        Command::Man(args) => man::run(&args),
         Command::Verify(args) => verify::run(&global, &args),
     }
 }
@@ -31,7 +40,7 @@ pub(crate) fn run(args: Args) -> Result<u8, CliError> {
 fn all_points(repo: &Repository) -> Result<PointList, CliError> {
     let list = repo.points()?;
     for damaged in &list.damaged {
-        output::talk(&format!("warning: {}", damage_line(damaged)));
+        output::warn(&damage_line(damaged));
     }
     Ok(list)
 }
@@ -47,8 +56,38 @@ fn damage_line(damaged: &highwater_engine::repository::DamagedPoint) -> String {
 
 /// Finds the point that `text` means.
 fn find_point<'a>(points: &'a [Manifest], text: &str) -> Result<&'a Manifest, CliError> {
-    let wanted = PointRef::parse(text, &times::parse)?;
-    Ok(resolve(points, &wanted, text)?)
+    let found =
+        PointRef::parse(text, &times::parse).and_then(|wanted| resolve(points, &wanted, text));
+    found.map_err(|error| no_point(points, text, error))
+}
+
+/// Tells people who named a VM whose name holds `@` or `~`, or who mistyped
+/// one, what to write instead.
+fn no_point(points: &[Manifest], text: &str, error: PointError) -> CliError {
+    let whole = points.iter().rev().find(|point| point.vm.name == text);
+    match whole {
+        Some(point) if text.contains(['@', '~']) => CliError::PointOrVm {
+            error,
+            vm: point.vm.name.clone(),
+            uuid: point.vm.uuid.clone(),
+        },
+        _ => unknown_vm(points, error),
+    }
+}
+
+/// Adds the name that was probably meant to an error about one that is not there.
+fn unknown_vm(points: &[Manifest], error: PointError) -> CliError {
+    let PointError::NoSuchVm(typed) = &error else {
+        return CliError::Point(error);
+    };
+    let names = points.iter().map(|point| point.vm.name.as_str());
+    match nearest::to(typed, names) {
+        Some(name) => CliError::PointNear {
+            name: name.to_owned(),
+            error,
+        },
+        None => CliError::Point(error),
+    }
 }
 
 /// The first characters of an id that people type; ids of one repository that

@@ -1,5 +1,11 @@
 //! Every environment variable the program reads, in one place.
 
+/// A configuration file; empty for none.
+pub(crate) const CONFIG: &str = "HIGHWATER_CONFIG";
+/// Name of a profile of the configuration.
+pub(crate) const PROFILE: &str = "HIGHWATER_PROFILE";
+/// The hypervisor's URI.
+pub(crate) const CONNECT: &str = "HIGHWATER_CONNECT";
 /// The repository's URL.
 pub(crate) const REPO: &str = "HIGHWATER_REPO";
 /// The passphrase itself.

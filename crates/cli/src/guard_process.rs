@@ -17,7 +17,7 @@ use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
 use rustix::fd::AsFd as _;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
-use crate::{env, settings};
+use crate::{env, secrets, settings};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
@@ -26,10 +26,13 @@ const NAME: &str = "highwater-guard";
 pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
     let (ours, theirs) = UnixStream::pair().map_err(|source| cannot_start(&source))?;
     let (lifeline, cutter) = UnixStream::pair().map_err(|source| cannot_start(&source))?;
+    // The guard never opens the repository.
+    secrets::keep_descriptor();
     Command::new("/proc/self/exe")
         .arg0(NAME)
-        // The guard never opens the repository.
         .env_remove(env::PASSWORD)
+        .env_remove(env::PASSWORD_COMMAND)
+        .env_remove(env::PASSWORD_FD)
         .stdin(Stdio::from(OwnedFd::from(theirs)))
         .stdout(Stdio::from(OwnedFd::from(cutter)))
         .stderr(Stdio::null())

@@ -6,14 +6,42 @@
 )]
 
 use highwater_engine::repository::Manifest;
-use highwater_engine::{DiskReport, Report, RestoreReport, Status};
+use highwater_engine::{DiskReport, Estimate, Report, RestoreReport, Status};
 use serde::Serialize;
 
 use crate::advice::Advice;
+use crate::effective::{self, Effective};
+use crate::stats;
 use crate::times;
 
 /// Version of all documents.
-const SCHEMA: u32 = 1;
+pub(crate) const SCHEMA: u32 = 1;
+
+/// A document as the line of a stream of events.
+#[derive(Debug, Serialize)]
+pub(crate) struct Line<'a, T> {
+    pub(crate) event: &'static str,
+    #[serde(flatten)]
+    pub(crate) body: &'a T,
+}
+
+/// The last line of a stream of events.
+#[derive(Debug, Serialize)]
+pub(crate) struct End {
+    event: &'static str,
+    schema: u32,
+    exit_code: u8,
+}
+
+impl End {
+    pub(crate) const fn new(exit_code: u8) -> Self {
+        Self {
+            event: "end",
+            schema: SCHEMA,
+            exit_code,
+        }
+    }
+}
 
 /// A backup of one VM.
 #[derive(Debug, Serialize)]
@@ -21,9 +49,9 @@ pub(crate) struct Backup {
     schema: u32,
     vm: String,
     vm_uuid: Option<String>,
-    point: String,
+    point: Option<String>,
     status: &'static str,
-    consistency: String,
+    consistency: Option<String>,
     disks: Vec<BackupDisk>,
     healed: Vec<String>,
     warnings: Vec<String>,
@@ -40,6 +68,7 @@ struct BackupDisk {
     read_bytes: u64,
     stored_bytes: u64,
     root: Option<String>,
+    seconds: f64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     because: Vec<String>,
 }
@@ -50,10 +79,11 @@ impl Backup {
             schema: SCHEMA,
             vm: report.vm.clone(),
             vm_uuid: report.vm_uuid.clone(),
-            point: report.point.to_string(),
+            point: report.point.map(|point| point.to_string()),
             status: match report.status {
                 Status::Ok => "ok",
                 Status::Partial => "partial",
+                Status::BelowThreshold => "below-threshold",
             },
             consistency: report.consistency.clone(),
             disks: report.disks.iter().map(backup_disk).collect(),
@@ -74,7 +104,59 @@ fn backup_disk(disk: &DiskReport) -> BackupDisk {
         read_bytes: disk.read_bytes,
         stored_bytes: disk.stored_bytes,
         root: disk.root.clone(),
+        seconds: seconds(disk.elapsed),
         because: disk.failure.clone(),
+    }
+}
+
+/// What a backup of one VM would do.
+#[derive(Debug, Serialize)]
+pub(crate) struct Estimated {
+    schema: u32,
+    vm: String,
+    vm_uuid: Option<String>,
+    status: &'static str,
+    disks: Vec<EstimatedDisk>,
+    dirty_bytes: u64,
+    read_bytes: u64,
+    below_threshold: bool,
+    would_heal: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct EstimatedDisk {
+    disk: String,
+    mode: &'static str,
+    reason: Option<&'static str>,
+    size_bytes: u64,
+    dirty_bytes: u64,
+    read_bytes: u64,
+}
+
+impl Estimated {
+    pub(crate) fn new(estimate: &Estimate) -> Self {
+        Self {
+            schema: SCHEMA,
+            vm: estimate.vm.clone(),
+            vm_uuid: estimate.vm_uuid.clone(),
+            status: "estimate",
+            dirty_bytes: estimate.disks.iter().map(|disk| disk.dirty_bytes).sum(),
+            read_bytes: estimate.disks.iter().map(|disk| disk.read_bytes).sum(),
+            below_threshold: estimate.below_threshold,
+            would_heal: estimate.would_heal.clone(),
+            disks: estimate
+                .disks
+                .iter()
+                .map(|disk| EstimatedDisk {
+                    disk: disk.disk.clone(),
+                    mode: disk.mode,
+                    reason: disk.reason,
+                    size_bytes: disk.size_bytes,
+                    dirty_bytes: disk.dirty_bytes,
+                    read_bytes: disk.read_bytes,
+                })
+                .collect(),
+        }
     }
 }
 
@@ -112,6 +194,7 @@ impl Failure {
 #[serde(untagged)]
 pub(crate) enum OneOfSeveral {
     Done(Backup),
+    Estimated(Estimated),
     Failed(Failure),
 }
 
@@ -147,6 +230,110 @@ impl Created {
             repository,
             encrypted,
             chunk_bytes,
+        }
+    }
+}
+
+/// What a repository holds.
+#[derive(Debug, Serialize)]
+pub(crate) struct Stats {
+    schema: u32,
+    repository: String,
+    encrypted: bool,
+    chunk_bytes: u64,
+    points: usize,
+    logical_bytes: u64,
+    unique_bytes: u64,
+    unique_is_exact: bool,
+    stored_bytes: u64,
+    stored: StoredBytes,
+    compression_ratio: Option<f64>,
+    dedup_ratio: Option<f64>,
+    saving_ratio: Option<f64>,
+    vms: Vec<StatsOfVm>,
+}
+
+#[derive(Debug, Serialize)]
+struct StoredBytes {
+    chunks: u64,
+    pages: u64,
+    index: u64,
+    manifests: u64,
+    other: u64,
+    unindexed: u64,
+}
+
+#[derive(Debug, Serialize)]
+struct StatsOfVm {
+    vm: String,
+    vm_uuid: Option<String>,
+    points: usize,
+    first_taken_at: String,
+    latest_taken_at: String,
+    size_bytes: u64,
+    logical_bytes: u64,
+    read_bytes: u64,
+    stored_bytes: u64,
+}
+
+impl Stats {
+    pub(crate) fn new(stats: &stats::Stats) -> Self {
+        let storage = &stats.storage;
+        Self {
+            schema: SCHEMA,
+            repository: stats.id.clone(),
+            encrypted: stats.encrypted,
+            chunk_bytes: stats.chunk_bytes,
+            points: stats.points,
+            logical_bytes: stats.logical_bytes,
+            unique_bytes: storage.chunks.plain_bytes,
+            unique_is_exact: storage.is_exact,
+            stored_bytes: storage.total_bytes(),
+            stored: StoredBytes {
+                chunks: storage.chunks.stored_bytes,
+                pages: storage.pages.stored_bytes,
+                index: storage.index_bytes,
+                manifests: storage.manifest_bytes,
+                other: storage.other_bytes,
+                unindexed: storage.unindexed_bytes,
+            },
+            compression_ratio: stats.compression(),
+            dedup_ratio: stats.dedup(),
+            saving_ratio: stats.saving(),
+            vms: stats
+                .vms
+                .iter()
+                .map(|vm| StatsOfVm {
+                    vm: vm.vm.clone(),
+                    vm_uuid: vm.vm_uuid.clone(),
+                    points: vm.points,
+                    first_taken_at: vm.first.clone(),
+                    latest_taken_at: vm.latest.clone(),
+                    size_bytes: vm.size_bytes,
+                    logical_bytes: vm.logical_bytes,
+                    read_bytes: vm.read_bytes,
+                    stored_bytes: vm.stored_bytes,
+                })
+                .collect(),
+        }
+    }
+}
+
+/// The effective settings.
+#[derive(Debug, Serialize)]
+pub(crate) struct Settings<'a> {
+    schema: u32,
+    files: Vec<String>,
+    settings: &'a [effective::Shown],
+}
+
+impl<'a> Settings<'a> {
+    pub(crate) fn new(effective: &'a Effective) -> Self {
+        let files = effective.files.iter();
+        Self {
+            schema: SCHEMA,
+            files: files.map(|path| path.display().to_string()).collect(),
+            settings: &effective.settings,
         }
     }
 }
@@ -364,7 +551,7 @@ impl Restored {
 }
 
 /// Whole milliseconds, so that no document ends in a tail of digits.
-fn seconds(elapsed: std::time::Duration) -> f64 {
+pub(crate) fn seconds(elapsed: std::time::Duration) -> f64 {
     let ms = u32::try_from(elapsed.as_millis()).unwrap_or(u32::MAX);
     f64::from(ms) / 1000.0
 }

@@ -5,44 +5,74 @@
 mod advice;
 mod args;
 mod commands;
+mod config;
+mod effective;
 mod env;
 mod guard_process;
 mod json;
+mod json_events;
+mod nearest;
 mod output;
 mod progress;
 mod secrets;
 mod settings;
 mod signals;
+mod stats;
+mod sys;
 mod times;
+mod usage;
+mod values;
 
 use std::process::ExitCode;
 
 use clap::Parser as _;
 
+use crate::advice::CliError;
+use crate::args::{Args, JsonStyle};
+
 fn main() -> ExitCode {
     if guard_process::is_wanted() {
         return guard_process::run();
     }
-    let args = match args::Args::try_parse() {
-        Ok(args) => args,
-        Err(error) => {
-            // Help and version are data and go to stdout; mistakes to stderr.
+    let code = match Args::try_parse() {
+        Ok(args) => run(args),
+        Err(error) if !error.use_stderr() => {
+            // Help and version are data and go to stdout.
             drop(error.print());
-            return ExitCode::from(if error.use_stderr() {
-                advice::USAGE
-            } else {
-                advice::DONE
-            });
+            return ExitCode::from(advice::DONE);
+        }
+        Err(error) => {
+            let json = usage::wanted_json(std::env::args_os());
+            if json == Some(true) {
+                output::print_events();
+            }
+            fail(&usage::error(&error), json.is_some())
         }
     };
-    let json = args.global.json;
-    match commands::run(args) {
-        Ok(code) => ExitCode::from(code),
-        Err(error) if error.is_broken_pipe() => ExitCode::from(advice::DONE),
-        Err(error) => {
-            let advice = advice::advise(&error);
-            output::print_error(&error, &advice, json);
-            ExitCode::from(advice.code)
-        }
+    output::end_of_events(code);
+    ExitCode::from(code)
+}
+
+fn run(mut args: Args) -> u8 {
+    let json = args.global.json_style.is_some();
+    args.global.json = json;
+    if args.global.json_style == Some(JsonStyle::Events) {
+        output::print_events();
     }
+    let done = settings::complete(&mut args).and_then(|effective| {
+        let strict = args.global.strict;
+        commands::run(args, &effective).map(|code| (code, strict))
+    });
+    match done {
+        Ok((advice::DONE, true)) if output::has_warned() => advice::WARNED,
+        Ok((code, _)) => code,
+        Err(error) if error.is_broken_pipe() => advice::DONE,
+        Err(error) => fail(&error, json),
+    }
+}
+
+fn fail(error: &CliError, json: bool) -> u8 {
+    let advice = advice::advise(error);
+    output::print_error(error, &advice, json);
+    advice.code
 }

@@ -1,9 +1,37 @@
 //! stdout is data, stderr is talk.
 
 use std::io::Write as _;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::advice::{Advice, CliError};
 use crate::json;
+
+/// Whether documents are lines of a stream of events. How a process prints is
+/// settled once, before anything is printed.
+static EVENTS: AtomicBool = AtomicBool::new(false);
+/// Whether a warning was told, for `--strict`.
+static WARNED: AtomicBool = AtomicBool::new(false);
+
+/// Has every document printed as a line of a stream of events.
+pub(crate) fn print_events() {
+    EVENTS.store(true, Ordering::Relaxed);
+}
+
+/// Returns whether a warning was told.
+pub(crate) fn has_warned() -> bool {
+    WARNED.load(Ordering::Relaxed)
+}
+
+/// Notes that there is a warning, however it is told.
+pub(crate) fn note_warning() {
+    WARNED.store(true, Ordering::Relaxed);
+}
+
+/// Tells a warning.
+pub(crate) fn warn(what: &str) {
+    note_warning();
+    talk(&format!("warning: {what}"));
+}
 
 /// Writes data; a text ends with its line end.
 pub(crate) fn data(text: &str) -> Result<(), CliError> {
@@ -16,6 +44,25 @@ pub(crate) fn data(text: &str) -> Result<(), CliError> {
 
 /// Writes a JSON document as data.
 pub(crate) fn document(document: &impl serde::Serialize) -> Result<(), CliError> {
+    if EVENTS.load(Ordering::Relaxed) {
+        return line(&json::Line {
+            event: "result",
+            body: document,
+        });
+    }
+    line(document)
+}
+
+/// Ends a stream of events, so that its reader knows that it saw all of it.
+pub(crate) fn end_of_events(exit_code: u8) {
+    if EVENTS.load(Ordering::Relaxed) {
+        // There is nobody left to tell if that fails.
+        drop(line(&json::End::new(exit_code)));
+    }
+}
+
+/// Writes JSON as one line.
+pub(crate) fn line(document: &impl serde::Serialize) -> Result<(), CliError> {
     let mut text = serde_json::to_string(document).map_err(|error| CliError::Output {
         source: std::io::Error::other(error),
     })?;

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Read};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -10,7 +11,7 @@ use zeroize::Zeroizing;
 
 use crate::advice::CliError;
 use crate::args::{Encryption, Global};
-use crate::env;
+use crate::{env, output, sys};
 
 /// Longest passphrase or key file accepted, bytes.
 const SECRET_BYTES_MAX: u64 = 64 << 10;
@@ -74,6 +75,7 @@ fn key_file(global: &Global) -> Option<PathBuf> {
         .key_file
         .clone()
         .or_else(|| std::env::var_os(env::KEY_FILE).map(PathBuf::from))
+        .or_else(|| global.configured.key_file.clone())
 }
 
 fn passphrase(global: &Global, question: &str) -> Result<Secret, CliError> {
@@ -83,7 +85,7 @@ fn passphrase(global: &Global, question: &str) -> Result<Secret, CliError> {
     prompt(question).map(Secret::Passphrase)
 }
 
-/// Flag, then environment, then systemd's credentials.
+/// Flag, then environment, then systemd's credentials, then the configuration.
 fn given_passphrase(global: &Global) -> Result<Option<Secret>, CliError> {
     let line = if let Some(path) = &global.password_file {
         first_line_of_file(path)?
@@ -96,13 +98,13 @@ fn given_passphrase(global: &Global) -> Result<Option<Secret>, CliError> {
     } else if let Ok(command) = std::env::var(env::PASSWORD_COMMAND) {
         first_line_of_command(&command)?
     } else if let Ok(number) = std::env::var(env::PASSWORD_FD) {
-        let number: u32 = number.parse().map_err(|_| CliError::Usage {
-            message: format!("cannot read a passphrase from descriptor `{number}`"),
-            hint: "HIGHWATER_PASSWORD_FD holds the number of an open descriptor".to_owned(),
-        })?;
-        first_line_of_file(Path::new(&format!("/proc/self/fd/{number}")))?
+        first_line_of_descriptor(&number)?
     } else if let Some(path) = credential() {
         first_line_of_file(&path)?
+    } else if let Some(path) = &global.configured.password_file {
+        first_line_of_file(path)?
+    } else if let Some(command) = &global.configured.password_command {
+        first_line_of_command(command)?
     } else {
         return Ok(None);
     };
@@ -126,19 +128,73 @@ fn read_key_file(path: &Path) -> Result<Secret, CliError> {
         source,
     };
     let mut bytes = Zeroizing::new(Vec::new());
-    File::open(path)
-        .and_then(|file| file.take(SECRET_BYTES_MAX).read_to_end(&mut bytes))
+    let file = open_secret(path).map_err(cannot)?;
+    // One byte more than is allowed, to see that there is more: a key file
+    // that was cut would open nothing that the whole of it opens elsewhere.
+    file.take(SECRET_BYTES_MAX.saturating_add(1))
+        .read_to_end(&mut bytes)
         .map_err(cannot)?;
+    if bytes.len() as u64 > SECRET_BYTES_MAX {
+        return Err(CliError::Usage {
+            message: format!(
+                "cannot use key file {}: it has more than 64 KiB",
+                path.display()
+            ),
+            hint: "make one with `head -c 64 /dev/urandom > FILE`".to_owned(),
+        });
+    }
+    if bytes.is_empty() {
+        return Err(CliError::Usage {
+            message: format!("cannot use key file {}: it is empty", path.display()),
+            hint: "make one with `head -c 64 /dev/urandom > FILE`".to_owned(),
+        });
+    }
     Ok(Secret::KeyFile(bytes))
 }
 
+/// Opens a file with a secret; warns if it is none for others.
+fn open_secret(path: &Path) -> std::io::Result<File> {
+    let file = File::open(path)?;
+    let about = file.metadata()?;
+    if about.is_file() && about.mode() & 0o077 != 0 {
+        output::warn(&format!(
+            "{} holds a secret and has mode {:04o}: run `chmod 600` on it",
+            path.display(),
+            about.mode() & 0o7777
+        ));
+    }
+    Ok(file)
+}
+
 fn first_line_of_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, CliError> {
-    File::open(path)
+    open_secret(path)
         .and_then(first_line)
         .map_err(|source| CliError::Read {
             path: path.to_owned(),
             source,
         })
+}
+
+fn first_line_of_descriptor(number: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
+    let descriptor = number.parse().map_err(|_| CliError::Usage {
+        message: format!("cannot read a passphrase from descriptor `{number}`"),
+        hint: "HIGHWATER_PASSWORD_FD holds the number of an open descriptor".to_owned(),
+    })?;
+    sys::inherited(descriptor)
+        .and_then(first_line)
+        .map_err(|source| CliError::Read {
+            path: PathBuf::from(format!("descriptor {number}")),
+            source,
+        })
+}
+
+/// Keeps a descriptor with a passphrase from every process that we start,
+/// also where another source was used.
+pub(crate) fn keep_descriptor() {
+    let number = std::env::var(env::PASSWORD_FD).ok();
+    if let Some(number) = number.and_then(|number| number.parse().ok()) {
+        drop(sys::inherited(number));
+    }
 }
 
 fn first_line_of_command(command: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
@@ -163,7 +219,11 @@ fn first_line_of_command(command: &str) -> Result<Zeroizing<Vec<u8>>, CliError> 
 
 fn first_line(source: impl Read) -> std::io::Result<Zeroizing<Vec<u8>>> {
     let mut line = Zeroizing::new(Vec::new());
-    BufReader::new(source.take(SECRET_BYTES_MAX)).read_until(b'\n', &mut line)?;
+    let source = source.take(SECRET_BYTES_MAX.saturating_add(1));
+    BufReader::new(source).read_until(b'\n', &mut line)?;
+    if line.len() as u64 > SECRET_BYTES_MAX {
+        return Err(std::io::Error::other("its first line has more than 64 KiB"));
+    }
     while matches!(line.last(), Some(b'\n' | b'\r')) {
         line.pop();
     }

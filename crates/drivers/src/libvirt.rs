@@ -22,6 +22,8 @@ mod disks;
 mod domain_xml;
 mod end;
 mod error;
+#[doc(hidden)]
+pub mod fuzzing;
 mod host;
 mod jobs;
 mod marks;
@@ -31,5 +33,6 @@ mod record_xml;
 mod scratch;
 mod scratch_image;
 mod sys;
+mod xml;
 
 pub use connection::{LibvirtDriver, LibvirtOptions};

@@ -14,7 +14,9 @@ mod chunk_map;
 mod copy;
 mod disk_copy;
 mod error;
+mod estimate;
 mod files;
+pub(crate) mod fuzzing;
 mod observe;
 mod record;
 mod report;
@@ -36,6 +38,7 @@ use crate::{Cancel, Event, Observer};
 
 pub use copy::{CopyError, Tuning};
 pub use error::BackupError;
+pub use estimate::{DiskEstimate, Estimate, estimate};
 pub use report::{DiskReport, Report, Status};
 
 use copy::{CopyJob, CopyWatch, DiskCopied, ReadPlan, copy_disks};
@@ -62,6 +65,8 @@ pub struct BackupOptions {
     pub compression: Compression,
     /// Threads and buffers.
     pub tuning: Tuning,
+    /// Make no point if less than this is dirty, bytes.
+    pub threshold: Option<u64>,
     /// Tags to keep with the point.
     pub tags: Vec<String>,
     /// Group to keep with the point.
@@ -118,6 +123,9 @@ pub fn backup(
         observed_at: context.clock.now(),
     };
     let (facts, history, planned) = job.prepare()?;
+    if estimate::is_below(&planned, options.threshold) {
+        return Ok(job.too_little(&planned, started));
+    }
     let session = job.begin(&facts, &planned)?;
     let (manifest, copied) =
         match job.copy_and_commit(&facts, &history, &planned, &session, started) {
@@ -130,6 +138,7 @@ pub fn backup(
         };
     job.finish_session(&session, Outcome::Committed);
     job.give_up_superseded_marks(&history, &manifest, &planned);
+    job.merge_index();
     Ok(report::report(
         &vm,
         &manifest,
@@ -168,18 +177,8 @@ impl Job<'_> {
         }
         match gate(observe::vm_state(&facts), observe::job_view(&facts)) {
             VmGate::Open => {}
-            VmGate::EndLeftoverFirst(_) | VmGate::Busy => {
-                return Err(BackupError::Busy {
-                    vm: self.vm.name.clone(),
-                    job: facts.job,
-                });
-            }
-            VmGate::WrongState => {
-                return Err(BackupError::WrongState {
-                    vm: self.vm.name.clone(),
-                    state: facts.run_state,
-                });
-            }
+            VmGate::EndLeftoverFirst(_) | VmGate::Busy => return Err(self.busy(&facts)),
+            VmGate::WrongState => return Err(self.wrong_state(&facts)),
         }
         let history = History::load(self.context.repo, &self.identity(), &facts)
             .map_err(|source| BackupError::repository(&self.vm.name, source))?;
@@ -192,6 +191,31 @@ impl Job<'_> {
         let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
         self.tell_plan(&facts, &planned)?;
         Ok((facts, history, planned))
+    }
+
+    fn busy(&self, facts: &VmFacts) -> BackupError {
+        BackupError::Busy {
+            vm: self.vm.name.clone(),
+            job: facts.job.clone(),
+        }
+    }
+
+    fn wrong_state(&self, facts: &VmFacts) -> BackupError {
+        BackupError::WrongState {
+            vm: self.vm.name.clone(),
+            state: facts.run_state,
+        }
+    }
+
+    /// Ends without a point. No session was begun, and all marks stay.
+    fn too_little(self, planned: &[PlannedDisk], started: Instant) -> Report {
+        report::without_point(
+            self.vm,
+            planned,
+            self.healed,
+            self.warnings,
+            started.elapsed(),
+        )
     }
 
     fn observe(&self) -> Result<VmFacts, BackupError> {
@@ -260,8 +284,10 @@ impl Job<'_> {
             self.context.observer.event(&Event::Planned {
                 disk: &disk.facts.target,
                 mode: record::mode_word(&disk.plan),
-                reason: record::reason_sentence(&disk.plan),
+                reason: record::reason_word(&disk.plan),
+                sentence: record::reason_sentence(&disk.plan),
                 size_bytes: disk.facts.size_bytes,
+                dirty_bytes: estimate::dirty_bytes(disk),
             });
         }
         if planned.is_empty() {
@@ -401,6 +427,16 @@ impl Job<'_> {
             .observer
             .event(&Event::Committed { point: self.point });
         Ok((manifest, copied))
+    }
+
+    /// Keeps the index small. Last: the point exists and the VM is free.
+    fn merge_index(&mut self) {
+        if let Err(error) = self.context.repo.merge_index() {
+            self.warn(format!(
+                "cannot merge index files: {}; nothing is lost, later backups try again",
+                report::chain(&error).join(": ")
+            ));
+        }
     }
 
     fn stop_if_cancelled(&self) -> Result<(), BackupError> {

@@ -1,5 +1,7 @@
 //! What happens during a job, as data.
 
+use std::time::Duration;
+
 use highwater_hypervisor::Consistency;
 use highwater_model::PointId;
 
@@ -27,10 +29,14 @@ pub enum Event<'a> {
         disk: &'a str,
         /// Mode word.
         mode: &'a str,
-        /// Named reason as a sentence, if there is one.
+        /// Named reason as a word, if there is one.
         reason: Option<&'a str>,
+        /// The same as a sentence.
+        sentence: Option<&'a str>,
         /// Size of the disk, bytes.
         size_bytes: u64,
+        /// Bytes to look at: what the bitmap calls dirty, or all of the disk.
+        dirty_bytes: u64,
     },
     /// A disk is not part of the backup.
     Skipped {
@@ -56,6 +62,8 @@ pub enum Event<'a> {
         disk: &'a str,
         /// Why it failed, if it did.
         failure: Option<&'a str>,
+        /// What was done for it; `None` if it failed.
+        done: Option<DiskDone>,
     },
     /// Everything is stored; the manifest is about to be written.
     Committing,
@@ -64,6 +72,21 @@ pub enum Event<'a> {
         /// Its id.
         point: PointId,
     },
+}
+
+/// What was done for one disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DiskDone {
+    /// Size of the disk, bytes.
+    pub size_bytes: u64,
+    /// Bytes that the bitmap called dirty, or all of the disk.
+    pub dirty_bytes: u64,
+    /// Bytes transferred.
+    pub read_bytes: u64,
+    /// Bytes added to the repository (restore: 0).
+    pub stored_bytes: u64,
+    /// How long it took.
+    pub elapsed: Duration,
 }
 
 /// How far one disk is.

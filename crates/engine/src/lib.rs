@@ -6,18 +6,22 @@
 mod backup;
 mod cancel;
 mod events;
+#[doc(hidden)]
+pub mod fuzzing;
 mod guard;
+mod limiter;
 mod points;
 mod restore;
 mod verify;
 
 pub use backup::{
-    BackupContext, BackupError, BackupOptions, CopyError, DiskReport, Report, Status, Tuning,
-    backup,
+    BackupContext, BackupError, BackupOptions, CopyError, DiskEstimate, DiskReport, Estimate,
+    Report, Status, Tuning, backup, estimate,
 };
 pub use cancel::Cancel;
-pub use events::{DiskProgress, Event, Observer};
+pub use events::{DiskDone, DiskProgress, Event, Observer};
 pub use guard::{Connect, Guard, GuardError, Outcome, lock_path, serve};
+pub use limiter::Limiter;
 pub use points::{PointError, PointRef, resolve, select_vm};
 pub use restore::{
     Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,
@@ -32,6 +36,7 @@ pub mod repository {
     pub use highwater_repo::{
         Checked, Compression, Damage, DamagedPoint, HurtFile, HurtImage, HurtPoint, ImageRoot,
         InitOptions, Manifest, PointList, Progress, RepoError, RepoErrorKind, Repository, Secret,
-        SecretKind, VerifyDepth, VerifyError, VerifyPhase, VerifyReport, VmIdentity, WriterOptions,
+        SecretKind, Storage, VerifyDepth, VerifyError, VerifyPhase, VerifyReport, VmIdentity,
+        WriterOptions,
     };
 }

@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 use highwater_model::RootHash;
 use highwater_repo::{DiskRecord, Manifest, RepoError, Repository};
 
-use crate::{Cancel, Event, Observer};
+use crate::{Cancel, Event, Limiter, Observer};
 
 /// What a restore works with.
 #[derive(Clone, Copy)]
@@ -25,6 +25,8 @@ pub struct RestoreOptions<'a> {
     pub format: Option<Format>,
     /// Threads that read, verify and write.
     pub workers: usize,
+    /// Holds the bytes of disks back to a rate.
+    pub limiter: Option<&'a Limiter>,
     /// Is told what happens.
     pub observer: &'a dyn Observer,
     /// The user's wish to stop.
@@ -138,6 +140,15 @@ pub enum RestoreError {
     Output { source: std::io::Error },
     #[error("interrupted")]
     Interrupted,
+}
+
+impl RestoreOptions<'_> {
+    /// Waits until so many bytes of a disk may be given back.
+    fn hold_back(&self, bytes: usize) {
+        if let Some(limiter) = self.limiter {
+            limiter.take(bytes as u64, &|| self.cancel.is_raised());
+        }
+    }
 }
 
 /// Trouble while chunks are fetched: on the reading or on the writing side.

@@ -80,10 +80,10 @@ impl Qcow2Layout {
     /// Returns where a chunk's data belongs in the file, or `None` if the
     /// image has no data there.
     pub fn data_offset(&self, chunk: u64) -> Option<u64> {
-        let place = self.chunks.rank(chunk) * self.clusters_per_chunk;
-        self.chunks
-            .contains(chunk)
-            .then(|| (self.data_start() + place) * CLUSTER)
+        self.chunks.contains(chunk).then(|| {
+            let place = self.chunks.rank(chunk) * self.clusters_per_chunk;
+            (self.data_start() + place) * CLUSTER
+        })
     }
 
     /// Hands everything but the data to `write` as (offset, bytes), in
@@ -117,22 +117,20 @@ impl Qcow2Layout {
             }
         })?;
         let chunks_per_l2 = ENTRIES / self.clusters_per_chunk;
-        for entry in (0..self.l1_entries).filter(|entry| self.l2.contains(*entry)) {
-            let table: Vec<u8> = (0..ENTRIES)
-                .flat_map(|cluster| {
-                    let chunk = entry * chunks_per_l2 + cluster / self.clusters_per_chunk;
-                    self.cluster_entry(chunk, cluster % self.clusters_per_chunk)
-                        .to_be_bytes()
-                })
-                .collect();
-            write((self.l2_start() + self.l2.rank(entry)) * CLUSTER, &table)?;
+        let mut table = Vec::new();
+        let present = (0..self.l1_entries).filter(|entry| self.l2.contains(*entry));
+        for (number, entry) in (self.l2_start()..).zip(present) {
+            table.clear();
+            for chunk in entry * chunks_per_l2..(entry + 1) * chunks_per_l2 {
+                let start = self.data_offset(chunk);
+                for cluster in 0..self.clusters_per_chunk {
+                    let entry = start.map_or(0, |start| (start + cluster * CLUSTER) | COPIED);
+                    table.extend_from_slice(&entry.to_be_bytes());
+                }
+            }
+            write(number * CLUSTER, &table)?;
         }
         Ok(())
-    }
-
-    fn cluster_entry(&self, chunk: u64, cluster: u64) -> u64 {
-        self.data_offset(chunk)
-            .map_or(0, |start| (start + cluster * CLUSTER) | COPIED)
     }
 
     fn header(&self) -> Vec<u8> {

@@ -150,6 +150,8 @@ pub struct ChainLink {
     pub name: String,
     /// Format.
     pub format: String,
+    /// Where it is.
+    pub place: Place,
     /// QEMU's name of the node, if known.
     pub node: Option<String>,
     /// Device and inode number, where it is a local file.
@@ -160,6 +162,15 @@ pub struct ChainLink {
     pub modified_ns: Option<i64>,
     /// Last status change, nanoseconds since the epoch.
     pub changed_ns: Option<i64>,
+}
+
+/// Where an image is: here, or behind a server that tells nothing about it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Place {
+    /// A file or a device of this host.
+    Host,
+    /// Behind a server.
+    Network,
 }
 
 impl ChainLink {

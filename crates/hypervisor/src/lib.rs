@@ -16,8 +16,8 @@ mod order;
 pub use driver::{Driver, ErrorKind, HypervisorError};
 pub use facts::{
     Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile,
-    FirmwareRole, JobFacts, MarkSupport, NoMarks, ProcessIdentity, RootNode, RunState, SkipReason,
-    SkippedDisk, VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
+    FirmwareRole, JobFacts, MarkSupport, NoMarks, Place, ProcessIdentity, RootNode, RunState,
+    SkipReason, SkippedDisk, VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
 };
 pub use order::{
     BeginOrder, Begun, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder, NewMark,

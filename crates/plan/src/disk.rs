@@ -47,6 +47,8 @@ pub struct DiskView {
     pub size_bytes: u64,
     /// What identifies it.
     pub identity: Identity,
+    /// Where its topmost image is.
+    pub place: Place,
     /// Whether a mark can live on it.
     pub marks: MarkSupport,
     /// The parent mark's bitmap on this disk, however many nodes it spans.
@@ -94,11 +96,25 @@ pub struct ImageLink {
     pub name: String,
     /// Format.
     pub format: String,
-    /// Device and inode number.
+    /// Device and inode number, where it is a file that can be seen.
     pub inode: Option<(u64, u64)>,
-    /// Length, modification and change time. Compared for backing files only:
-    /// the topmost image changes with every write.
+    /// Length, modification and change time, likewise. Compared for backing
+    /// files only: the topmost image changes with every write.
     pub stamp: Option<(u64, i64, i64)>,
+}
+
+/// Where the topmost image of a disk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A file or device of this host: its inode number must be known.
+    Host,
+    /// Behind a server, which tells nothing that identifies it.
+    ///
+    /// What makes a mark safe there is where it lies: in the image, with the
+    /// data it speaks of, under a name that is used once. Whatever the server
+    /// gives out under the same address (another image, an older copy) has
+    /// either no such bitmap or one that was kept together with its data.
+    Network,
 }
 
 /// Whether a mark can live on a disk.
@@ -271,7 +287,7 @@ fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
     if disk.size_bytes < parent.size_bytes {
         return Some(Doubt::Untracked(Why::DiskShrank));
     }
-    if let Some(why) = why_no_marks(disk) {
+    if let Some(why) = why_no_marks(disk).or_else(|| unseen(disk)) {
         return Some(Doubt::Tracked(why));
     }
     let tracked = |why| Some(Doubt::Tracked(why));
@@ -298,6 +314,20 @@ fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
         return tracked(Why::ParentDamaged);
     }
     None
+}
+
+/// Returns what of the chain nobody can compare. Two unknowns are equal, and
+/// prove nothing.
+fn unseen(disk: &DiskView) -> Option<Why> {
+    let mut chain = disk.identity.chain.iter();
+    let top_is_unseen = chain.next().is_none_or(|top| top.inode.is_none());
+    if disk.place == Place::Host && top_is_unseen {
+        return Some(Why::ImageUnseen);
+    }
+    // No bitmap of this disk records what is written to an image below it.
+    chain
+        .any(|backing| backing.stamp.is_none())
+        .then_some(Why::BackingUnseen)
 }
 
 fn identity_doubt(now: &Identity, then: &Identity) -> Option<Doubt> {
@@ -372,6 +402,7 @@ mod tests {
                 device: Some("virtio-disk0".to_owned()),
                 chain: vec![link("/a.qcow2", 7)],
             },
+            place: Place::Host,
             marks: MarkSupport::Yes,
             bitmap: BitmapView::Recording {
                 granularity: 65_536,
@@ -524,6 +555,36 @@ mod tests {
             |disk, _| disk.identity.chain[0].stamp = Some((200, 9, 9)),
             "incremental None",
         );
+    }
+
+    #[test]
+    fn what_cannot_be_compared_is_not_taken_for_equal() {
+        let unseen = |disk: &mut DiskView, parent: &mut ParentView, depth: usize| {
+            disk.identity.chain.push(link("/base.qcow2", 9));
+            let link = &mut disk.identity.chain[depth];
+            (link.inode, link.stamp) = (None, None);
+            parent.identity = disk.identity.clone();
+        };
+        check(
+            |disk, parent| unseen(disk, parent, 0),
+            "rescan image-unseen",
+        );
+        check(
+            |disk, parent| {
+                unseen(disk, parent, 0);
+                disk.place = Place::Network;
+            },
+            "incremental None",
+        );
+        for place in [Place::Host, Place::Network] {
+            check(
+                |disk, parent| {
+                    unseen(disk, parent, 1);
+                    disk.place = place;
+                },
+                "rescan backing-unseen",
+            );
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ mod why;
 
 pub use disk::{
     BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
-    Record, RootView, plan_disk,
+    Place, Record, RootView, plan_disk,
 };
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
 pub use vm::{JobView, VmGate, VmState, gate};

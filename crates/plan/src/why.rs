@@ -17,8 +17,13 @@ pub enum Why {
     DiskShrank,
     /// The image file was replaced by another of the same name.
     ImageReplaced,
+    /// The image file cannot be seen, so nobody knows whether it is the same.
+    ImageUnseen,
     /// A backing file was written to.
     BackingChanged,
+    /// Nobody can tell whether a backing file was written to: it is a device,
+    /// behind a server, or cannot be seen.
+    BackingUnseen,
     /// The mark's bitmap is gone.
     BitmapMissing,
     /// The mark's bitmap was not closed properly.
@@ -54,7 +59,9 @@ impl Why {
             Self::ChainChanged => "chain-changed",
             Self::DiskShrank => "disk-shrank",
             Self::ImageReplaced => "image-replaced",
+            Self::ImageUnseen => "image-unseen",
             Self::BackingChanged => "backing-changed",
+            Self::BackingUnseen => "backing-unseen",
             Self::BitmapMissing => "bitmap-missing",
             Self::BitmapInconsistent => "bitmap-inconsistent",
             Self::BitmapNotRecording => "bitmap-not-recording",
@@ -79,7 +86,9 @@ impl Why {
             Self::ChainChanged => "its image chain is another one",
             Self::DiskShrank => "the disk became smaller",
             Self::ImageReplaced => "its image file was replaced",
+            Self::ImageUnseen => "its image file cannot be seen from here",
             Self::BackingChanged => "a backing file was changed",
+            Self::BackingUnseen => "a backing file cannot be checked for changes",
             Self::BitmapMissing => "bitmap missing",
             Self::BitmapInconsistent => "bitmap inconsistent",
             Self::BitmapNotRecording => "bitmap not recording",

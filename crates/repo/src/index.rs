@@ -3,6 +3,7 @@
 mod cache;
 mod file;
 mod format;
+mod merge;
 mod set;
 
 pub(crate) use file::pack_key;

@@ -23,6 +23,8 @@ mod config;
 mod container;
 mod error;
 mod fetch;
+#[doc(hidden)]
+pub mod fuzzing;
 mod hash;
 mod image;
 mod index;
@@ -34,6 +36,7 @@ mod points;
 mod repository;
 mod seal;
 mod secret;
+mod stats;
 mod verify;
 mod wire;
 mod writer;
@@ -49,6 +52,7 @@ pub use manifest::{
 pub use points::{DamagedPoint, PointList};
 pub use repository::{DamagedIndex, InitOptions, Repository};
 pub use secret::{Secret, SecretKind};
+pub use stats::{KindStorage, Storage};
 pub use verify::{
     Checked, Damage, DamagedObject, HurtFile, HurtImage, HurtPoint, Progress, VerifyDepth,
     VerifyError, VerifyOptions, VerifyPhase, VerifyReport,

@@ -38,7 +38,7 @@ impl Objects {
         ids: IdKeys,
         seal: Option<SealKey>,
     ) -> Result<Self, RepoError> {
-        let index = IndexSet::load(Arc::clone(&store))?;
+        let index = IndexSet::open(Arc::clone(&store))?;
         let (windows, sealers) = (Mutex::default(), Mutex::default());
         Ok(Self {
             store,

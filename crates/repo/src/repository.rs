@@ -15,6 +15,7 @@ use crate::objects::Objects;
 use crate::points::{self, PointList};
 use crate::seal::Cipher;
 use crate::secret::{self, DataKeys, Secret, SecretKind};
+use crate::stats::{self, Storage};
 use crate::wire::is_zero;
 use crate::writer::{Writer, WriterOptions};
 
@@ -181,6 +182,23 @@ impl Repository {
                 why: file.flaw.to_string(),
             })
             .collect()
+    }
+
+    /// Returns what the repository stores, by kind.
+    pub fn storage(&self) -> Result<Storage, RepoError> {
+        stats::storage(&self.objects)
+    }
+
+    /// Merges small index files into larger ones where there are many of them,
+    /// so that neither opening nor looking up gets slower with the number of
+    /// backups; returns how many were merged.
+    ///
+    /// Little work each time, and seldom any. May be cut off anywhere, and run by
+    /// several processes at once, without a loss: the merged file is durable
+    /// before those that it replaces are deleted. Nobody waits for it, so call it
+    /// when nothing else is left to do.
+    pub fn merge_index(&self) -> Result<usize, RepoError> {
+        self.objects.index.merge()
     }
 
     /// Starts writing.

@@ -103,7 +103,38 @@ enum Kdf {
     Blake3,
 }
 
+/// From outside: a key object must not make us take all memory ...
+const MEMORY_KIB_MAX: u32 = 1 << 20;
+const LANES_MAX: u32 = 16;
+/// ... or hash for hours: memory times passes, about five seconds.
+const WORK_KIB_MAX: u64 = 4 << 20;
+/// For all keys together: sixty-four of those that we make.
+const WORK_KIB_MAX_TOTAL: u64 = 64 * 3 * (64 << 10);
+
 impl Kdf {
+    /// Returns how much memory is written to make the wrapping key.
+    fn work_kib(self) -> u64 {
+        match self {
+            Self::Argon2id {
+                memory_kib, passes, ..
+            } => u64::from(memory_kib).saturating_mul(passes.into()),
+            Self::Blake3 => 0,
+        }
+    }
+
+    fn is_reasonable(self) -> bool {
+        match self {
+            Self::Argon2id {
+                memory_kib, lanes, ..
+            } => {
+                memory_kib <= MEMORY_KIB_MAX
+                    && lanes <= LANES_MAX
+                    && self.work_kib() <= WORK_KIB_MAX
+            }
+            Self::Blake3 => true,
+        }
+    }
+
     fn kind(self) -> SecretKind {
         match self {
             Self::Argon2id { .. } => SecretKind::Passphrase,
@@ -111,6 +142,8 @@ impl Kdf {
         }
     }
 }
+
+const UNREASONABLE: Flaw = Flaw("a key asks for more work than is reasonable");
 
 /// Stores `keys` wrapped under `secret`, bound to the exact bytes of `config`.
 pub(crate) fn add(
@@ -181,10 +214,28 @@ pub(crate) fn unlock(
     if let (true, Some(flaw)) = (wires.is_empty(), flaw) {
         return Err(RepoError::damaged("read the keys of the repository", flaw));
     }
-    for wire in wires.iter().filter(|wire| wire.kdf.kind() == secret.kind()) {
+    let mut candidates: Vec<&Wire> = wires
+        .iter()
+        .filter(|wire| wire.kdf.kind() == secret.kind())
+        .collect();
+    // The cheap ones first, so that nobody's expensive key spends the time that
+    // is meant for ours.
+    candidates.sort_by_key(|wire| wire.kdf.work_kib());
+    let (mut work_kib, mut tried) = (0_u64, false);
+    let mut flaw = flaw;
+    for wire in candidates {
+        work_kib = work_kib.saturating_add(wire.kdf.work_kib());
+        if !wire.kdf.is_reasonable() || work_kib > WORK_KIB_MAX_TOTAL {
+            flaw = Some(UNREASONABLE);
+            continue;
+        }
+        tried = true;
         if let Ok(keys) = unwrap(wire, config, secret) {
             return Ok(keys);
         }
+    }
+    if let (false, Some(flaw)) = (tried, flaw) {
+        return Err(RepoError::damaged("read the keys of the repository", flaw));
     }
     let why = match flaw {
         Some(_) => "no undamaged key fits this secret, and some keys are damaged",
@@ -262,6 +313,28 @@ fn parse(body: &[u8], name: &str) -> Result<Wire, Flaw> {
     Ok(wire)
 }
 
+/// Takes any bytes as a key object, for a fuzzer; tries it if that is little work.
+pub(crate) fn fuzz(repository: RepoId, body: &[u8]) {
+    const LITTLE_KIB: u64 = 256;
+    let Ok(wire) = parse(body, blake3::hash(body).to_hex().as_str()) else {
+        return;
+    };
+    let again = serde_json::to_vec(&wire).expect("a struct of plain fields becomes JSON");
+    let name = blake3::hash(&again).to_hex();
+    assert!(parse(&again, name.as_str()).is_ok_and(|again| again.kdf == wire.kdf));
+    let secret = match wire.kdf {
+        Kdf::Argon2id { .. } => Secret::Passphrase(b"a good one".to_vec().into()),
+        Kdf::Blake3 => Secret::KeyFile(vec![0x5a; KEY_FILE_LEN_MIN].into()),
+    };
+    let is_ours = wire.repository == repository;
+    if is_ours && (!wire.kdf.is_reasonable() || wire.kdf.work_kib() <= LITTLE_KIB) {
+        assert!(
+            unwrap(&wire, b"config", &secret).is_err(),
+            "a key was guessed"
+        );
+    }
+}
+
 fn unwrap(wire: &Wire, config: &[u8], secret: &Secret) -> Result<DataKeys, Flaw> {
     let salt = array_from_hex::<16>(&wire.salt)?;
     let nonce = Nonce::assume_unique_for_key(array_from_hex::<12>(&wire.nonce)?);
@@ -296,9 +369,8 @@ fn wrapping_key(kdf: Kdf, secret: &Secret, salt: &[u8]) -> Result<Zeroizing<[u8;
             },
             Secret::Passphrase(text),
         ) => {
-            // From outside: a key object must not make us take all memory.
-            if memory_kib > 1 << 20 || passes > 64 || lanes > 16 {
-                return Err(Flaw("a key asks for more work than is reasonable"));
+            if !kdf.is_reasonable() {
+                return Err(UNREASONABLE);
             }
             let params = Params::new(memory_kib, passes, lanes, Some(32))
                 .map_err(|_| Flaw("a key has impossible parameters"))?;

@@ -23,4 +23,4 @@ pub use error::{StoreError, StoreErrorKind};
 pub use key::{KeyError, ObjectKey, ObjectKind};
 pub use local::LocalStore;
 pub use location::{Location, open};
-pub use store::{Listed, Store};
+pub use store::{Listed, Store, Unfinished};

@@ -6,11 +6,11 @@ use std::io::{self, IoSlice, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::durable::{self, DurableError, Stage};
 use crate::error::kind_of;
-use crate::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErrorKind};
+use crate::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErrorKind, Unfinished};
 
 const FILE_MODE: u32 = 0o600;
 const FOLDER_MODE: u32 = 0o700;
@@ -21,21 +21,22 @@ const TEMP_FOLDER: &str = "tmp";
 /// Unfinished files lie in `tmp/` and are named nowhere; those of dead writers
 /// are harmless. After a failed sync nothing the kernel says about the disk can
 /// be trusted, so the store refuses every further change.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct LocalStore {
-    root: PathBuf,
-    poisoned: AtomicBool,
+    root: Arc<Path>,
+    /// Shared with all that is being written, as one disk is.
+    poisoned: Arc<AtomicBool>,
     /// Folders whose own entry this process has seen durable.
-    durable_folders: Mutex<HashSet<PathBuf>>,
+    durable_folders: Arc<Mutex<HashSet<PathBuf>>>,
 }
 
 impl LocalStore {
     /// Names the directory; touches nothing yet.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         Self {
-            root: root.into(),
-            poisoned: AtomicBool::new(false),
-            durable_folders: Mutex::default(),
+            root: root.into().into(),
+            poisoned: Arc::default(),
+            durable_folders: Arc::default(),
         }
     }
 
@@ -54,24 +55,28 @@ impl LocalStore {
 
     /// Translates how far a durable change came, and stops the store where
     /// the disk did not take what it was given.
-    fn change_error(&self, verb: &'static str, key: &ObjectKey, cause: DurableError) -> StoreError {
+    fn change_error(&self, verb: &'static str, object: String, cause: DurableError) -> StoreError {
         if matches!(cause.stage, Stage::SyncFile | Stage::SyncDirectory) {
             self.poisoned.store(true, Ordering::SeqCst);
         }
-        let error = self.error(verb, key.path(), cause.error);
+        let error = self.error(verb, object, cause.error);
         match cause.stage {
             Stage::Prepare | Stage::SyncFile | Stage::Exists => error.not_done(),
             Stage::SyncDirectory => error.perhaps_done(),
         }
     }
 
-    fn refuse_if_poisoned(&self, verb: &'static str, key: &ObjectKey) -> Result<(), StoreError> {
+    fn refuse_if_poisoned(
+        &self,
+        verb: &'static str,
+        object: impl FnOnce() -> String,
+    ) -> Result<(), StoreError> {
         if !self.poisoned.load(Ordering::SeqCst) {
             return Ok(());
         }
         let why = "an earlier write could not be synced to the disk";
         Err(
-            StoreError::new(StoreErrorKind::Poisoned, verb, key.path(), self.location())
+            StoreError::new(StoreErrorKind::Poisoned, verb, object(), self.location())
                 .because(why)
                 .not_done(),
         )
@@ -80,7 +85,7 @@ impl LocalStore {
     /// Makes sure that the folder of `path` exists and that its own entry is
     /// durable, once per process and folder.
     fn ensure_folder(&self, path: &Path) -> Result<(), DurableError> {
-        let Some(folder) = path.parent().filter(|folder| *folder != self.root) else {
+        let Some(folder) = path.parent().filter(|folder| **folder != *self.root) else {
             return Ok(());
         };
         let known = |set: &HashSet<PathBuf>| set.contains(folder);
@@ -100,23 +105,40 @@ impl LocalStore {
         Ok(())
     }
 
-    fn create(&self, path: &Path, parts: &[&[u8]]) -> Result<(), DurableError> {
-        let prepare = |error| DurableError {
-            stage: Stage::Prepare,
-            error,
-        };
+    /// Starts a file that nobody can see.
+    fn start(&self, object: impl FnOnce() -> String) -> Result<LocalUnfinished, StoreError> {
         // Created before any folder, and only where `prepare` made its folder:
         // below a mount point without its mount this must fail.
-        let (temp, mut file) =
-            durable::create_temporary(&self.root.join(TEMP_FOLDER), FILE_MODE).map_err(prepare)?;
-        let outcome = write_all_parts(&mut file, parts)
-            .map_err(prepare)
-            .and_then(|()| self.ensure_folder(path))
-            .and_then(|()| durable::publish(&file, &temp, path));
-        if outcome.is_err() {
-            durable::discard(&temp);
+        let (temp, file) = durable::create_temporary(&self.root.join(TEMP_FOLDER), FILE_MODE)
+            .map_err(|cause| self.error("write", object(), cause).not_done())?;
+        Ok(LocalUnfinished {
+            store: self.clone(),
+            file,
+            temp,
+            is_published: false,
+        })
+    }
+
+    /// Gives a complete file its name.
+    fn publish(&self, unfinished: &mut LocalUnfinished, key: &ObjectKey) -> Result<(), StoreError> {
+        let path = self.root.join(key.path());
+        let published = self
+            .ensure_folder(&path)
+            .and_then(|()| durable::publish(&unfinished.file, &unfinished.temp, &path));
+        let Err(cause) = published else {
+            unfinished.is_published = true;
+            return Ok(());
+        };
+        if cause.stage == Stage::Exists {
+            // Whoever made it may not have synced its folder yet, but our
+            // caller will rely on it.
+            let folder = path.parent().unwrap_or(&self.root);
+            durable::sync_directory(folder).map_err(|error| {
+                let stage = Stage::SyncDirectory;
+                self.change_error("write", key.path(), DurableError { stage, error })
+            })?;
         }
-        outcome
+        Err(self.change_error("write", key.path(), cause))
     }
 
     fn list_folder(
@@ -204,27 +226,16 @@ impl Store for LocalStore {
     }
 
     fn put(&self, key: &ObjectKey, parts: &[&[u8]]) -> Result<(), StoreError> {
-        self.refuse_if_poisoned("write", key)?;
-        let path = self.root.join(key.path());
-        let Err(cause) = self.create(&path, parts) else {
-            return Ok(());
-        };
-        if cause.stage == Stage::Exists {
-            // Whoever made it may not have synced its folder yet, but our
-            // caller will rely on it.
-            let folder = path.parent().unwrap_or(&self.root);
-            durable::sync_directory(folder).map_err(|error| {
-                self.change_error(
-                    "write",
-                    key,
-                    DurableError {
-                        stage: Stage::SyncDirectory,
-                        error,
-                    },
-                )
-            })?;
-        }
-        Err(self.change_error("write", key, cause))
+        self.refuse_if_poisoned("write", || key.path())?;
+        let mut unfinished = self.start(|| key.path())?;
+        write_all_parts(&mut unfinished.file, parts)
+            .map_err(|cause| self.error("write", key.path(), cause).not_done())?;
+        self.publish(&mut unfinished, key)
+    }
+
+    fn begin(&self) -> Result<Option<Box<dyn Unfinished>>, StoreError> {
+        self.refuse_if_poisoned("write", unnamed)?;
+        Ok(Some(Box::new(self.start(unnamed)?)))
     }
 
     fn get(&self, key: &ObjectKey, max_bytes: u64) -> Result<Vec<u8>, StoreError> {
@@ -267,13 +278,49 @@ impl Store for LocalStore {
     }
 
     fn delete(&self, key: &ObjectKey) -> Result<(), StoreError> {
-        self.refuse_if_poisoned("delete", key)?;
+        self.refuse_if_poisoned("delete", || key.path())?;
         durable::remove(&self.root.join(key.path()))
-            .map_err(|cause| self.change_error("delete", key, cause))
+            .map_err(|cause| self.change_error("delete", key.path(), cause))
     }
 
     fn location(&self) -> String {
         self.root.display().to_string()
+    }
+}
+
+/// What messages call an object that has no name yet.
+fn unnamed() -> String {
+    TEMP_FOLDER.to_owned()
+}
+
+/// A file in `tmp/`, which goes away with this unless it was published.
+#[derive(Debug)]
+struct LocalUnfinished {
+    store: LocalStore,
+    file: File,
+    temp: PathBuf,
+    is_published: bool,
+}
+
+impl Unfinished for LocalUnfinished {
+    fn append(&mut self, parts: &[&[u8]]) -> Result<(), StoreError> {
+        self.store.refuse_if_poisoned("write", unnamed)?;
+        write_all_parts(&mut self.file, parts)
+            .map_err(|cause| self.store.error("write", unnamed(), cause).not_done())
+    }
+
+    fn finish(mut self: Box<Self>, key: &ObjectKey) -> Result<(), StoreError> {
+        let store = self.store.clone();
+        store.refuse_if_poisoned("write", || key.path())?;
+        store.publish(&mut self, key)
+    }
+}
+
+impl Drop for LocalUnfinished {
+    fn drop(&mut self) {
+        if !self.is_published {
+            durable::discard(&self.temp);
+        }
     }
 }
 

@@ -34,6 +34,13 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// exist nevertheless.
     fn put(&self, key: &ObjectKey, parts: &[&[u8]]) -> Result<(), StoreError>;
 
+    /// Begins an object whose bytes come piece by piece, and whose name is known
+    /// only at the end. `None` where objects can only be given whole: then the
+    /// caller collects the bytes and calls [`put`](Self::put).
+    fn begin(&self) -> Result<Option<Box<dyn Unfinished>>, StoreError> {
+        Ok(None)
+    }
+
     /// Returns a whole object. One of more than `max_bytes` is refused as
     /// [`StoreErrorKind::TooLarge`](crate::StoreErrorKind::TooLarge) before
     /// anything is allocated for it.
@@ -57,4 +64,16 @@ pub trait Store: Send + Sync + fmt::Debug {
 
     /// Says for people where this store is.
     fn location(&self) -> String;
+}
+
+/// An object that is being written, and that nobody can see yet.
+///
+/// One that is dropped, or that had an error, never becomes an object.
+pub trait Unfinished: Send + fmt::Debug {
+    /// Adds the concatenated `parts` at the end. After an error the object must
+    /// be given up: nobody knows how much of them was written.
+    fn append(&mut self, parts: &[&[u8]]) -> Result<(), StoreError>;
+
+    /// Makes it the object `key`, with the promises of [`Store::put`].
+    fn finish(self: Box<Self>, key: &ObjectKey) -> Result<(), StoreError>;
 }

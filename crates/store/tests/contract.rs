@@ -11,6 +11,7 @@ use highwater_store::{LocalStore, ObjectKey, ObjectKind, Store, StoreErrorKind};
 #[test]
 fn the_store_in_memory_keeps_the_contract() {
     contract::check(MemStore::default);
+    contract::check(MemStore::of_whole_objects);
     contract::check(|| FaultyStore::new(MemStore::default(), Fault::Never));
 }
 
@@ -33,6 +34,8 @@ fn a_repository_that_is_not_mounted_is_never_created_by_a_write() {
     let error = store.put(&key, &[b"x"]).unwrap_err();
     assert_eq!(error.kind(), StoreErrorKind::NotFound);
     assert!(!error.maybe_done());
+    let error = store.begin().unwrap_err();
+    assert_eq!(error.kind(), StoreErrorKind::NotFound);
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
@@ -44,11 +47,18 @@ fn files_and_folders_are_private_and_no_temporary_file_stays() {
     let key = ObjectKey::new(ObjectKind::Point, "vm/p").unwrap();
     store.put(&key, &[b"x"]).unwrap();
     store.put(&key, &[b"x"]).unwrap_err();
+    let begin = || store.begin().unwrap().unwrap();
+    drop(begin());
+    begin().finish(&key).unwrap_err();
+    begin()
+        .finish(&ObjectKey::new(ObjectKind::Point, "vm/q").unwrap())
+        .unwrap();
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     for path in ["", "points", "points/vm", "tmp"] {
         assert_eq!(mode(&store.root().join(path)), 0o700, "{path}");
     }
     assert_eq!(mode(&store.root().join("points/vm/p")), 0o600);
+    assert_eq!(mode(&store.root().join("points/vm/q")), 0o600);
     assert_eq!(fs::read_dir(store.root().join("tmp")).unwrap().count(), 0);
 }
 

@@ -8,6 +8,9 @@ use anyhow::{Context as _, Result};
 use crate::command::tool;
 use crate::lab::Lab;
 
+/// The attribute that puts a disk into the VM's one I/O thread.
+pub(crate) const IOTHREAD: &str = "iothread='1'";
+
 /// One disk of a VM to be made; see [`crate::VmBuilder::disk`].
 #[derive(Debug, Clone)]
 pub struct DiskSpec {
@@ -16,6 +19,8 @@ pub struct DiskSpec {
     pub(crate) error_policy: Option<ErrorPolicy>,
     pub(crate) serial: Option<String>,
     pub(crate) discard: &'static str,
+    /// Further attributes of `<driver>`, such as `copy_on_read='on'`.
+    pub(crate) driver: String,
     /// Further elements of `<disk>`, such as `<shareable/>` or `<transient/>`.
     pub(crate) elements: String,
 }
@@ -90,6 +95,7 @@ impl DiskSpec {
             error_policy: None,
             serial: None,
             discard: "unmap",
+            driver: String::new(),
             elements: String::new(),
         }
     }
@@ -158,6 +164,19 @@ impl DiskSpec {
     pub const fn discard_ignored(mut self) -> Self {
         self.discard = "ignore";
         self
+    }
+
+    /// Adds attributes to libvirt's `<driver>`, such as `copy_on_read='on'`.
+    #[must_use]
+    pub fn driver(mut self, attributes: &str) -> Self {
+        self.driver = format!("{} {attributes}", self.driver);
+        self
+    }
+
+    /// Has QEMU serve it from a thread of its own.
+    #[must_use]
+    pub fn iothread(self) -> Self {
+        self.driver(IOTHREAD)
     }
 
     /// Adds an element to libvirt's `<disk>`, such as `<shareable/>`.

@@ -29,6 +29,7 @@ mod disk;
 pub mod guest;
 mod images;
 mod lab;
+mod scattered;
 mod vm;
 pub mod workload;
 mod xml;
@@ -38,6 +39,7 @@ pub use disk::{DiskSpec, ErrorPolicy};
 pub use guest::{Guest, NumberedWriter, Numbering};
 pub use images::{compare_images, raw_hash};
 pub use lab::Lab;
+pub use scattered::Scattered;
 pub use vm::{BitmapSeen, Leftovers, Vm, VmBuilder};
 pub use workload::Workload;
 

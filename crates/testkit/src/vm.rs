@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::command::{tool, wait_until};
-use crate::disk::DiskSpec;
+use crate::disk::{DiskSpec, IOTHREAD};
 use crate::lab::Lab;
 use crate::{images, xml};
 
@@ -22,6 +22,7 @@ pub struct VmBuilder {
     lab: Lab,
     name: String,
     disks: Vec<DiskSpec>,
+    uuid: Option<String>,
     machine: String,
     memory_mib: u64,
     os: String,
@@ -43,6 +44,7 @@ impl VmBuilder {
             lab,
             name: name.to_owned(),
             disks: Vec::new(),
+            uuid: None,
             machine: "pc".to_owned(),
             memory_mib: 16,
             os: String::new(),
@@ -67,6 +69,13 @@ impl VmBuilder {
     pub fn device(mut self, xml: &str) -> Self {
         self.devices.push_str(xml);
         self.devices.push('\n');
+        self
+    }
+
+    /// Gives it the UUID of another one, which it is to be taken for.
+    #[must_use]
+    pub fn uuid(mut self, uuid: &str) -> Self {
+        self.uuid = Some(uuid.to_owned());
         self
     }
 
@@ -152,17 +161,21 @@ impl VmBuilder {
         let mut elements = String::new();
         for spec in &self.disks {
             let image = spec.create(&self.lab, &self.name)?;
-            elements.push_str(&xml::disk(spec, image.as_ref()));
+            let element = xml::disk(spec, image.as_ref());
+            elements.push_str(&element);
             disks.push(VmDisk {
                 target: spec.target.clone(),
                 image,
+                element,
             });
         }
         self.devices.insert_str(0, &elements);
         let domain = xml::Domain {
             name: self.name.clone(),
+            uuid: self.uuid,
             machine: self.machine,
             memory_mib: self.memory_mib,
+            iothreads: u32::from(self.disks.iter().any(has_iothread)),
             os: self.os,
             devices: self.devices,
         };
@@ -173,6 +186,10 @@ impl VmBuilder {
         };
         Ok((vm, domain.to_xml()))
     }
+}
+
+fn has_iothread(disk: &DiskSpec) -> bool {
+    disk.driver.contains(IOTHREAD)
 }
 
 /// A VM. It ends with its lab.
@@ -187,6 +204,8 @@ pub struct Vm {
 struct VmDisk {
     target: String,
     image: Option<(PathBuf, String)>,
+    /// What libvirt is told about it.
+    element: String,
 }
 
 /// What a backup may have left behind at a VM; see [`Vm::leftovers`].
@@ -249,6 +268,34 @@ impl Vm {
         Ok(())
     }
 
+    /// Takes a disk out of the running VM and waits until it is gone. Only
+    /// where nobody in the guest has to agree: a disk on the SCSI bus.
+    pub fn detach(&self, disk: &str) -> Result<()> {
+        self.lab
+            .virsh(&["detach-disk", &self.name, disk, "--live"])?;
+        wait_until("the disk is gone", Duration::from_secs(10), || {
+            let domain_xml = self.lab.virsh(&["dumpxml", &self.name])?;
+            Ok(xml::disk_alias(&domain_xml, disk).is_none())
+        })
+    }
+
+    /// Puts a disk that the VM was made with, and lost, back into it.
+    pub fn attach(&self, disk: &str) -> Result<()> {
+        let known = self.disks.iter().find(|known| known.target == disk);
+        let known = known.with_context(|| format!("VM {} was made without {disk}", self.name))?;
+        let file = tempfile::Builder::new()
+            .suffix(".xml")
+            .tempfile_in(self.lab.dir())?;
+        fs::write(file.path(), &known.element)?;
+        self.lab.virsh(&[
+            "attach-device".as_ref(),
+            self.name.as_ref(),
+            file.path().as_os_str(),
+            "--live".as_ref(),
+        ])?;
+        Ok(())
+    }
+
     /// Kills QEMU with SIGKILL and waits until libvirt has seen it.
     pub fn kill_qemu(&self) -> Result<()> {
         let pid = self.qemu_pid()?;
@@ -292,15 +339,23 @@ impl Vm {
 
     /// Like [`Vm::write`] for many commands, at about a millisecond each.
     pub fn write_all(&self, disk: &str, commands: &[String]) -> Result<()> {
-        let device = self.device_path(disk)?;
+        let commands: Vec<_> = commands.iter().map(|command| (disk, command)).collect();
+        self.write_each(&commands)
+    }
+
+    /// Like [`Vm::write_all`] for commands to any of the disks, in their order.
+    pub fn write_each<C: AsRef<str>>(&self, commands: &[(&str, C)]) -> Result<()> {
+        let domain_xml = self.lab.virsh(&["dumpxml", &self.name])?;
         let log = self.lab.qemu_log(&self.name);
         let before = fs::read(&log)?.len();
         let mut input = String::new();
-        for command in commands {
+        for (disk, command) in commands {
+            let command = command.as_ref();
             ensure!(
                 !command.contains(['"', '\'', '\n']),
                 "a qemu-io command cannot be quoted twice: {command}"
             );
+            let device = self.device_in(&domain_xml, disk)?;
             writeln!(
                 input,
                 "qemu-monitor-command {} --hmp 'qemu-io -d {device} \"{command}\"'",
@@ -313,8 +368,10 @@ impl Vm {
             .run()?;
         let after = fs::read(&log)?;
         let said = String::from_utf8_lossy(&after[before.min(after.len())..]);
-        check_qemu_io(&said, commands)
-            .with_context(|| format!("cannot write to {disk}: {said}{said_virsh}"))
+        // A flush says nothing.
+        let speaking = commands.iter().filter(|(_, it)| it.as_ref() != "flush");
+        check_qemu_io(&said, speaking.count())
+            .with_context(|| format!("cannot write to VM {}: {said}{said_virsh}", self.name))
     }
 
     /// Flushes what QEMU holds of the disk in memory to its image.
@@ -476,8 +533,11 @@ impl Vm {
     }
 
     fn device_path(&self, disk: &str) -> Result<String> {
-        let domain_xml = self.lab.virsh(&["dumpxml", &self.name])?;
-        let alias = xml::disk_alias(&domain_xml, disk)
+        self.device_in(&self.lab.virsh(&["dumpxml", &self.name])?, disk)
+    }
+
+    fn device_in(&self, domain_xml: &str, disk: &str) -> Result<String> {
+        let alias = xml::disk_alias(domain_xml, disk)
             .with_context(|| format!("VM {} has no running disk {disk}", self.name))?;
         Ok(if alias.starts_with("virtio-disk") {
             format!("/machine/peripheral/{alias}/virtio-backend")
@@ -504,7 +564,7 @@ fn has_scratch_file(node: &Value) -> bool {
 
 /// Each command prints one line `wrote 512/512 bytes at offset 0` (or `read`,
 /// `discard`), or something else when it fails.
-fn check_qemu_io(said: &str, commands: &[String]) -> Result<()> {
+fn check_qemu_io(said: &str, commands: usize) -> Result<()> {
     let failed = said.lines().find(|line| {
         line.contains(" failed") || line.contains("not found") || line.contains("non-numeric")
     });
@@ -513,9 +573,8 @@ fn check_qemu_io(said: &str, commands: &[String]) -> Result<()> {
     }
     let done = said.lines().filter(|line| is_success(line)).count();
     ensure!(
-        done == commands.len(),
-        "{done} of {} qemu-io commands reported success",
-        commands.len()
+        done == commands,
+        "{done} of {commands} qemu-io commands reported success"
     );
     Ok(())
 }

@@ -73,6 +73,15 @@ impl Workload {
         vm.write_all(disk, &commands)
     }
 
+    /// Follows a disk that was made larger: its new part is zero.
+    ///
+    /// # Panics
+    /// If the disk became smaller.
+    pub fn grow(&mut self, size_bytes: usize) {
+        assert!(size_bytes >= self.model.len(), "a disk only grows here");
+        self.model.resize(size_bytes, 0);
+    }
+
     /// Returns the disk as it must be now.
     pub fn model(&self) -> &[u8] {
         &self.model
@@ -112,8 +121,13 @@ impl Workload {
             _ => 64 * KIB * (2 + self.random.below(6)),
         };
         let size = self.model.len() as u64;
-        let offset = self.random.below((size - len) / len + 1) * len;
         let fill = u8::try_from(1 + self.random.below(255)).unwrap_or(u8::MAX);
+        // The end of a disk is nobody's multiple, so it is aimed at.
+        if self.random.below(16) == 0 {
+            let (offset, kind) = (size - len, WriteKind::Data(fill));
+            return GuestWrite { kind, offset, len };
+        }
+        let offset = self.random.below((size - len) / len + 1) * len;
         let kind = match self.random.below(16) {
             0 | 1 => WriteKind::Zeroes,
             2 => WriteKind::ZeroesUnmap,
@@ -200,13 +214,16 @@ mod tests {
         let mut one = Workload::new(7, 3 << 20);
         let mut two = Workload::new(7, 3 << 20);
         let mut kinds = HashSet::new();
+        let mut end = 0;
         for _ in 0..1000 {
             let write = one.step();
             assert_eq!(write, two.step());
             assert!(write.offset + write.len <= 3 << 20);
+            end = end.max(write.offset + write.len);
             kinds.insert(discriminant(&write.kind));
         }
         assert_eq!(kinds.len(), 5);
+        assert_eq!(end, 3 << 20);
         assert!(one.model() == two.model());
         assert_ne!(
             Workload::new(8, 3 << 20).step(),

@@ -31,9 +31,10 @@ pub(crate) fn disk(spec: &DiskSpec, image: Option<&(PathBuf, String)>) -> String
         .map_or(String::new(), |serial| format!("<serial>{serial}</serial>"));
     format!(
         "<disk type='file' device='disk'>\
-         <driver name='qemu' type='{format}' discard='{}'{policy}/>\
+         <driver name='qemu' type='{format}' discard='{}'{policy}{}/>\
          <source file='{}'/><target dev='{}' bus='{bus}'/>{serial}{}</disk>\n",
         spec.discard,
+        spec.driver,
         path.display(),
         spec.target,
         spec.elements
@@ -44,8 +45,12 @@ pub(crate) fn disk(spec: &DiskSpec, image: Option<&(PathBuf, String)>) -> String
 #[derive(Debug, Default)]
 pub(crate) struct Domain {
     pub(crate) name: String,
+    /// libvirt draws one where there is none.
+    pub(crate) uuid: Option<String>,
     pub(crate) machine: String,
     pub(crate) memory_mib: u64,
+    /// Threads that disks may be served from.
+    pub(crate) iothreads: u32,
     /// Elements of `<os>`: a kernel, or firmware.
     pub(crate) os: String,
     /// Elements of `<devices>`, disks included.
@@ -55,9 +60,13 @@ pub(crate) struct Domain {
 impl Domain {
     pub(crate) fn to_xml(&self) -> String {
         let mut xml = format!("<domain type='qemu'>\n<name>{}</name>\n", self.name);
+        if let Some(uuid) = &self.uuid {
+            writeln!(xml, "<uuid>{uuid}</uuid>").expect("writing to a String cannot fail");
+        }
         let Self {
             machine,
             memory_mib,
+            iothreads,
             os,
             devices,
             ..
@@ -65,6 +74,7 @@ impl Domain {
         write!(
             xml,
             "<memory unit='MiB'>{memory_mib}</memory>\n<vcpu>1</vcpu>\n\
+             <iothreads>{iothreads}</iothreads>\n\
              <os><type arch='x86_64' machine='{machine}'>hvm</type>{os}</os>\n\
              <features><acpi/></features>\n<cpu mode='maximum'/>\n\
              <devices>\n{devices}\

@@ -1,16 +1,41 @@
 //! `highwater backup`
 
-use highwater_engine::repository::Repository;
+use highwater_engine::repository::{Compression, Repository};
 use highwater_engine::{
-    self as engine, BackupContext, BackupOptions, Cancel, Report, Status, Tuning,
+    self as engine, BackupContext, BackupError, BackupOptions, Cancel, Estimate, Guard, Report,
+    Status, Tuning,
 };
-use highwater_hypervisor::{Quiesce, RunState};
+use highwater_hypervisor::{ErrorKind, Quiesce, RunState};
 use highwater_model::{Clock as _, SystemClock, format_size};
 
 use crate::advice::{self, CliError};
-use crate::args::{self, Backup, Global};
+use crate::args::{self, Backup, Global, JsonStyle};
 use crate::progress::Progress;
-use crate::{guard_process, json, output, settings, signals, times};
+use crate::{guard_process, json, nearest, output, settings, signals, times};
+
+/// What came of one VM.
+enum Outcome {
+    Done(Report),
+    Estimated(Estimate),
+}
+
+impl Outcome {
+    const fn code(&self) -> u8 {
+        match self {
+            Self::Done(report) => code_of(report),
+            Self::Estimated(_) => advice::DONE,
+        }
+    }
+
+    fn document(&self) -> json::OneOfSeveral {
+        match self {
+            Self::Done(report) => json::OneOfSeveral::Done(json::Backup::new(report)),
+            Self::Estimated(estimate) => {
+                json::OneOfSeveral::Estimated(json::Estimated::new(estimate))
+            }
+        }
+    }
+}
 
 pub(crate) fn run(global: &Global, args: &Backup) -> Result<u8, CliError> {
     let cancel = signals::cancel_on_signals();
@@ -20,98 +45,167 @@ pub(crate) fn run(global: &Global, args: &Backup) -> Result<u8, CliError> {
     let vms = if args.all {
         running_vms(&guard_process::start(&uri)?)?
     } else {
-        args.vms.clone()
+        each_once(&args.vms)
     };
-    let options = options(args);
-    let one = |name: &str| back_up(global, &repo, &uri, name, &options, &cancel);
+    let run = Run {
+        global,
+        repo: &repo,
+        uri: &uri,
+        options: options(args),
+        estimate: args.estimate,
+        cancel: &cancel,
+    };
     if let [name] = vms.as_slice() {
-        let report = one(name)?;
+        let outcome = run.one(name)?;
         if global.json {
-            output::document(&json::Backup::new(&report))?;
+            output::document(&outcome.document())?;
+        } else if let Outcome::Estimated(estimate) = &outcome {
+            output::data(&output::table(&estimate_rows(&[estimate])))?;
         }
-        return Ok(code_of(&report));
+        return Ok(outcome.code());
     }
-    several(global, &vms, &cancel, one)
+    run.several(&vms)
 }
 
-/// Backs several VMs up; one that fails keeps none of the others from it.
-fn several(
-    global: &Global,
-    vms: &[String],
-    cancel: &Cancel,
-    one: impl Fn(&str) -> Result<Report, CliError>,
-) -> Result<u8, CliError> {
-    let mut results = Vec::new();
-    let mut codes = Vec::new();
-    for name in vms {
-        match one(name) {
-            Ok(report) => {
-                codes.push(code_of(&report));
-                results.push(json::OneOfSeveral::Done(json::Backup::new(&report)));
-            }
-            Err(error) => {
-                let advice = advice::advise(&error);
-                output::print_error(&error, &advice, false);
-                codes.push(advice.code);
-                let failure = json::Failure::new(Some(name), &error.chain(), &advice);
-                results.push(json::OneOfSeveral::Failed(failure));
-            }
-        }
-        if cancel.is_raised() {
-            codes.push(advice::INTERRUPTED);
-            break;
+fn each_once(names: &[String]) -> Vec<String> {
+    let mut once: Vec<String> = Vec::new();
+    for name in names {
+        if !once.contains(name) {
+            once.push(name.clone());
         }
     }
-    if global.json {
-        output::document(&json::Backups::new(results))?;
+    once
+}
+
+struct Run<'a> {
+    global: &'a Global,
+    repo: &'a Repository,
+    uri: &'a str,
+    options: BackupOptions,
+    estimate: bool,
+    cancel: &'a Cancel,
+}
+
+impl Run<'_> {
+    /// Backs several VMs up; one that fails keeps none of the others from it.
+    fn several(&self, vms: &[String]) -> Result<u8, CliError> {
+        let events = self.global.json_style == Some(JsonStyle::Events);
+        let mut results = Vec::new();
+        let mut estimates = Vec::new();
+        let mut codes = Vec::new();
+        for name in vms {
+            match self.one(name) {
+                Ok(outcome) => {
+                    codes.push(outcome.code());
+                    results.push(outcome.document());
+                    if let Outcome::Estimated(estimate) = outcome {
+                        estimates.push(estimate);
+                    }
+                }
+                Err(error) => {
+                    let advice = advice::advise(&error);
+                    output::print_error(&error, &advice, false);
+                    codes.push(advice.code);
+                    let failure = json::Failure::new(Some(name), &error.chain(), &advice);
+                    results.push(json::OneOfSeveral::Failed(failure));
+                }
+            }
+            if events && let Some(result) = results.pop() {
+                output::document(&result)?;
+            }
+            if self.cancel.is_raised() {
+                codes.push(advice::INTERRUPTED);
+                break;
+            }
+        }
+        if self.global.json && !events {
+            output::document(&json::Backups::new(results))?;
+        } else if self.estimate && !events {
+            let estimates: Vec<&Estimate> = estimates.iter().collect();
+            output::data(&output::table(&estimate_rows(&estimates)))?;
+        }
+        Ok(code_of_all(&codes))
     }
+
+    fn one(&self, name: &str) -> Result<Outcome, CliError> {
+        // One for each VM: what broke one session, or the guard itself, says
+        // nothing about the next VM, and a session that its mover gave up on is
+        // settled by a guard that has nothing else to do.
+        let guard = guard_process::start(self.uri)?;
+        let progress = Progress::new(self.global);
+        let context = BackupContext {
+            repo: self.repo,
+            guard: &guard,
+            restart_guard: &|| guard_process::start(self.uri),
+            clock: &SystemClock,
+            observer: &progress,
+            cancel: self.cancel,
+        };
+        let outcome = if self.estimate {
+            engine::estimate(&context, name, &self.options).map(Outcome::Estimated)
+        } else {
+            engine::backup(&context, name, &self.options).map(Outcome::Done)
+        };
+        progress.end();
+        let outcome = outcome.map_err(|error| with_names(error, name, &guard))?;
+        if !self.global.quiet && !self.global.json {
+            match &outcome {
+                Outcome::Done(report) => summarize(report),
+                Outcome::Estimated(estimate) => foretell(estimate),
+            }
+        }
+        Ok(outcome)
+    }
+}
+
+/// Returns the exit code of a run over several VMs: their own if all ended
+/// alike, 3 if some were backed up.
+fn code_of_all(codes: &[u8]) -> u8 {
     if codes.contains(&advice::INTERRUPTED) {
-        return Ok(advice::INTERRUPTED);
+        return advice::INTERRUPTED;
     }
-    Ok(
-        match (
-            codes.contains(&advice::DONE),
-            codes.iter().all(|code| *code == advice::DONE),
-        ) {
-            (_, true) => advice::DONE,
-            (true, false) => advice::SOME_FAILED,
-            (false, false) if codes.contains(&advice::SOME_FAILED) => advice::SOME_FAILED,
-            (false, false) => advice::FAILED,
-        },
-    )
+    match codes {
+        [] => advice::DONE,
+        [first, rest @ ..] if rest.iter().all(|code| code == first) => *first,
+        _ if codes.contains(&advice::DONE) || codes.contains(&advice::SOME_FAILED) => {
+            advice::SOME_FAILED
+        }
+        _ => advice::FAILED,
+    }
 }
 
-fn back_up(
-    global: &Global,
-    repo: &Repository,
-    uri: &str,
-    name: &str,
-    options: &BackupOptions,
-    cancel: &Cancel,
-) -> Result<Report, CliError> {
-    // One for each VM: what broke one session, or the guard itself, says
-    // nothing about the next VM, and a session that its mover gave up on is
-    // settled by a guard that has nothing else to do.
-    let guard = guard_process::start(uri)?;
-    let progress = Progress::new(global);
-    let context = BackupContext {
-        repo,
-        guard: &guard,
-        restart_guard: &|| guard_process::start(uri),
-        clock: &SystemClock,
-        observer: &progress,
-        cancel,
+/// Adds the names of the VMs there are to an error about one that is not there.
+fn with_names(error: BackupError, name: &str, guard: &Guard) -> CliError {
+    let is_unknown = matches!(
+        &error,
+        BackupError::Observe { source, .. } if source.kind == ErrorKind::NoSuchVm
+    );
+    let Some(vms) = guard
+        .list()
+        .ok()
+        .filter(|vms| is_unknown && !vms.is_empty())
+    else {
+        return CliError::from(error);
     };
-    let report = engine::backup(&context, name, options);
-    progress.end();
-    let report = report?;
-    if !global.quiet && !global.json {
-        summarize(&report);
+    let names = || vms.iter().map(|(vm, _)| vm.name.as_str());
+    let hint = match nearest::to(name, names()) {
+        Some(near) => format!("did you mean `{near}`? `virsh list --all` shows all VMs"),
+        None if vms.len() <= NAMES_SHOWN => {
+            let all: Vec<&str> = names().collect();
+            format!("the VMs of this connection are: {}", all.join(", "))
+        }
+        None => return CliError::from(error),
+    };
+    CliError::NoSuchVm {
+        error: Box::new(error),
+        hint,
     }
-    Ok(report)
 }
 
-fn running_vms(guard: &engine::Guard) -> Result<Vec<String>, CliError> {
+/// More names than this in a hint help nobody.
+const NAMES_SHOWN: usize = 8;
+
+fn running_vms(guard: &Guard) -> Result<Vec<String>, CliError> {
     let vms = guard.list()?.into_iter();
     let running = vms.filter(|(_, state)| !matches!(state, RunState::Off | RunState::Other));
     let names: Vec<String> = running.map(|(vm, _)| vm.uuid.unwrap_or(vm.name)).collect();
@@ -125,7 +219,10 @@ fn running_vms(guard: &engine::Guard) -> Result<Vec<String>, CliError> {
 }
 
 fn options(args: &Backup) -> BackupOptions {
-    let mut tuning = Tuning::default();
+    let mut tuning = Tuning {
+        read_limit: args.limit,
+        ..Tuning::default()
+    };
     if let Some(workers) = args.workers {
         tuning.workers = usize::from(workers);
     }
@@ -140,9 +237,9 @@ fn options(args: &Backup) -> BackupOptions {
         only_disks: args.disks.clone(),
         without_disks: args.exclude.clone(),
         quiesce: match args.quiesce {
-            args::Quiesce::Off => Quiesce::Off,
-            args::Quiesce::Try => Quiesce::Try,
-            args::Quiesce::Require => Quiesce::Require,
+            Some(args::Quiesce::Off) => Quiesce::Off,
+            Some(args::Quiesce::Try) | None => Quiesce::Try,
+            Some(args::Quiesce::Require) => Quiesce::Require,
         },
         freeze_mountpoints: args.freeze_mountpoints.clone(),
         scratch_dir: args
@@ -150,8 +247,9 @@ fn options(args: &Backup) -> BackupOptions {
             .clone()
             .unwrap_or_else(settings::scratch_dir),
         socket_dir: settings::runtime_dir(),
-        compression: args.compression,
+        compression: args.compression.unwrap_or(Compression::Zstd(1)),
         tuning,
+        threshold: args.threshold,
         tags: args.tags.clone(),
         group: args.group.clone(),
         host: rustix::system::uname()
@@ -164,43 +262,79 @@ fn options(args: &Backup) -> BackupOptions {
 
 const fn code_of(report: &Report) -> u8 {
     match report.status {
-        Status::Ok => advice::DONE,
+        Status::Ok | Status::BelowThreshold => advice::DONE,
         Status::Partial => advice::SOME_FAILED,
     }
 }
 
-/// The few lines a person wants to see in the morning.
+/// Says what came of it; each disk had its line when it was done.
 fn summarize(report: &Report) {
-    for disk in &report.disks {
-        if disk.root.is_none() {
-            output::talk(&format!("  {}: NOT in this restore point", disk.disk));
-            continue;
-        }
-        let knows_what_changed = matches!(disk.mode.as_str(), "incremental" | "differential");
-        let amount = if knows_what_changed {
-            disk.dirty_bytes
-        } else {
-            disk.read_bytes
-        };
-        output::talk(&format!(
-            "  {}: {}: {} of {} {}, read {}, stored {}",
-            disk.disk,
-            disk.mode,
-            format_size(amount),
-            format_size(disk.size_bytes),
-            if knows_what_changed {
-                "dirty"
-            } else {
-                "not zero"
-            },
-            format_size(disk.read_bytes),
-            format_size(disk.stored_bytes),
+    let seconds = report.elapsed.as_secs_f64();
+    let (Some(point), Some(consistency)) = (report.point, &report.consistency) else {
+        let dirty = report.disks.iter().map(|disk| disk.dirty_bytes).sum();
+        return output::talk(&format!(
+            "  no restore point: {} dirty, less than the threshold; it stays marked for the next run",
+            format_size(dirty)
         ));
-    }
+    };
     output::talk(&format!(
-        "  restore point {} ({}) in {:.1} s",
-        report.point,
-        report.consistency,
-        report.elapsed.as_secs_f64()
+        "  restore point {point} ({consistency}) in {seconds:.1} s"
     ));
+}
+
+/// Says what would be tidied first, and whether there would be a point at all.
+fn foretell(estimate: &Estimate) {
+    for what in &estimate.would_heal {
+        output::talk(&format!("  would first {what}"));
+    }
+    if estimate.below_threshold {
+        output::talk("  would make no restore point: less is dirty than the threshold");
+    }
+}
+
+fn estimate_rows(estimates: &[&Estimate]) -> Vec<Vec<String>> {
+    let head = ["VM", "DISK", "MODE", "DIRTY", "TO READ", "SIZE", "REASON"];
+    let mut rows = vec![head.map(str::to_owned).to_vec()];
+    for estimate in estimates {
+        for disk in &estimate.disks {
+            let knows = matches!(disk.mode, "incremental" | "differential");
+            rows.push(vec![
+                estimate.vm.clone(),
+                disk.disk.clone(),
+                disk.mode.to_owned(),
+                if knows {
+                    format_size(disk.dirty_bytes)
+                } else {
+                    "unknown".to_owned()
+                },
+                format!("<= {}", format_size(disk.read_bytes)),
+                format_size(disk.size_bytes),
+                disk.sentence.unwrap_or("-").to_owned(),
+            ]);
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::code_of_all;
+
+    #[test]
+    fn several_vms_end_with_3_only_if_some_were_backed_up() {
+        for (codes, expected) in [
+            (&[0, 0][..], 0),
+            (&[0, 1], 3),
+            (&[1, 0, 11], 3),
+            (&[3, 1], 3),
+            (&[3, 3], 3),
+            (&[1, 1], 1),
+            (&[11, 11], 11),
+            (&[1, 11], 1),
+            (&[0, 130], 130),
+            (&[], 0),
+        ] {
+            assert_eq!(code_of_all(codes), expected, "{codes:?}");
+        }
+    }
 }

@@ -8,19 +8,23 @@ use highwater_model::format_size;
 
 use crate::advice::{self, CliError};
 use crate::args::{Global, List};
-use crate::commands::{all_points, damage_line, short};
+use crate::commands::{all_points, damage_line, short, unknown_vm};
 use crate::{json, output, settings, times};
 
 pub(crate) fn run(global: &Global, args: &List) -> Result<u8, CliError> {
     let repo = settings::open_repository(global)?;
     let list = all_points(&repo)?;
-    let points: Vec<&Manifest> = match &args.vm {
-        Some(vm) => select_vm(&list.points, vm)?,
+    let mut points: Vec<&Manifest> = match &args.vm {
+        Some(vm) => select_vm(&list.points, vm).map_err(|error| unknown_vm(&list.points, error))?,
         None => list.points.iter().collect(),
     };
+    let all = points.len();
+    points.retain(|point| is_wanted(args, point));
     if global.json {
         let damaged = list.damaged.iter().map(damage_line).collect();
         output::document(&json::Points::new(points.into_iter(), damaged))?;
+    } else if points.is_empty() && all > 0 {
+        output::talk("no restore points with these tags and this group");
     } else if points.is_empty() {
         output::talk("no restore points yet");
     } else if args.vm.is_some() || args.all {
@@ -35,6 +39,11 @@ pub(crate) fn run(global: &Global, args: &List) -> Result<u8, CliError> {
     })
 }
 
+fn is_wanted(args: &List, point: &Manifest) -> bool {
+    let in_group = args.group.is_none() || args.group == point.group;
+    in_group && args.tags.iter().all(|tag| point.tags.contains(tag))
+}
+
 fn point_rows(points: &[&Manifest]) -> Vec<Vec<String>> {
     let head = [
         "VM",
@@ -45,7 +54,16 @@ fn point_rows(points: &[&Manifest]) -> Vec<Vec<String>> {
         "DISKS",
         "SIZE",
         "STORED",
+        "GROUP",
+        "TAGS",
     ];
+    // Columns in which there is nothing to see are left out.
+    let labelled = |point: &&Manifest| point.group.is_some() || !point.tags.is_empty();
+    let columns = if points.iter().any(labelled) {
+        head.len()
+    } else {
+        head.len() - 2
+    };
     let mut rows = vec![head.map(str::to_owned).to_vec()];
     for point in points {
         rows.push(vec![
@@ -57,7 +75,12 @@ fn point_rows(points: &[&Manifest]) -> Vec<Vec<String>> {
             point.disks.len().to_string(),
             format_size(point.disks.iter().map(|disk| disk.image.size_bytes).sum()),
             format_size(point.disks.iter().map(|disk| disk.stored_bytes).sum()),
+            point.group.clone().unwrap_or_else(|| "-".to_owned()),
+            point.tags.join(","),
         ]);
+    }
+    for row in &mut rows {
+        row.truncate(columns);
     }
     rows
 }

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use highwater_engine::{self as engine, Format, RestoreOptions, Target};
+use highwater_engine::{self as engine, Format, Limiter, RestoreOptions, Target};
 use highwater_model::format_size;
 
 use crate::advice::{self, CliError};
@@ -19,6 +19,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
     let list = all_points(&repo)?;
     let point = find_point(&list.points, &args.point)?;
     let progress = Progress::new(global);
+    let limiter = args.limit.map(Limiter::new);
     let options = RestoreOptions {
         disks: &args.disks,
         format: args.format.map(|format| match format {
@@ -26,6 +27,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
             args::Format::Raw => Format::Raw,
         }),
         workers: std::thread::available_parallelism().map_or(2, std::num::NonZero::get),
+        limiter: limiter.as_ref(),
         observer: &progress,
         cancel: &cancel,
     };
@@ -53,7 +55,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
                 .as_ref()
                 .map_or_else(|| "stdout".to_owned(), |path| path.display().to_string());
             output::talk(&format!(
-                "  {}: {} ({}, {} with {} of data), every chunk verified",
+                "  {}  {} ({}, {} with {} of data), every chunk verified",
                 disk.disk,
                 place,
                 disk.format,
@@ -68,7 +70,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
             // Who restores a whole VM must learn here what of it is missing.
             for missing in &point.skipped {
                 output::talk(&format!(
-                    "  {}: NOT in this restore point: {}",
+                    "  {}  NOT in this restore point: {}",
                     missing.target, missing.reason
                 ));
             }

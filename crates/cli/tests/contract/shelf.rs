@@ -125,6 +125,7 @@ impl Shelf {
             .args(args)
             .env("HIGHWATER_REPO", self.repo())
             .env("HIGHWATER_RUNTIME_DIR", self.path("run"))
+            .env("HIGHWATER_CONFIG", "")
             .env_remove("HIGHWATER_PASSWORD")
             .env("TZ", "UTC")
             .stdin(Stdio::null());

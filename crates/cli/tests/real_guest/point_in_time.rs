@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
 use highwater_engine::repository::{Compression, Repository};
 use highwater_engine::{
@@ -93,6 +93,7 @@ fn options(bed: &Bed) -> BackupOptions {
         socket_dir: bed.runtime(),
         compression: Compression::Zstd(1),
         tuning: Tuning::default(),
+        threshold: None,
         tags: Vec::new(),
         group: None,
         host: "test".to_owned(),
@@ -163,7 +164,7 @@ fn every_point_is_one_moment_of_all_disks_while_the_guest_overwrites_them() -> R
             "the guest wrote too little to prove anything"
         );
         assert_modes(&report, number);
-        points.push((report.point, acked, granted));
+        points.push((report.point.context("a point was made")?, acked, granted));
     }
     writer.stop()?;
     bed.assert_tidy(&vm, 1)?;

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
-    BitmapFacts, ChainLink, DiskFacts, DiskSource, MarkSupport, NoMarks, RootNode, SkipReason,
-    WriteCounters,
+    BitmapFacts, ChainLink, DiskFacts, DiskSource, MarkSupport, NoMarks, Place, RootNode,
+    SkipReason, WriteCounters,
 };
 
 use super::blocks::Blocks;
@@ -127,6 +127,15 @@ fn chain_link(link: &LinkXml, blocks: Option<&Blocks>, queries: &impl DiskQuerie
             (SourceXml::PassedThrough, None) => String::new(),
         },
         format: link.format.clone(),
+        place: match link.source {
+            SourceXml::Network(_) => Place::Network,
+            // A volume that libvirt finds no path of counts as one of this
+            // host that cannot be seen: nothing is known, so nothing is believed.
+            SourceXml::File(_)
+            | SourceXml::Block(_)
+            | SourceXml::Volume { .. }
+            | SourceXml::PassedThrough => Place::Host,
+        },
         node: blocks
             .zip(link.index)
             .and_then(|(blocks, index)| blocks.libvirt_node(index))

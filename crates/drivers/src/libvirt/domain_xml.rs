@@ -1,23 +1,18 @@
 //! A domain's definition, as far as a backup needs it.
 //!
-//! The text comes from outside: its length and depth are limited before it is
-//! parsed, document types are refused, and everything that is not understood is
-//! left out, never guessed.
+//! The text comes from outside: it is parsed within limits (see `xml`), and
+//! everything that is not understood is left out, never guessed.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use highwater_hypervisor::{Agent, FirmwareFile, FirmwareRole, WriteErrorPolicy};
-use roxmltree::{Document, Node};
+use roxmltree::Node;
 
-/// A domain with a few hundred devices has about 300 KiB; this is far beyond.
-const XML_BYTES_MAX: usize = 8 << 20;
+use super::xml::{CHAIN_MAX, DISKS_MAX, XmlError, child, child_text, document};
 
-/// No real chain of backing files is longer.
-const CHAIN_MAX: usize = 200;
-
-/// Each backing file is one level deeper than the one above it, and the parser
-/// calls itself for every level, so this is what the stack has to hold.
-const DEPTH_MAX: usize = CHAIN_MAX + 56;
+/// Part of the names of files and exports.
+const TARGET_BYTES_MAX: usize = 100;
 
 /// libvirt's own description of a domain.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,100 +77,6 @@ pub(crate) enum SourceXml {
     PassedThrough,
 }
 
-/// Why a text is not the XML it should be.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub(crate) enum XmlError {
-    #[error("it has {0} bytes, more than any sensible one")]
-    TooLong(usize),
-    #[error("its elements are nested deeper than {DEPTH_MAX} levels")]
-    TooDeep,
-    #[error("{0}")]
-    Malformed(String),
-    #[error("its outermost element is not <{0}>")]
-    WrongRoot(&'static str),
-}
-
-/// Parses a text with limits and checks its outermost element.
-pub(crate) fn document<'text>(
-    text: &'text str,
-    root: &'static str,
-) -> Result<Document<'text>, XmlError> {
-    if text.len() > XML_BYTES_MAX {
-        return Err(XmlError::TooLong(text.len()));
-    }
-    if !is_shallow(text) {
-        return Err(XmlError::TooDeep);
-    }
-    let document = Document::parse(text).map_err(|error| XmlError::Malformed(error.to_string()))?;
-    if document.root_element().has_tag_name(root) {
-        Ok(document)
-    } else {
-        Err(XmlError::WrongRoot(root))
-    }
-}
-
-/// Returns whether elements are nested no deeper than allowed. Where the text
-/// is malformed the parser stops too, so what follows is of no matter.
-fn is_shallow(text: &str) -> bool {
-    let mut depth = 0_usize;
-    let mut rest = text;
-    while let Some((_, markup)) = rest.split_once('<') {
-        let skipped = [("!--", "-->"), ("![CDATA[", "]]>"), ("?", "?>"), ("/", ">")]
-            .into_iter()
-            .find_map(|(begin, end)| Some((begin, markup.strip_prefix(begin)?.split_once(end)?.1)));
-        if let Some((begin, after)) = skipped {
-            if begin == "/" {
-                depth = depth.saturating_sub(1);
-            }
-            rest = after;
-            continue;
-        }
-        let Some((tag, after)) = split_tag(markup) else {
-            return true;
-        };
-        if !tag.ends_with('/') {
-            depth = depth.saturating_add(1);
-        }
-        if depth > DEPTH_MAX {
-            return false;
-        }
-        rest = after;
-    }
-    true
-}
-
-/// Splits behind the `>` that ends a tag; one in a quoted value does not.
-fn split_tag(markup: &str) -> Option<(&str, &str)> {
-    let mut quote = None;
-    let end = markup.find(|letter: char| {
-        if let Some(open) = quote {
-            if letter == open {
-                quote = None;
-            }
-            return false;
-        }
-        if matches!(letter, '"' | '\'') {
-            quote = Some(letter);
-        }
-        letter == '>'
-    })?;
-    let (tag, after) = markup.split_at_checked(end)?;
-    Some((tag, after.strip_prefix('>')?))
-}
-
-/// Returns the first child element of that name.
-pub(crate) fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
-    node.children().find(|child| child.has_tag_name(name))
-}
-
-/// Returns the text of the first child element of that name.
-pub(crate) fn child_text<'a>(node: Node<'a, '_>, name: &str) -> Option<&'a str> {
-    child(node, name)
-        .and_then(|found| found.text())
-        .map(str::trim)
-        .filter(|text| !text.is_empty())
-}
-
 /// Reads a domain's definition.
 pub(crate) fn parse(text: &str) -> Result<DomainXml, XmlError> {
     let document = document(text, "domain")?;
@@ -186,6 +87,11 @@ pub(crate) fn parse(text: &str) -> Result<DomainXml, XmlError> {
             .into_iter()
             .flat_map(move |all| all.children().filter(move |one| one.has_tag_name(name)))
     };
+    let disks: Vec<DiskXml> = device_list("disk")
+        .take(DISKS_MAX.saturating_add(1))
+        .filter_map(disk)
+        .collect();
+    check_targets(&disks)?;
     Ok(DomainXml {
         firmware: child(domain, "os").map(firmware).unwrap_or_default(),
         tpm: device_list("tpm").find_map(tpm),
@@ -194,8 +100,30 @@ pub(crate) fn parse(text: &str) -> Result<DomainXml, XmlError> {
             .find(|agent| *agent == Agent::Connected)
             .or_else(|| device_list("channel").find_map(agent))
             .unwrap_or(Agent::Missing),
-        disks: device_list("disk").filter_map(disk).collect(),
+        disks,
     })
+}
+
+/// Targets name files, exports and disks of restore points: each must be one,
+/// and each only once.
+fn check_targets(disks: &[DiskXml]) -> Result<(), XmlError> {
+    if disks.len() > DISKS_MAX {
+        return Err(XmlError::TooManyDisks);
+    }
+    let mut seen = BTreeSet::new();
+    for DiskXml { target, .. } in disks {
+        let is_good = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.:".contains(&byte);
+        if !target.bytes().all(is_good)
+            || !(1..=TARGET_BYTES_MAX).contains(&target.len())
+            || target.starts_with('.')
+        {
+            return Err(XmlError::BadTarget(target.chars().take(80).collect()));
+        }
+        if !seen.insert(target) {
+            return Err(XmlError::SameTarget(target.clone()));
+        }
+    }
+    Ok(())
 }
 
 fn firmware(os: Node<'_, '_>) -> Vec<FirmwareFile> {
@@ -443,35 +371,55 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_domain_is_refused() {
-        assert_eq!(parse("<network/>"), Err(XmlError::WrongRoot("domain")));
-        assert!(matches!(parse("<domain>"), Err(XmlError::Malformed(_))));
-        assert!(matches!(
-            parse("<!DOCTYPE d [<!ENTITY a 'b'>]><domain>&a;</domain>"),
-            Err(XmlError::Malformed(_))
-        ));
-        let long = format!("<domain>{}</domain>", " ".repeat(XML_BYTES_MAX));
-        assert!(matches!(parse(&long), Err(XmlError::TooLong(_))));
+    fn each_target_is_a_name_and_there_is_one_of_each() {
+        let disks = |targets: &[&str]| {
+            let disk = |dev: &&str| format!("<disk><target dev='{dev}'/></disk>");
+            let disks: String = targets.iter().map(disk).collect();
+            parse(&format!("<domain><devices>{disks}</devices></domain>"))
+                .map(|domain| domain.disks.len())
+        };
+        assert_eq!(disks(&["vda", "vdaa", "hda", "ubd0", "x.1"]), Ok(5));
+        assert_eq!(
+            disks(&["vda", "vda"]),
+            Err(XmlError::SameTarget("vda".to_owned()))
+        );
+        let long = "v".repeat(TARGET_BYTES_MAX + 1);
+        for bad in [
+            "",
+            "..",
+            "../../etc/x",
+            "a/b",
+            "a&#10;b",
+            "&#9;",
+            "a b",
+            "\u{202e}",
+            &long,
+        ] {
+            let refused = disks(&["vda", bad]);
+            assert!(
+                matches!(refused, Err(XmlError::BadTarget(_))),
+                "{bad:?}: {refused:?}"
+            );
+        }
+        // No XML can carry these, escaped or not.
+        for bad in ["&#0;", "\0", "&#x1b;", "\u{1b}"] {
+            let refused = disks(&["vda", bad]);
+            assert!(
+                matches!(refused, Err(XmlError::Malformed(_))),
+                "{bad:?}: {refused:?}"
+            );
+        }
     }
 
     #[test]
-    fn a_text_nested_without_end_does_not_end_the_process() {
-        for (open, close) in [
-            ("<a>", "</a>"),
-            ("<a><!-- </a> -->", "</a>"),
-            ("<a b='/>'>", "</a>"),
-            ("<a b=\"'/>\">", "</a>"),
-            ("<a><![CDATA[</a>]]>", "</a>"),
-            ("<a><?x </a> ?>", "</a>"),
-            ("<a>", ""),
-        ] {
-            let deep = format!(
-                "<domain>{}{}</domain>",
-                open.repeat(100_000),
-                close.repeat(100_000)
-            );
-            assert_eq!(parse(&deep), Err(XmlError::TooDeep), "{open}");
-        }
+    fn a_hundred_thousand_disks_are_refused_and_a_thousand_are_read() {
+        let text = |count: usize| {
+            let disk = |n: usize| format!("<disk><target dev='v{n}'/></disk>");
+            let disks: String = (0..count).map(disk).collect();
+            format!("<domain><devices>{disks}</devices></domain>")
+        };
+        assert_eq!(parse(&text(100_000)), Err(XmlError::TooManyDisks));
+        assert_eq!(parse(&text(1000)).unwrap().disks.len(), 1000);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use highwater_hypervisor::CheckpointFacts;
 use highwater_model::SessionId;
 
 use super::backup_xml::session_of_export;
-use super::domain_xml::{XmlError, child, child_text, document};
+use super::xml::{XmlError, child, child_text, document};
 
 /// A running backup job.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -14,7 +14,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use highwater_hypervisor::{ErrorKind, Export, HypervisorError};
@@ -23,7 +23,7 @@ use highwater_nbd::{Canceller, NbdError};
 use highwater_repo::{ImageRoot, RepoError, Writer};
 
 use super::disk_copy::run_disk;
-use crate::{Cancel, DiskProgress, Event, Observer};
+use crate::{Cancel, DiskDone, DiskProgress, Event, Limiter, Observer};
 
 /// Bytes of one NBD request (or one chunk, if that is larger). QEMU serves up
 /// to 32 MiB, but keeps a buffer per request: field measurements call
@@ -43,6 +43,8 @@ pub struct Tuning {
     pub connections: usize,
     /// Bytes of read buffers in all.
     pub buffer_bytes: usize,
+    /// Most bytes read per second, of all disks together.
+    pub read_limit: Option<u64>,
 }
 
 impl Default for Tuning {
@@ -53,6 +55,7 @@ impl Default for Tuning {
             disks: 2,
             connections: 2,
             buffer_bytes: 32 << 20,
+            read_limit: None,
         }
     }
 }
@@ -86,6 +89,7 @@ pub(super) enum ReadPlan {
 pub(super) struct DiskCopied {
     pub(super) target: String,
     pub(super) size_bytes: u64,
+    pub(super) elapsed: Duration,
     pub(super) result: Result<Copied, CopyError>,
 }
 
@@ -180,6 +184,7 @@ pub(super) struct Shared<'a> {
     pub(super) writer: &'a Writer,
     pub(super) tuning: Tuning,
     pub(super) chunk_size: highwater_model::ChunkSize,
+    pub(super) limiter: Option<Limiter>,
     /// Everything stops: the user's wish, a lost session, a store error.
     pub(super) stop: AtomicBool,
     store_error: Mutex<Option<RepoError>>,
@@ -263,6 +268,7 @@ pub(super) fn copy_disks(
         writer,
         tuning: *tuning,
         chunk_size,
+        limiter: tuning.read_limit.map(Limiter::new),
         stop: AtomicBool::new(false),
         store_error: Mutex::new(None),
         entrust: watch.entrust,
@@ -303,8 +309,9 @@ pub(super) fn copy_disks(
                     let (Some(job), Some(progress)) = (jobs.get(at), progress.get(at)) else {
                         return;
                     };
+                    let began = Instant::now();
                     let result = run_disk(shared, job, progress);
-                    if done.send((at, result)).is_err() {
+                    if done.send((at, began.elapsed(), result)).is_err() {
                         return;
                     }
                 }
@@ -313,15 +320,17 @@ pub(super) fn copy_disks(
         drop(done_give);
         loop {
             match done_take.recv_timeout(TICK) {
-                Ok((at, (size_bytes, result))) => {
+                Ok((at, elapsed, (size_bytes, result))) => {
                     let Some(job) = jobs.get(at) else { continue };
-                    tell_done(watch.observer, job, &result);
+                    let copied = DiskCopied {
+                        target: job.target.clone(),
+                        size_bytes,
+                        elapsed,
+                        result,
+                    };
+                    tell_done(watch.observer, &copied);
                     if let Some(slot) = results.get_mut(at) {
-                        *slot = Some(DiskCopied {
-                            target: job.target.clone(),
-                            size_bytes,
-                            result,
-                        });
+                        *slot = Some(copied);
                     }
                 }
                 Err(crossbeam_channel::RecvTimeoutError::Timeout) => {}
@@ -417,14 +426,22 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
     }
 }
 
-fn tell_done(observer: &dyn Observer, job: &CopyJob, result: &Result<Copied, CopyError>) {
-    let failure = result
+fn tell_done(observer: &dyn Observer, copied: &DiskCopied) {
+    let failure = copied
+        .result
         .as_ref()
         .err()
         .map(|error| super::report::chain(error).join(": "));
     observer.event(&Event::DiskDone {
-        disk: &job.target,
+        disk: &copied.target,
         failure: failure.as_deref(),
+        done: copied.result.as_ref().ok().map(|done| DiskDone {
+            size_bytes: copied.size_bytes,
+            dirty_bytes: done.dirty_bytes,
+            read_bytes: done.read_bytes,
+            stored_bytes: done.stored_bytes,
+            elapsed: copied.elapsed,
+        }),
     });
 }
 

@@ -386,6 +386,9 @@ fn read_items(
                     None => link.insert(disk.connect(Vec::new())?),
                 };
                 waiting.insert(item.seq, item.range);
+                if let Some(limiter) = &disk.shared.limiter {
+                    limiter.take(item.range.len(), &|| disk.stopped());
+                }
                 link.0
                     .submit_read(item.seq, item.range, buffer)
                     .map_err(|source| read_error(disk, item.range, source))?;

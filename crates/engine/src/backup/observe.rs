@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
-    BitmapFacts, DiskFacts, JobFacts, MarkSupport, NoMarks, RootNode, RunState, VmFacts,
+    BitmapFacts, DiskFacts, JobFacts, MarkSupport, NoMarks, Place, RootNode, RunState, VmFacts,
 };
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
@@ -15,7 +15,7 @@ use highwater_repo::{
     Repository, VmIdentity,
 };
 
-use super::BackupOptions;
+use super::{BackupOptions, record};
 
 /// What the repository holds of this VM, as far as this backup needs it.
 #[derive(Debug, Default)]
@@ -24,6 +24,8 @@ pub(super) struct History {
     pub(super) committed: BTreeSet<PointId>,
     /// The newest readable one, and its number.
     pub(super) newest: Option<(PointId, u64)>,
+    /// Disks that the VM had then, backed up or not.
+    pub(super) newest_disks: BTreeSet<String>,
     /// The parent of each disk: the newest readable point whose mark is on it.
     pub(super) parents: BTreeMap<String, ParentRecord>,
     /// Smallest size each disk was ever seen with, bytes.
@@ -78,7 +80,10 @@ impl History {
     }
 
     fn take(&mut self, point: PointId, manifest: &Manifest) {
-        self.newest.get_or_insert((point, manifest.sequence));
+        if self.newest.is_none() {
+            self.newest = Some((point, manifest.sequence));
+            self.newest_disks = record::disks_of(manifest);
+        }
         for disk in &manifest.disks {
             if self.seen.insert(disk.target.clone()) {
                 self.smallest
@@ -170,6 +175,10 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
     DiskView {
         size_bytes: disk.size_bytes,
         identity: identity(disk),
+        place: match disk.chain.first().map(|top| top.place) {
+            Some(Place::Network) => plan::Place::Network,
+            Some(Place::Host) | None => plan::Place::Host,
+        },
         marks: match disk.marks {
             MarkSupport::Yes => plan::MarkSupport::Yes,
             MarkSupport::No(NoMarks::NotQcow2) => plan::MarkSupport::NotQcow2,

@@ -1,5 +1,6 @@
 //! Writes down what was done: the manifest, and the words in it.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use highwater_hypervisor::{Consistency, DiskFacts, DiskSource, SkipReason, VmFacts};
@@ -83,7 +84,9 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
         version: 1,
         point: job.point,
         vm: job.identity(),
-        sequence: history.newest.map_or(1, |(_, sequence)| sequence + 1),
+        sequence: history
+            .newest
+            .map_or(1, |(_, sequence)| sequence.saturating_add(1)),
         prev: history.newest.map(|(point, _)| point),
         taken_at: session.begun.taken_at,
         utc_offset_minutes: job.options.utc_offset_minutes,
@@ -99,7 +102,7 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
         definition_at: job.observed_at,
         files: parts.files.clone(),
         disks,
-        skipped: skipped(facts, planned, copied),
+        skipped: skipped(facts, history, planned, copied),
         mark,
         healed: job.healed.clone(),
         warnings: job.warnings.clone(),
@@ -120,7 +123,26 @@ fn odd_length(disk: &DiskFacts, size_bytes: u64) -> Option<u64> {
         .filter(is_padded)
 }
 
-fn skipped(facts: &VmFacts, planned: &[PlannedDisk], copied: &[DiskCopied]) -> Vec<SkippedRecord> {
+/// Why a disk of the point before is not in this one: it was taken out of the VM.
+const GONE: &str = "no longer part of the VM";
+
+/// Returns the disks that the VM had when this point was taken.
+pub(super) fn disks_of(manifest: &Manifest) -> BTreeSet<String> {
+    let backed_up = manifest.disks.iter().map(|disk| &disk.target);
+    let skipped = manifest.skipped.iter();
+    let skipped = skipped.filter(|disk| disk.reason != GONE);
+    backed_up
+        .chain(skipped.map(|disk| &disk.target))
+        .cloned()
+        .collect()
+}
+
+fn skipped(
+    facts: &VmFacts,
+    history: &History,
+    planned: &[PlannedDisk],
+    copied: &[DiskCopied],
+) -> Vec<SkippedRecord> {
     let record = |target: &str, reason: &str| SkippedRecord {
         target: target.to_owned(),
         reason: reason.to_owned(),
@@ -142,7 +164,15 @@ fn skipped(facts: &VmFacts, planned: &[PlannedDisk], copied: &[DiskCopied]) -> V
         .iter()
         .filter(|disk| disk.result.is_err())
         .map(|disk| record(&disk.target, "could not be read"));
-    unfit.chain(unwanted).chain(failed).collect()
+    let gone = history
+        .newest_disks
+        .iter()
+        .filter(|target| {
+            facts.disks.iter().all(|disk| disk.target != **target)
+                && facts.skipped.iter().all(|disk| disk.target != **target)
+        })
+        .map(|target| record(target, GONE));
+    unfit.chain(unwanted).chain(failed).chain(gone).collect()
 }
 
 fn evidence(disk: &DiskFacts, vm: &VmFacts, history: &History, size_bytes: u64) -> Evidence {
@@ -206,6 +236,11 @@ const fn reason(plan: &DiskPlan) -> Option<Why> {
         | DiskPlan::Copy
         | DiskPlan::Refuse(_) => None,
     }
+}
+
+/// Returns the reason of a plan as JSON and manifest tell it.
+pub(super) fn reason_word(plan: &DiskPlan) -> Option<&'static str> {
+    reason(plan).map(Why::word)
 }
 
 /// Returns the reason of a plan as a person reads it.

@@ -7,20 +7,22 @@ use highwater_model::PointId;
 use highwater_repo::Manifest;
 
 use super::copy::DiskCopied;
+use super::observe::PlannedDisk;
+use super::{estimate, record};
 
-/// What a backup that added a point did.
+/// What a backup that did not fail did.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Report {
     /// VM name.
     pub vm: String,
     /// VM UUID.
     pub vm_uuid: Option<String>,
-    /// The point.
-    pub point: PointId,
+    /// The point; `None` if too little had changed for one.
+    pub point: Option<PointId>,
     /// Whether all disks are in it.
     pub status: Status,
-    /// Consistency word.
-    pub consistency: String,
+    /// Consistency word; `None` without a point.
+    pub consistency: Option<String>,
     /// The disks, failed ones included.
     pub disks: Vec<DiskReport>,
     /// What was tidied.
@@ -31,13 +33,16 @@ pub struct Report {
     pub elapsed: Duration,
 }
 
-/// Whether all disks are in a point.
+/// What came of a backup.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Status {
-    /// They are.
+    /// A point with all disks.
     Ok,
-    /// Some could not be read; those are not in it.
+    /// A point without the disks that could not be read.
     Partial,
+    /// No point: less was dirty than the user's threshold. All marks stay, so
+    /// that the next run sees the same and more.
+    BelowThreshold,
 }
 
 /// What was done to one disk.
@@ -59,6 +64,8 @@ pub struct DiskReport {
     pub stored_bytes: u64,
     /// Root hash.
     pub root: Option<String>,
+    /// How long reading it took.
+    pub elapsed: Duration,
     /// Why it failed, outermost first.
     pub failure: Vec<String>,
 }
@@ -83,6 +90,11 @@ pub(super) fn report(
             read_bytes: disk.read_bytes,
             stored_bytes: disk.stored_bytes,
             root: Some(disk.image.hash.to_string()),
+            elapsed: copied
+                .iter()
+                .find(|copied| copied.target == disk.target)
+                .map(|copied| copied.elapsed)
+                .unwrap_or_default(),
             failure: Vec::new(),
         })
         .collect();
@@ -97,6 +109,7 @@ pub(super) fn report(
             read_bytes: 0,
             stored_bytes: 0,
             root: None,
+            elapsed: disk.elapsed,
             failure: chain(&error),
         });
     }
@@ -104,10 +117,43 @@ pub(super) fn report(
     Report {
         vm: vm.name.clone(),
         vm_uuid: vm.uuid.clone(),
-        point: manifest.point,
+        point: Some(manifest.point),
         status: if failed { Status::Partial } else { Status::Ok },
-        consistency: manifest.consistency.clone(),
+        consistency: Some(manifest.consistency.clone()),
         disks,
+        healed,
+        warnings,
+        elapsed,
+    }
+}
+
+/// Reports a backup that made no point because too little had changed.
+pub(super) fn without_point(
+    vm: &VmRef,
+    planned: &[PlannedDisk],
+    healed: Vec<String>,
+    warnings: Vec<String>,
+    elapsed: Duration,
+) -> Report {
+    let disk = |disk: &PlannedDisk| DiskReport {
+        disk: disk.facts.target.clone(),
+        mode: record::mode_word(&disk.plan).to_owned(),
+        reason: None,
+        size_bytes: disk.facts.size_bytes,
+        dirty_bytes: estimate::dirty_bytes(disk),
+        read_bytes: 0,
+        stored_bytes: 0,
+        root: None,
+        elapsed: Duration::ZERO,
+        failure: Vec::new(),
+    };
+    Report {
+        vm: vm.name.clone(),
+        vm_uuid: vm.uuid.clone(),
+        point: None,
+        status: Status::BelowThreshold,
+        consistency: None,
+        disks: planned.iter().map(disk).collect(),
         healed,
         warnings,
         elapsed,

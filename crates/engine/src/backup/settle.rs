@@ -3,13 +3,30 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{DiskFacts, MarkOrder, Redefinition, VmFacts};
-use highwater_model::{MarkName, SessionId};
+use highwater_model::{MarkName, RepoId, SessionId};
 use highwater_plan::{BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks};
 use highwater_repo::{Manifest, MarkRecord};
 
 use super::observe::{History, PlannedDisk, bitmap_view, record_view};
 use super::{BackupError, Begin, Job};
 use crate::guard::{Guard, GuardError, Outcome, one_line};
+
+/// What is to be done about marks before a plan is made.
+pub(super) struct Tidying {
+    /// Marks without a manifest: to be removed.
+    pub(super) unfinished: Vec<MarkName>,
+    /// Marks that the hypervisor is to be told about again.
+    pub(super) forgotten: Vec<Redefinition>,
+}
+
+impl Tidying {
+    pub(super) fn of(repo: RepoId, facts: &VmFacts, history: &History) -> Self {
+        Self {
+            unfinished: unfinished_marks(repo, &found_marks(facts), &history.committed),
+            forgotten: forgotten_marks(facts, history),
+        }
+    }
+}
 
 impl Job<'_> {
     /// Ends the job of a session whose owner is dead (we hold the VM's lock).
@@ -34,10 +51,9 @@ impl Job<'_> {
     /// Removes unfinished marks and tells the hypervisor about marks it
     /// forgot. Returns whether anything was changed, so that facts are stale.
     pub(super) fn tidy_marks(&mut self, facts: &VmFacts, history: &History) -> bool {
-        let found = found_marks(facts);
-        let unfinished = unfinished_marks(self.context.repo.id(), &found, &history.committed);
+        let tidying = Tidying::of(self.context.repo.id(), facts, history);
         let mut changed = false;
-        for mark in unfinished {
+        for mark in tidying.unfinished {
             changed = true;
             match self.remove_mark(&mark) {
                 Ok(()) => self.healed(format!("removed unfinished mark {mark}")),
@@ -47,7 +63,7 @@ impl Job<'_> {
                 )),
             }
         }
-        for mark in forgotten_marks(facts, history) {
+        for mark in tidying.forgotten {
             changed = true;
             let name = mark.name.clone();
             match self.context.guard.mark(self.vm, &MarkOrder::Redefine(mark)) {

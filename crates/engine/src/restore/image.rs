@@ -2,10 +2,12 @@
 
 use std::fs::File;
 use std::io::Write as _;
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt as _, FileExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::Instant;
 
 use highwater_formats::{ChunkSetBuilder, Qcow2Layout};
 use highwater_model::ObjectId;
@@ -15,7 +17,7 @@ use highwater_repo::{
 use highwater_store::durable;
 
 use super::{Fetch, Format, RestoreError, RestoreOptions, RestoredDisk, check_length, file_name};
-use crate::{DiskProgress, Event};
+use crate::{DiskDone, DiskProgress, Event};
 
 /// Chunks looked up and sorted by pack at a time. Bounds memory (40 bytes
 /// each) and is wide enough that scattered increments are read in pack order:
@@ -58,6 +60,7 @@ pub(super) fn restore_disk(
         path: path.to_owned(),
         source,
     };
+    let began = Instant::now();
     let image = repo.image(&disk.image).map_err(read)?;
     let layout = match format {
         Format::Raw => Layout::Raw,
@@ -72,7 +75,7 @@ pub(super) fn restore_disk(
     file.set_len(file_bytes).map_err(write)?;
     if let Layout::Qcow2(layout) = &layout {
         layout
-            .write_metadata(|offset, bytes| file.write_all_at(bytes, offset))
+            .write_metadata(|offset, bytes| write_sparsely(file, bytes, offset))
             .map_err(write)?;
     }
     let data_bytes = write_chunks(repo, disk, &image, file, &layout, path, options)?;
@@ -86,6 +89,13 @@ pub(super) fn restore_disk(
     options.observer.event(&Event::DiskDone {
         disk: &disk.target,
         failure: None,
+        done: Some(DiskDone {
+            size_bytes: disk.image.size_bytes,
+            dirty_bytes: disk.image.size_bytes,
+            read_bytes: data_bytes,
+            stored_bytes: 0,
+            elapsed: began.elapsed(),
+        }),
     });
     Ok(RestoredDisk {
         disk: disk.target.clone(),
@@ -145,13 +155,14 @@ fn write_chunks(
             return Err(Fetch::Sink(RestoreError::Interrupted));
         }
         check_length(&disk.target, index, image.chunk_len(index), bytes.len())?;
+        options.hold_back(bytes.len());
         let offset = match layout {
             Layout::Raw => index * chunk_bytes,
             Layout::Qcow2(layout) => layout
                 .data_offset(index)
                 .expect("the layout was made from the same tree"),
         };
-        file.write_all_at(bytes, offset).map_err(|source| {
+        write_sparsely(file, bytes, offset).map_err(|source| {
             Fetch::Sink(RestoreError::Write {
                 path: path.to_owned(),
                 source,
@@ -182,6 +193,39 @@ fn write_chunks(
         }]));
     }
     Ok(written.load(Ordering::Relaxed))
+}
+
+/// Zeroes are looked for in blocks of a page: no file system has smaller holes.
+const BLOCK: usize = 4096;
+/// A gap of fewer zero blocks is written: a hole would cost a call.
+const GAP_BLOCKS: usize = 4;
+
+/// Writes bytes into a file that is new and has its length already, so that
+/// what is not written reads as zero: long runs of zeroes stay holes. A disk of
+/// little scattered writes would otherwise take many times the space it had.
+fn write_sparsely(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+    for run in data_runs(bytes) {
+        let start = offset + run.start as u64;
+        file.write_all_at(bytes.get(run).unwrap_or_default(), start)?;
+    }
+    Ok(())
+}
+
+/// Returns the parts of `bytes` between long runs of zeroes.
+fn data_runs(bytes: &[u8]) -> Vec<Range<usize>> {
+    let mut runs: Vec<Range<usize>> = Vec::new();
+    for (number, block) in bytes.chunks(BLOCK).enumerate() {
+        let (words, rest) = block.as_chunks::<64>();
+        if words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|byte| *byte == 0) {
+            continue;
+        }
+        let start = number * BLOCK;
+        match runs.last_mut() {
+            Some(run) if start - run.end < GAP_BLOCKS * BLOCK => run.end = start + block.len(),
+            _ => runs.push(start..start + block.len()),
+        }
+    }
+    runs
 }
 
 /// Writes the definition and the files saved with the point; returns their paths.
@@ -297,5 +341,37 @@ impl Drop for Temporary {
         if !self.published {
             durable::discard(&self.path);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{BLOCK, data_runs};
+
+    #[test]
+    fn only_long_runs_of_zeroes_become_holes_and_no_byte_of_data_does() {
+        let check = |data: &[usize], len: usize, expected: &[(usize, usize)]| {
+            let mut bytes = vec![0; len];
+            for at in data {
+                bytes[*at] = 1;
+            }
+            let runs: Vec<_> = data_runs(&bytes)
+                .iter()
+                .map(|run| (run.start, run.end))
+                .collect();
+            assert_eq!(runs, expected, "{data:?} of {len}");
+        };
+        check(&[], 16 * BLOCK, &[]);
+        check(&[0], 16 * BLOCK, &[(0, BLOCK)]);
+        check(&[16 * BLOCK - 1], 16 * BLOCK, &[(15 * BLOCK, 16 * BLOCK)]);
+        // Three blocks between are written, four are not.
+        check(&[0, 4 * BLOCK], 16 * BLOCK, &[(0, 5 * BLOCK)]);
+        check(
+            &[0, 5 * BLOCK],
+            16 * BLOCK,
+            &[(0, BLOCK), (5 * BLOCK, 6 * BLOCK)],
+        );
+        // The last block may be short, and no multiple of anything.
+        check(&[BLOCK + 70], BLOCK + 71, &[(BLOCK, BLOCK + 71)]);
     }
 }

@@ -88,6 +88,7 @@ fn fetch_in_order(
     let chunk_len = disk.image.chunk_bytes.len();
     let sink = |index: u64, chunk: &[u8]| -> Result<(), Fetch> {
         check_length(&disk.target, index, image.chunk_len(index), chunk.len())?;
+        options.hold_back(chunk.len());
         let start = usize::try_from(index - first).expect("inside the window") * chunk_len;
         let mut bytes = bytes.lock().unwrap_or_else(PoisonError::into_inner);
         // The last chunk of a raw file of odd length is cut.

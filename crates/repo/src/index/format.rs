@@ -1,7 +1,7 @@
 //! The bytes of an index file.
 //!
 //! ```text
-//! header (64)  magic "HWINDX" | version 1 | 0 | supersedes S u32 | packs P u32
+//! header (64)  magic "HWINDX" | version 2 | 0 | supersedes S u32 | packs P u32
 //!              | rows R u64 | hash (32) | 8 zero
 //! supersedes   S * name of an index file (32)
 //! packs        P * (pack id (32) | length u64 | kind | 7 zero)
@@ -11,8 +11,10 @@
 //! row          id (32) | pack number u32 | offset u32 | record length u32 | plain length u32
 //! ```
 //!
-//! B is R / 84 and W is 10 R / 64, rounded up; rows ascend by id. The hash of
-//! the header covers its first 24 bytes and the four tables, the hash of a block
+//! B is R / 84 and W is 10 R / 64, rounded up; rows ascend by id, then by pack
+//! number and offset. An id has a row for each of its copies: which of them is
+//! gone or damaged is only known when it is looked for. In version 1, which is
+//! read too, an id occurs once in a file. The hash of the header covers its first 24 bytes and the four tables, the hash of a block
 //! its first 4064 bytes, so that a lookup reads and proves one block only.
 
 use highwater_model::ObjectId;
@@ -22,7 +24,9 @@ use crate::pack::{PackKind, RecordPlace};
 use crate::wire::{Reader, narrow, wide};
 
 const MAGIC: &[u8; 6] = b"HWINDX";
-const VERSION: u8 = 1;
+const VERSION: u8 = 2;
+/// Each id occurs once.
+const VERSION_UNMERGED: u8 = 1;
 pub(crate) const HEADER_LEN: usize = 64;
 const HASHED_HEADER_LEN: usize = 24;
 const PACK_LEN: u64 = 48;
@@ -96,7 +100,10 @@ impl Header {
         let mut reader = Reader::new(bytes);
         let hashed = Reader::new(bytes).array()?;
         reader.expect(MAGIC, "it is not an index")?;
-        reader.expect(&[VERSION], "it has an unknown version")?;
+        let [version] = reader.array()?;
+        if !matches!(version, VERSION_UNMERGED | VERSION) {
+            return Err(Flaw("it has an unknown version"));
+        }
         reader.zeroes(1)?;
         let counts = Counts {
             supersedes: reader.u32()?,
@@ -219,22 +226,30 @@ impl Filter {
     }
 }
 
-/// Returns the row of `id` in a proven block, if there is one.
+/// Returns the rows of `id` in a proven block.
 pub(crate) fn find_in_block(
     block: &[u8],
     rows: usize,
     id: &ObjectId,
-) -> Result<Option<IndexRow>, Flaw> {
-    let rows = block
-        .get(..rows.saturating_mul(ROW_LEN))
-        .ok_or(Flaw("a block is too short"))?
-        .as_chunks::<ROW_LEN>()
-        .0;
+) -> Result<Vec<IndexRow>, Flaw> {
+    let rows = rows_of(block, rows)?;
     let order = |row: &[u8; ROW_LEN]| row.first_chunk::<32>().cmp(&Some(id.as_bytes()));
-    let Ok(at) = rows.binary_search_by(order) else {
-        return Ok(None);
-    };
-    rows.get(at).map(decode_row).transpose()
+    let first = rows.partition_point(|row| order(row).is_lt());
+    let (_, rest) = rows.split_at(first);
+    rest.iter()
+        .take_while(|row| order(row).is_eq())
+        .map(decode_row)
+        .collect()
+}
+
+/// Returns all rows of a proven block.
+pub(crate) fn decode_block(block: &[u8], rows: usize) -> Result<Vec<IndexRow>, Flaw> {
+    rows_of(block, rows)?.iter().map(decode_row).collect()
+}
+
+fn rows_of(block: &[u8], rows: usize) -> Result<&[[u8; ROW_LEN]], Flaw> {
+    let rows = block.get(..rows.saturating_mul(ROW_LEN));
+    Ok(rows.ok_or(Flaw("a block is too short"))?.as_chunks().0)
 }
 
 /// Checks the hash of a block.
@@ -281,15 +296,15 @@ fn decode_row(row: &[u8; ROW_LEN]) -> Result<IndexRow, Flaw> {
     })
 }
 
-/// Returns the bytes of an index file; sorts `rows`, and keeps the first of
-/// several with one id.
+/// Returns the bytes of an index file; sorts `rows`, and keeps one of several
+/// that are equal.
 pub(crate) fn encode(
     supersedes: &[[u8; 32]],
     packs: &[IndexPack],
     rows: &mut Vec<IndexRow>,
 ) -> Vec<u8> {
     rows.sort_unstable_by_key(|row| (row.place.id, row.pack_no, row.place.offset));
-    rows.dedup_by_key(|row| row.place.id);
+    rows.dedup();
     let count = |len: usize| u32::try_from(len).expect("a session has less than 2^32 packs");
     let counts = Counts {
         supersedes: count(supersedes.len()),
@@ -397,14 +412,14 @@ mod tests {
         let bytes = encode(
             &[[5; 32]],
             &[pack],
-            &mut vec![row(9, 0), row(2, 0), row(2, 1)],
+            &mut vec![row(9, 0), row(2, 1), row(2, 0), row(9, 0)],
         );
         let front = [
             b"HWINDX".as_slice(),
-            &[1, 0],
+            &[2, 0],
             &[1, 0, 0, 0],
             &[1, 0, 0, 0],
-            &[2, 0, 0, 0, 0, 0, 0, 0],
+            &[3, 0, 0, 0, 0, 0, 0, 0],
         ]
         .concat();
         // Ids of equal bytes set one bit each: 0x02020202 & 63 and so on.
@@ -424,17 +439,17 @@ mod tests {
         ]
         .concat();
         let hash = blake3::hash(&[front.clone(), tables.clone()].concat());
-        let row = |id: u8| {
+        let row = |id: u8, pack_no: u8| {
             [
                 &[id; 32][..],
-                &[0; 4],
+                &[pack_no, 0, 0, 0],
                 &[48, 0, 0, 0],
                 &[86, 0, 0, 0],
                 &[42, 0, 0, 0],
             ]
             .concat()
         };
-        let mut block = [row(2), row(9)].concat();
+        let mut block = [row(2, 0), row(2, 1), row(9, 0)].concat();
         block.resize(4064, 0);
         let block_hash = blake3::hash(&block);
         let wanted = [
@@ -479,7 +494,7 @@ mod tests {
             rest in proptest::collection::vec(any::<u8>(), 0..300),
         ) {
             let mut bytes = [0; HEADER_LEN];
-            bytes[..7].copy_from_slice(b"HWINDX\x01");
+            bytes[..7].copy_from_slice(b"HWINDX\x02");
             bytes[8..12].copy_from_slice(&counts.0.to_le_bytes());
             bytes[12..16].copy_from_slice(&counts.1.to_le_bytes());
             bytes[16..24].copy_from_slice(&counts.2.to_le_bytes());

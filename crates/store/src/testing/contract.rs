@@ -14,6 +14,7 @@ use crate::{ObjectKey, ObjectKind, Store, StoreErrorKind};
 pub fn check<S: Store>(fresh: impl Fn() -> S) {
     prepared(&fresh, what_is_put_can_be_read);
     prepared(&fresh, an_existing_object_is_left_as_it_is);
+    prepared(&fresh, what_comes_in_pieces_is_seen_whole_or_not_at_all);
     prepared(&fresh, absent_objects_are_not_found);
     prepared(&fresh, a_limit_holds);
     prepared(&fresh, ranges_are_exact);
@@ -71,6 +72,37 @@ fn an_existing_object_is_left_as_it_is(store: &impl Store) {
     assert_eq!(error.kind(), StoreErrorKind::AlreadyExists);
     assert!(!error.maybe_done());
     assert_eq!(store.get(&key, 9).expect("get"), b"first");
+}
+
+fn what_comes_in_pieces_is_seen_whole_or_not_at_all(store: &impl Store) {
+    let begin = || store.begin().expect("begin");
+    let nothing = || {
+        let listed = store.list(ObjectKind::Pack, "").expect("list");
+        assert!(listed.is_empty(), "{listed:?}");
+    };
+    let Some(given_up) = begin() else { return };
+    drop(given_up);
+    let (mut one, mut other) = (begin().expect("again"), begin().expect("again"));
+    // Both under way at once, and more parts than one system call takes.
+    one.append(&[b"ab", b"", b"c"]).expect("append");
+    other.append(&[b"X"]).expect("append");
+    one.append(&vec![&b"xy"[..]; 5000]).expect("append");
+    nothing();
+    drop(other);
+    nothing();
+    let key = key(ObjectKind::Pack, "abcd");
+    one.finish(&key).expect("finish");
+    let whole = [&b"abc"[..], &b"xy".repeat(5000)].concat();
+    assert_eq!(store.get(&key, 1 << 20).expect("get"), whole);
+    let mut second = begin().expect("again");
+    second.append(&[b"second"]).expect("append");
+    let error = second.finish(&key).expect_err("the name is taken");
+    assert_eq!(error.kind(), StoreErrorKind::AlreadyExists);
+    assert!(!error.maybe_done());
+    assert_eq!(store.get(&key, 1 << 20).expect("get"), whole);
+    let empty = ObjectKey::new(ObjectKind::Pack, "abce").expect("a good name");
+    begin().expect("again").finish(&empty).expect("finish");
+    assert_eq!(store.size(&empty).expect("size"), 0);
 }
 
 fn absent_objects_are_not_found(store: &impl Store) {

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErrorKind};
+use crate::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErrorKind, Unfinished};
 
 type Objects = BTreeMap<ObjectKey, Arc<[u8]>>;
 
@@ -11,15 +11,26 @@ type Objects = BTreeMap<ObjectKey, Arc<[u8]>>;
 #[derive(Debug, Clone, Default)]
 pub struct MemStore {
     objects: Arc<Mutex<Objects>>,
+    takes_whole_only: bool,
 }
 
 impl MemStore {
+    /// Returns an empty store that takes objects only whole.
+    #[must_use]
+    pub fn of_whole_objects() -> Self {
+        Self {
+            takes_whole_only: true,
+            ..Self::default()
+        }
+    }
+
     /// Returns a store with a copy of the objects that no longer follows this
     /// one.
     #[must_use]
     pub fn fork(&self) -> Self {
         Self {
             objects: Arc::new(Mutex::new(self.objects().clone())),
+            takes_whole_only: self.takes_whole_only,
         }
     }
 
@@ -64,6 +75,14 @@ impl Store for MemStore {
         }
         objects.insert(key.clone(), Arc::from(parts.concat()));
         Ok(())
+    }
+
+    fn begin(&self) -> Result<Option<Box<dyn Unfinished>>, StoreError> {
+        let unfinished = MemUnfinished {
+            store: self.clone(),
+            bytes: Vec::new(),
+        };
+        Ok((!self.takes_whole_only).then(|| Box::new(unfinished) as Box<dyn Unfinished>))
     }
 
     fn get(&self, key: &ObjectKey, max_bytes: u64) -> Result<Vec<u8>, StoreError> {
@@ -111,5 +130,24 @@ impl Store for MemStore {
 
     fn location(&self) -> String {
         "memory".to_owned()
+    }
+}
+
+#[derive(Debug)]
+struct MemUnfinished {
+    store: MemStore,
+    bytes: Vec<u8>,
+}
+
+impl Unfinished for MemUnfinished {
+    fn append(&mut self, parts: &[&[u8]]) -> Result<(), StoreError> {
+        for part in parts {
+            self.bytes.extend_from_slice(part);
+        }
+        Ok(())
+    }
+
+    fn finish(self: Box<Self>, key: &ObjectKey) -> Result<(), StoreError> {
+        self.store.put(key, &[&self.bytes])
     }
 }
