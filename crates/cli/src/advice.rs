@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use highwater_engine::repository::{RepoError, RepoErrorKind};
 use highwater_engine::{BackupError, PointError, RestoreError};
-use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts};
+use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
 use highwater_store::{StoreError, StoreErrorKind};
 
 pub(crate) const DONE: u8 = 0;
@@ -305,9 +305,14 @@ fn of_backup(error: &BackupError) -> Advice {
             };
             Advice::code(BUSY).state(NO_POINT).hint(hint)
         }
-        BackupError::WrongState { .. } => Advice::code(FAILED)
-            .state(NO_POINT)
-            .hint("only running or paused VMs can be backed up"),
+        BackupError::WrongState { vm, state } => {
+            let hint = if *state == RunState::Off {
+                format!("only running or paused VMs can be backed up: `virsh start {vm}`")
+            } else {
+                "only running or paused VMs can be backed up".to_owned()
+            };
+            Advice::code(FAILED).state(NO_POINT).hint(hint)
+        }
         BackupError::NoSuchDisk { known, .. } => Advice::code(USAGE)
             .state(NO_POINT)
             .hint(format!("its disks are: {}", known.join(", "))),
@@ -382,7 +387,15 @@ fn of_restore(error: &RestoreError) -> Advice {
         }
         RestoreError::TooLarge { .. } => Advice::code(FAILED).hint("restore it with --format raw"),
         RestoreError::WrongLength { .. } => Advice::code(DAMAGE).state(partial),
-        RestoreError::Write { .. } => Advice::code(FAILED).state(partial),
+        RestoreError::Write { source, .. } => {
+            let advice = Advice::code(FAILED).state(partial);
+            match source.kind() {
+                std::io::ErrorKind::NotFound => advice
+                    .hint("a file is made in a directory that exists: make it, or name another"),
+                std::io::ErrorKind::StorageFull => advice.hint("free some space there"),
+                _ => advice,
+            }
+        }
         RestoreError::Output { .. } => Advice::code(FAILED),
         RestoreError::Interrupted => Advice::code(INTERRUPTED).state(partial),
     }
