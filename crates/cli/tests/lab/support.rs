@@ -36,6 +36,14 @@ impl Bed {
         Ok(bed)
     }
 
+    /// Starts a lab without a repository; the passphrase is there for one.
+    pub(crate) fn without_repository() -> Result<Self> {
+        Ok(Self {
+            lab: Lab::start()?,
+            password: None,
+        })
+    }
+
     pub(crate) fn repo(&self) -> PathBuf {
         self.lab.path("repo")
     }
@@ -49,6 +57,7 @@ impl Bed {
         command
             .args(args)
             .env("HIGHWATER_REPO", self.repo())
+            .env("HIGHWATER_CONFIG", "")
             .env("HIGHWATER_RUNTIME_DIR", self.runtime())
             .env("TZ", "UTC")
             .args(["-c", &self.lab.uri()])

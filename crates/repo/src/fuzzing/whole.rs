@@ -85,9 +85,9 @@ impl Base {
 
     /// Reads all that is listed. Errors are good; other bytes than those that
     /// were stored under a root are not.
-    fn look(&self, shelf: Shelf) -> Result<(), RepoError> {
-        drop(Repository::secret_kinds(&shelf)?);
-        let repo = Repository::open(Arc::new(shelf), self.secret.as_ref())?;
+    fn look(&self, changed: Shelf) -> Result<(), RepoError> {
+        drop(Repository::secret_kinds(&changed)?);
+        let repo = Repository::open(Arc::new(changed), self.secret.as_ref())?;
         let list = repo.points()?;
         for disk in list.points.iter().flat_map(|point| &point.disks).take(8) {
             let Ok(bytes) = read(&repo, &disk.image) else {
