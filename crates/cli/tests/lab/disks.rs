@@ -1,13 +1,12 @@
 //! Disks that are left out, each with its reason; guests that are paused.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
-use highwater_testkit::{DiskSpec, Vm, compare_images, tool};
+use highwater_testkit::{DiskSpec, Vm, compare_images};
 use serde_json::{Value, json};
 
-use crate::support::{Bed, assert_same, disk, mode, point, reference};
+use crate::support::{Bed, disk, mode, point};
 
 const MIB: u64 = 1 << 20;
 

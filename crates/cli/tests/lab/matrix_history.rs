@@ -270,7 +270,7 @@ fn write_every_second_block(bed: &Bed, image: &Path, salt: u8) -> Result<()> {
     let blocks = EXTENTS_OF_ONE_REPLY + 100;
     file.set_len(blocks * BLOCK)?;
     for block in (0..blocks).step_by(2) {
-        let mut bytes = [salt; BLOCK as usize];
+        let mut bytes = [salt; 4 << 10];
         bytes[..8].copy_from_slice(&block.to_le_bytes());
         file.write_all_at(&bytes, block * BLOCK)?;
     }

@@ -37,10 +37,10 @@ impl Served {
             file: bed.lab.path(&format!("{name}.served")),
             socket: bed.lab.path(&format!("{name}.sock")),
         };
-        let server = bed.lab.inside("qemu-nbd");
-        let server = server.args(["-t", "-f", "raw", "-e", "8", "--fork", "--discard=unmap"]);
-        let server = server.args(["-x", name, "-k"]).arg(&served.socket);
-        server.arg(&served.file).run()?;
+        let program = bed.lab.inside("qemu-nbd");
+        let program = program.args(["-t", "-f", "raw", "-e", "8", "--fork", "--discard=unmap"]);
+        let program = program.args(["-x", name, "-k"]).arg(&served.socket);
+        program.arg(&served.file).run()?;
         Ok(served)
     }
 
@@ -394,7 +394,7 @@ fn a_machine_with_firmware_starts_from_what_was_restored() -> Result<()> {
 }
 
 fn wait_until(done: impl Fn() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while !done()? {
         ensure!(Instant::now() < deadline, "it did not happen in a minute");
         std::thread::sleep(Duration::from_millis(50));
