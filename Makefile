@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup check test demo bench mutants fuzz
+.PHONY: help setup install check test demo bench mutants fuzz
 
 # A rustup in the home directory need not be in PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -14,6 +14,22 @@ help: ## this list
 
 setup: ## install what is missing to build and to test
 	@scripts/setup.sh --for test
+
+# DESTDIR is where a package is put together; PREFIX where it will be.
+PREFIX ?= /usr/local
+ROOT = $(DESTDIR)$(PREFIX)
+PROGRAM = target/release/highwater
+
+install: ## build, and install program, manual pages, completions (PREFIX=/usr/local, DESTDIR=)
+	@scripts/setup.sh --for build
+	cargo build --release --locked --bin highwater
+	install -D -m 755 $(PROGRAM) "$(ROOT)/bin/highwater"
+	install -d "$(ROOT)/share/man/man1" "$(ROOT)/share/bash-completion/completions" \
+		"$(ROOT)/share/zsh/site-functions" "$(ROOT)/share/fish/vendor_completions.d"
+	$(PROGRAM) man "$(ROOT)/share/man/man1"
+	$(PROGRAM) completions bash > "$(ROOT)/share/bash-completion/completions/highwater"
+	$(PROGRAM) completions zsh > "$(ROOT)/share/zsh/site-functions/_highwater"
+	$(PROGRAM) completions fish > "$(ROOT)/share/fish/vendor_completions.d/highwater.fish"
 
 check: ## format, lints, the project's own rules, fast tests: in a minute, before each commit
 	@scripts/setup.sh --for build
@@ -33,10 +49,10 @@ demo: ## a guided tour: back up, lose, restore
 	cargo build --release --locked --bin highwater
 	scripts/demo.sh
 
-bench: ## measure against others, interleaved
+bench: ## measure against others, interleaved (PART="full chain" for some)
 	@scripts/setup.sh --for bench
 	cargo build --release --locked --bin highwater
-	scripts/bench.sh
+	scripts/bench.sh $(PART)
 
 mutants: ## break the program on purpose; its tests must notice (NAME=... for some)
 	@scripts/setup.sh --for test

@@ -43,15 +43,17 @@ vms=(qemu-system-x86 qemu-utils qemu-guest-agent libvirt-daemon-system libvirt-c
     libvirt-daemon-driver-qemu)
 lab=(busybox-static e2fsprogs ovmf procps swtpm swtpm-tools util-linux xz-utils zstd)
 readers=(libnbd-bin nbdkit nbdkit-plugin-python python3-libnbd python3-venv)
+# What reads our manual pages and completions.
+shells=(groff-base zsh fish)
 # Other programs we are compared with. Not every release has all of them.
-peers=(fio hyperfine virtnbdbackup restic borgbackup)
+peers=(fio hyperfine strace virtnbdbackup restic borgbackup)
 
 packages=("${build[@]}")
 optional=()
 case $purpose in
 build) ;;
 fuzz) packages+=(g++) ;;
-test) packages+=("${vms[@]}" "${lab[@]}" "${readers[@]}") ;;
+test) packages+=("${vms[@]}" "${lab[@]}" "${readers[@]}" "${shells[@]}") ;;
 demo) packages+=("${vms[@]}" "${lab[@]}" libnbd-bin) ;;
 bench)
     packages+=("${vms[@]}" "${lab[@]}" "${readers[@]}")

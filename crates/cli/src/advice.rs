@@ -75,6 +75,7 @@ pub(crate) enum CliError {
         hint: String,
     },
     Hypervisor(HypervisorError),
+    Interrupted,
 }
 
 impl CliError {
@@ -114,6 +115,7 @@ impl CliError {
             }
             Self::NoSuchVm { error, .. } => chain(error.as_ref()),
             Self::Hypervisor(error) => chain(error),
+            Self::Interrupted => vec!["interrupted".to_owned()],
         }
     }
 }
@@ -212,6 +214,7 @@ pub(crate) fn advise(error: &CliError) -> Advice {
         }
         CliError::NoSuchVm { error, hint } => of_backup(error).hint(hint),
         CliError::Hypervisor(error) => of_hypervisor(error),
+        CliError::Interrupted => Advice::code(INTERRUPTED).state("nothing was changed"),
     }
 }
 
@@ -220,7 +223,7 @@ fn of_init(error: &RepoError) -> Advice {
     match error.kind() {
         RepoErrorKind::AlreadyExists => Advice::code(FAILED)
             .state(untouched)
-            .hint("a repository is there already: use it, or choose another place"),
+            .hint("use it as it is, or choose another place"),
         _ => of_repo(error).state(untouched),
     }
 }
@@ -247,6 +250,9 @@ fn of_store(error: &StoreError) -> Advice {
     match error.kind() {
         StoreErrorKind::NotFound => {
             Advice::code(NO_REPOSITORY).hint("check the path of the repository")
+        }
+        StoreErrorKind::BadLocation => {
+            Advice::code(USAGE).hint("a repository is a directory: write /path or file:///path")
         }
         _ => Advice::code(FAILED),
     }
@@ -306,9 +312,9 @@ fn of_backup(error: &BackupError) -> Advice {
             .state(NO_POINT)
             .hint(format!("its disks are: {}", known.join(", "))),
         BackupError::DiskCannot { .. } => Advice::code(USAGE).state(NO_POINT),
-        BackupError::NoDisks { .. } => Advice::code(FAILED)
-            .state(NO_POINT)
-            .hint("see `virsh domblklist` for its disks"),
+        BackupError::NoDisks { vm } => Advice::code(FAILED).state(NO_POINT).hint(format!(
+            "see `virsh domblklist {vm}` for its disks, and what -d and -x leave of them"
+        )),
         BackupError::Refused { refusal, vm, disk } => Advice::code(FAILED)
             .state(NO_POINT)
             .hint(refusal_hint(*refusal, vm, disk)),

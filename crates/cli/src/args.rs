@@ -121,6 +121,9 @@ pub(crate) enum Command {
     /// Write the manual pages into a directory
     #[command(hide = true)]
     Man(Man),
+    /// Check that the repository is whole and every restore point can be read
+    #[command(visible_alias = "check")]
+    Verify(Verify),
 }
 
 #[derive(Debug, ClapArgs)]
@@ -273,6 +276,19 @@ pub(crate) struct Restore {
     /// Restore no faster than this many bytes per second, such as 50MiB
     #[arg(long, value_name = "RATE", value_parser = values::rate)]
     pub(crate) limit: Option<u64>,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Verify {
+    /// Check only these restore points and what they need [default: the whole repository]
+    #[arg(value_name = "POINT")]
+    pub(crate) points: Vec<String>,
+    /// Read every byte: hash each pack, open each chunk and prove its content
+    #[arg(long)]
+    pub(crate) read_data: bool,
+    /// Check what of an encrypted repository can be checked without its key
+    #[arg(long, conflicts_with = "points")]
+    pub(crate) no_key: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

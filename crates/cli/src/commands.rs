@@ -8,14 +8,15 @@ mod list;
 mod man;
 mod restore;
 mod show;
-pub(crate) mod stats;
+mod stats;
+mod verify;
 
 use highwater_engine::repository::{Manifest, PointList, Repository};
 use highwater_engine::{PointError, PointRef, resolve};
 
 use crate::advice::CliError;
 use crate::args::{Args, Command};
-use crate::settings::Effective;
+use crate::effective::Effective;
 use crate::{nearest, output, times};
 
 /// Runs what was typed; returns the exit code.
@@ -31,6 +32,7 @@ pub(crate) fn run(args: Args, effective: &Effective) -> Result<u8, CliError> {
         Command::Config => config::run(&global, effective),
         Command::Completions(args) => completions::run(&args),
         Command::Man(args) => man::run(&args),
+        Command::Verify(args) => verify::run(&global, &args),
     }
 }
 

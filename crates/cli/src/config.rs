@@ -140,9 +140,10 @@ fn no_profile(profile: &str, files: &[Parsed]) -> CliError {
 }
 
 fn read(wanted: &Wanted) -> Result<Option<String>, CliError> {
-    let cannot = |source| CliError::Read {
+    let cannot = |source: std::io::Error| CliError::Config {
         path: wanted.path.clone(),
-        source,
+        reason: source.to_string(),
+        hint: None,
     };
     let file = match std::fs::File::open(&wanted.path) {
         Ok(file) => file,

@@ -10,8 +10,8 @@ use highwater_engine::{DiskReport, Estimate, Report, RestoreReport, Status};
 use serde::Serialize;
 
 use crate::advice::Advice;
-use crate::commands::stats;
-use crate::settings::{self, Effective};
+use crate::effective::{self, Effective};
+use crate::stats;
 use crate::times;
 
 /// Version of all documents.
@@ -324,7 +324,7 @@ impl Stats {
 pub(crate) struct Settings<'a> {
     schema: u32,
     files: Vec<String>,
-    settings: &'a [settings::Shown],
+    settings: &'a [effective::Shown],
 }
 
 impl<'a> Settings<'a> {

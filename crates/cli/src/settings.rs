@@ -11,22 +11,8 @@ use highwater_store::Store;
 use crate::advice::CliError;
 use crate::args::{Args, Backup, Command, ConfiguredSecrets, Global, Quiesce};
 use crate::config::{self, Entry, Layer, Value, Wanted};
+use crate::effective::{Effective, Shown};
 use crate::{env, secrets, values};
-
-/// A setting as `highwater config` shows it.
-#[derive(Debug, serde::Serialize)]
-pub(crate) struct Shown {
-    pub(crate) setting: &'static str,
-    pub(crate) value: String,
-    pub(crate) from: String,
-}
-
-/// Everything `highwater config` shows.
-#[derive(Debug, Default)]
-pub(crate) struct Effective {
-    pub(crate) files: Vec<PathBuf>,
-    pub(crate) settings: Vec<Shown>,
-}
 
 /// Completes what was typed with the environment, the configuration and the
 /// defaults, in that order.

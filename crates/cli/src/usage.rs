@@ -1,8 +1,10 @@
 //! Mistakes in what was typed, told like every other error.
 
+use clap::CommandFactory as _;
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 
 use crate::advice::CliError;
+use crate::args::Args;
 
 /// Returns what clap found as an error of ours.
 pub(crate) fn error(error: &clap::Error) -> CliError {
@@ -34,42 +36,26 @@ pub(crate) fn error(error: &clap::Error) -> CliError {
 }
 
 fn hint(error: &clap::Error) -> String {
-    for (kind, form) in [
-        (ContextKind::SuggestedArg, ""),
-        (ContextKind::SuggestedSubcommand, ""),
-        (ContextKind::SuggestedValue, ""),
-        (ContextKind::Suggested, "try: "),
+    for kind in [
+        ContextKind::SuggestedArg,
+        ContextKind::SuggestedSubcommand,
+        ContextKind::SuggestedValue,
     ] {
         match error.get(kind) {
-            Some(ContextValue::String(word)) => return format!("{form}did you mean `{word}`?"),
+            Some(ContextValue::String(word)) => return format!("did you mean `{word}`?"),
             Some(ContextValue::Strings(words)) if !words.is_empty() => {
                 return format!("did you mean `{}`?", words.join("` or `"));
-            }
-            Some(ContextValue::StyledStrs(tips)) if !tips.is_empty() => {
-                return tips
-                    .iter()
-                    .map(ToString::to_string)
-                    .collect::<Vec<_>>()
-                    .join("; ");
             }
             _ => {}
         }
     }
-    let usage = match error.get(ContextKind::Usage) {
-        Some(ContextValue::StyledStr(usage)) => usage.to_string(),
-        _ => String::new(),
-    };
-    // `Usage: highwater backup [OPTIONS] <VM>...` names the command.
-    let words = usage.strip_prefix("Usage:").unwrap_or_default();
-    let command: Vec<&str> = words
-        .split_whitespace()
-        .take_while(|word| word.chars().all(|c| c.is_ascii_alphanumeric() || c == '-'))
-        .take_while(|word| !word.starts_with('-'))
-        .collect();
-    if command.is_empty() {
-        "see `highwater --help`".to_owned()
-    } else {
-        format!("see `{} --help`", command.join(" "))
+    let program = Args::command();
+    let command = std::env::args()
+        .skip(1)
+        .find(|word| program.find_subcommand(word).is_some());
+    match command {
+        Some(command) => format!("see `highwater {command} --help`"),
+        None => "see `highwater --help`".to_owned(),
     }
 }
 

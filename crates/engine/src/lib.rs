@@ -12,6 +12,7 @@ mod guard;
 mod limiter;
 mod points;
 mod restore;
+mod verify;
 
 pub use backup::{
     BackupContext, BackupError, BackupOptions, CopyError, DiskEstimate, DiskReport, Estimate,
@@ -26,12 +27,16 @@ pub use restore::{
     Format, RestoreError, RestoreOptions, RestoreReport, RestoredDisk, Target, restore,
 };
 
+pub use verify::{Subject, VerifyJob, verify};
+
 pub use highwater_plan::{Level, Refusal};
 
 /// The repository, as far as whoever wires the jobs up needs it.
 pub mod repository {
     pub use highwater_repo::{
-        Compression, DamagedPoint, ImageRoot, InitOptions, Manifest, PointList, RepoError,
-        RepoErrorKind, Repository, Secret, SecretKind, Storage, VmIdentity, WriterOptions,
+        Checked, Compression, Damage, DamagedPoint, HurtFile, HurtImage, HurtPoint, ImageRoot,
+        InitOptions, Manifest, PointList, Progress, RepoError, RepoErrorKind, Repository, Secret,
+        SecretKind, Storage, VerifyDepth, VerifyError, VerifyPhase, VerifyReport, VmIdentity,
+        WriterOptions,
     };
 }

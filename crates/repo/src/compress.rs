@@ -46,59 +46,56 @@ impl Codec {
     }
 }
 
-/// Compresses objects of one lane.
-pub(crate) enum Compressor {
+/// Compresses objects of one lane, each into the room of the one before.
+pub(crate) struct Compressor {
+    method: Method,
+    room: Vec<u8>,
+}
+
+enum Method {
     None,
-    /// With room for the longest output: with less the codec does not begin.
-    Lz4(Vec<u8>),
+    Lz4,
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
 impl Compressor {
     pub(crate) fn new(compression: Compression) -> Result<Self, Flaw> {
-        Ok(match compression {
-            Compression::None => Self::None,
-            Compression::Lz4 => Self::Lz4(Vec::new()),
-            Compression::Zstd(level) => Self::Zstd(
+        let method = match compression {
+            Compression::None => Method::None,
+            Compression::Lz4 => Method::Lz4,
+            Compression::Zstd(level) => Method::Zstd(
                 zstd::bulk::Compressor::new(level)
                     .map_err(|_| Flaw("the compression level is not one of Zstandard"))?,
             ),
-        })
+        };
+        let room = Vec::new();
+        Ok(Self { method, room })
     }
 
-    /// Writes `plain` to the front of `into`, compressed if that saves at least
-    /// a sixteenth, and returns how and how many bytes. `into` must have room
-    /// for `plain` as it is.
-    pub(crate) fn compress(&mut self, plain: &[u8], into: &mut [u8]) -> (Codec, usize) {
+    /// Returns `plain` compressed if that saves at least a sixteenth, or else
+    /// as it is.
+    pub(crate) fn compress<'a>(&'a mut self, plain: &'a [u8]) -> (Codec, &'a [u8]) {
         // Less is not worth the time a restore spends on it.
         let worthwhile = plain.len().saturating_sub(plain.len().div_ceil(16));
-        let (codec, written) = match self {
-            Self::None => (Codec::Raw, None),
-            Self::Lz4(room) => {
+        let room = &mut self.room;
+        let (codec, written) = match &mut self.method {
+            Method::None => (Codec::Raw, None),
+            Method::Lz4 => {
+                // With less than the longest output the codec does not begin.
                 room.resize(lz4_flex::block::get_maximum_output_size(plain.len()), 0);
                 let written = lz4_flex::block::compress_into(plain, room).ok();
-                let kept = written
-                    .and_then(|written| room.get(..written))
-                    .filter(|kept| kept.len() <= worthwhile);
-                if let Some((to, from)) =
-                    kept.and_then(|kept| Some((into.get_mut(..kept.len())?, kept)))
-                {
-                    to.copy_from_slice(from);
-                }
-                (Codec::Lz4, kept.map(<[u8]>::len))
+                (Codec::Lz4, written.filter(|len| *len <= worthwhile))
             }
-            Self::Zstd(context) => {
-                let room = into.get_mut(..worthwhile).unwrap_or_default();
+            Method::Zstd(context) => {
+                room.resize(worthwhile, 0);
+                let room = room.as_mut_slice();
                 (Codec::Zstd, context.compress_to_buffer(plain, room).ok())
             }
         };
-        if let Some(written) = written {
-            return (codec, written);
+        match written.and_then(|len| room.get(..len)) {
+            Some(text) => (codec, text),
+            None => (Codec::Raw, plain),
         }
-        into.get_mut(..plain.len())
-            .expect("the caller leaves room for the plain bytes")
-            .copy_from_slice(plain);
-        (Codec::Raw, plain.len())
     }
 }
 

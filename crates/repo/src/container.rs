@@ -4,7 +4,7 @@
 use highwater_store::ObjectKey;
 
 use crate::error::Flaw;
-use crate::seal::{Cipher, SALT_LEN, SealKey, Sealer, random};
+use crate::seal::{Cipher, SALT_LEN, Salt, SealKey, Sealer, random};
 use crate::wire::{Reader, narrow, wide};
 
 const MAGIC: &[u8; 6] = b"HWSEAL";
@@ -66,6 +66,51 @@ pub(crate) fn open(
     seal: Option<&SealKey>,
     object: &[u8],
 ) -> Result<Vec<u8>, Flaw> {
+    let Parts {
+        header,
+        cipher,
+        plain_len,
+        salt,
+        body,
+    } = take_apart(kind, object)?;
+    let sealer = Sealer::for_object(seal, &salt);
+    // Or somebody without the key could plant a plain object among sealed ones.
+    if cipher != sealer.cipher() {
+        return Err(Flaw("its cipher is not the repository's"));
+    }
+    let mut body = body.to_vec();
+    let compressed = sealer.open(0, &associated(header, key), &mut body)?;
+    let plain_len = narrow(plain_len.into())?;
+    let plain = zstd::bulk::decompress(compressed, plain_len)
+        .map_err(|_| Flaw("it cannot be decompressed"))?;
+    if plain.len() != plain_len {
+        return Err(Flaw("its length is wrong"));
+    }
+    Ok(plain)
+}
+
+/// Checks all that shows without the key: hash and header. That the object lies
+/// where it was put, and what is in it, only [`open`] can tell.
+pub(crate) fn check_without_key(
+    kind: ContainerKind,
+    wanted: Cipher,
+    object: &[u8],
+) -> Result<(), Flaw> {
+    if take_apart(kind, object)?.cipher == wanted {
+        return Ok(());
+    }
+    Err(Flaw("its cipher is not the repository's"))
+}
+
+struct Parts<'a> {
+    header: &'a [u8],
+    cipher: Cipher,
+    plain_len: u32,
+    salt: Salt,
+    body: &'a [u8],
+}
+
+fn take_apart(kind: ContainerKind, object: &[u8]) -> Result<Parts<'_>, Flaw> {
     if wide(object.len()) > CONTAINER_LEN_MAX {
         return Err(Flaw("it is too large"));
     }
@@ -87,20 +132,14 @@ pub(crate) fn open(
     if plain_len > PLAIN_LEN_MAX {
         return Err(Flaw("it is too large"));
     }
-    let sealer = Sealer::for_object(seal, &reader.array()?);
-    // Or somebody without the key could plant a plain object among sealed ones.
-    if cipher != sealer.cipher() {
-        return Err(Flaw("its cipher is not the repository's"));
-    }
-    let mut body = reader.rest().to_vec();
-    let compressed = sealer.open(0, &associated(header, key), &mut body)?;
-    let plain_len = narrow(plain_len.into())?;
-    let plain = zstd::bulk::decompress(compressed, plain_len)
-        .map_err(|_| Flaw("it cannot be decompressed"))?;
-    if plain.len() != plain_len {
-        return Err(Flaw("its length is wrong"));
-    }
-    Ok(plain)
+    let salt = reader.array()?;
+    Ok(Parts {
+        header,
+        cipher,
+        plain_len,
+        salt,
+        body: reader.rest(),
+    })
 }
 
 /// The header and the object's own name, so that no object passes for another.

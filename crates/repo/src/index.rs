@@ -6,5 +6,9 @@ mod format;
 mod merge;
 mod set;
 
-pub(crate) use format::{IndexPack, IndexRow, encode};
+pub(crate) use file::pack_key;
+pub(crate) use format::{
+    BLOCK_LEN, HEADER_LEN, Header, IndexPack, IndexRow, encode, prefix_of, prove_block, rows_in,
+    rows_in_block,
+};
 pub(crate) use set::{IndexSet, Place};

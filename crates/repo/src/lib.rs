@@ -37,6 +37,7 @@ mod repository;
 mod seal;
 mod secret;
 mod stats;
+mod verify;
 mod wire;
 mod writer;
 
@@ -52,4 +53,8 @@ pub use points::{DamagedPoint, PointList};
 pub use repository::{DamagedIndex, InitOptions, Repository};
 pub use secret::{Secret, SecretKind};
 pub use stats::{KindStorage, Storage};
+pub use verify::{
+    Checked, Damage, DamagedObject, HurtFile, HurtImage, HurtPoint, Progress, VerifyDepth,
+    VerifyError, VerifyOptions, VerifyPhase, VerifyReport,
+};
 pub use writer::{Added, Flushed, Lane, TreeBuilder, Writer, WriterOptions, WriterStats};

@@ -110,7 +110,7 @@ pub(crate) fn exists(
     }
 }
 
-fn read(objects: &Objects, key: &ObjectKey) -> Result<Option<Manifest>, RepoError> {
+pub(crate) fn read(objects: &Objects, key: &ObjectKey) -> Result<Option<Manifest>, RepoError> {
     let what = || format!("read `{key}`");
     let bytes = match objects.store.get(key, CONTAINER_LEN_MAX) {
         Ok(bytes) => bytes,
@@ -181,7 +181,7 @@ fn check_roots(objects: &Objects, manifest: &Manifest) -> Result<(), Flaw> {
     ))
 }
 
-fn key_of(objects: &Objects, vm: &VmIdentity, point: PointId) -> ObjectKey {
+pub(crate) fn key_of(objects: &Objects, vm: &VmIdentity, point: PointId) -> ObjectKey {
     let name = format!("{}/{point}", objects.ids.vm_key(vm));
     ObjectKey::new(ObjectKind::Point, name).expect("hexadecimal and base 32 are good names")
 }

@@ -31,7 +31,7 @@ pub struct InitOptions {
 /// An open repository; clones share everything.
 #[derive(Clone)]
 pub struct Repository {
-    objects: Arc<Objects>,
+    pub(crate) objects: Arc<Objects>,
 }
 
 /// An index file that cannot be used. The objects it showed are stored again
@@ -257,7 +257,7 @@ fn read_config(store: &dyn Store) -> Result<Option<(Config, Vec<u8>)>, RepoError
     }
 }
 
-fn need_config(store: &dyn Store) -> Result<(Config, Vec<u8>), RepoError> {
+pub(crate) fn need_config(store: &dyn Store) -> Result<(Config, Vec<u8>), RepoError> {
     read_config(store)?.ok_or_else(|| {
         let what = format!("find a repository in {}", store.location());
         RepoError::new(RepoErrorKind::NoRepository, what)

@@ -2,7 +2,7 @@
 
 use argon2::{Algorithm, Argon2, Params, Version};
 use highwater_model::RepoId;
-use highwater_store::{ObjectKey, ObjectKind, Store};
+use highwater_store::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErrorKind};
 use ring::aead::{Aad, Nonce};
 use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
@@ -265,6 +265,41 @@ fn read_all(store: &dyn Store, repository: RepoId) -> Result<(Vec<Wire>, Option<
         }
     }
     Ok((wires, flaw))
+}
+
+/// A stored key as it looks without any secret.
+pub(crate) enum KeyState {
+    /// What was written, for this repository.
+    Ours,
+    /// Undamaged, and of a repository that never came to be.
+    Foreign,
+    /// Not what was written.
+    Damaged(Flaw),
+}
+
+/// Says what each stored key is worth; opens none.
+pub(crate) fn inspect(
+    store: &dyn Store,
+    repository: RepoId,
+) -> Result<Vec<(ObjectKey, KeyState)>, StoreError> {
+    let mut states = Vec::new();
+    for Listed { key, .. } in store.list(ObjectKind::Key, "")? {
+        let state = match store.get(&key, KEY_LEN_MAX) {
+            Ok(body) => match parse(&body, key.name()) {
+                Ok(wire) if wire.repository == repository => KeyState::Ours,
+                Ok(_) => KeyState::Foreign,
+                Err(flaw) => KeyState::Damaged(flaw),
+            },
+            Err(error) if error.kind() == StoreErrorKind::TooLarge => {
+                KeyState::Damaged(Flaw("it is longer than any key"))
+            }
+            // Removed since it was listed.
+            Err(error) if error.kind() == StoreErrorKind::NotFound => continue,
+            Err(error) => return Err(error),
+        };
+        states.push((key, state));
+    }
+    Ok(states)
 }
 
 fn parse(body: &[u8], name: &str) -> Result<Wire, Flaw> {

@@ -2,6 +2,7 @@
 
 mod lane;
 mod session;
+mod shelf;
 mod tree;
 
 use std::io::Read;
@@ -10,21 +11,21 @@ use std::thread::{self, JoinHandle};
 
 use crossbeam_channel::Sender;
 
-use highwater_model::ChunkSize;
+use highwater_model::{ChunkSize, ObjectId};
 
-use crate::compress::Compression;
+use crate::compress::{Codec, Compression};
 use crate::error::{RepoError, RepoErrorKind};
 use crate::manifest::{ImageRoot, Manifest};
 use crate::objects::Objects;
-use crate::pack::{FinishedPack, HEADER_LEN, PackBuilder, PackKind, record_len_max};
+use crate::pack::{FinishedPack, HEADER_LEN, OpenPack, PackKind, record_len_max};
 use crate::page::PAGE_LEN_MAX;
 use crate::points;
 use crate::wire::narrow;
 
 pub use lane::{Added, Lane};
+pub(crate) use shelf::Slot;
 pub use tree::TreeBuilder;
 
-use lane::PackLane;
 use session::Session;
 
 /// How to write.
@@ -34,7 +35,8 @@ pub struct WriterOptions {
     pub compression: Compression,
     /// Length of a pack, 1 MiB to 1 GiB.
     pub pack_bytes: u64,
-    /// Threads that hash whole packs and give them to the store.
+    /// Threads that make complete packs durable. They wait more than they work:
+    /// for a disk, or for an answer.
     pub upload_threads: usize,
 }
 
@@ -43,7 +45,7 @@ impl Default for WriterOptions {
         Self {
             compression: Compression::default(),
             pack_bytes: 32 << 20,
-            upload_threads: 2,
+            upload_threads: 3,
         }
     }
 }
@@ -71,16 +73,16 @@ pub struct WriterStats {
 /// Writes into a repository. Used by many threads at once, each with its own
 /// [`Lane`] or [`TreeBuilder`].
 ///
-/// In memory are at most one pack per lane, one of pages, and two per uploading
-/// thread, plus the ids of half a million objects. The first failed upload
-/// fails everything after it: a session that lost a pack cannot be committed.
+/// In memory are the ids of half a million objects and of each open pack some
+/// hundred KiB, or the whole of six packs if the store takes whole objects only;
+/// nothing of it follows the number of lanes. The first failed write fails
+/// everything after it: a session that lost a pack cannot be committed.
 pub struct Writer {
     pub(crate) session: Arc<Session>,
     uploads: Sender<FinishedPack>,
     threads: Vec<JoinHandle<()>>,
-    /// Open packs of lanes that are gone.
-    pub(crate) parked: Mutex<Vec<PackBuilder>>,
-    pages: Mutex<PackLane>,
+    /// Pages go into one pack at a time: there are few.
+    pages: Mutex<()>,
 }
 
 impl Writer {
@@ -92,7 +94,8 @@ impl Writer {
             .max(longest.saturating_add(HEADER_LEN));
         let session = Arc::new(Session::new(objects, options.compression, pack_len));
         let threads = options.upload_threads.max(1);
-        let (uploads, packs) = crossbeam_channel::bounded(threads);
+        // The shelves bound how many packs there are.
+        let (uploads, packs) = crossbeam_channel::unbounded();
         let upload = |_| {
             let (session, packs) = (Arc::clone(&session), packs.clone());
             thread::Builder::new()
@@ -103,16 +106,15 @@ impl Writer {
             .map(upload)
             .collect::<Result<Vec<_>, _>>()
             .map_err(|error| RepoError::new(RepoErrorKind::Usage, what).because(error))?;
-        let pages = Mutex::new(PackLane::new(PackKind::Pages, Compression::None, None)?);
-        // Refused now, not at the first chunk.
-        drop(PackLane::new(PackKind::Chunks, options.compression, None)?);
-        Ok(Self {
+        let writer = Self {
             session,
             uploads,
             threads,
-            parked: Mutex::default(),
-            pages,
-        })
+            pages: Mutex::default(),
+        };
+        // A wrong level is refused now, not at the first chunk.
+        drop(Lane::new(&writer)?);
+        Ok(writer)
     }
 
     /// Returns the repository's chunk size.
@@ -122,12 +124,7 @@ impl Writer {
 
     /// Opens a way for one worker thread.
     pub fn lane(&self) -> Lane<'_> {
-        let open = self
-            .parked
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
-        Lane::new(self, open).expect("the compression was tried when the writer was made")
+        Lane::new(self).expect("the compression was tried when the writer was made")
     }
 
     /// Starts the tree of an image of `size_bytes`, on top of the parent's.
@@ -173,21 +170,11 @@ impl Writer {
 
     /// Makes all packs durable, then the index that shows them. Nothing refers
     /// to them yet.
-    pub fn flush(mut self) -> Result<Flushed, RepoError> {
-        let parked = std::mem::take(
-            self.parked
-                .get_mut()
-                .unwrap_or_else(PoisonError::into_inner),
-        );
-        let pages = self
-            .pages
-            .get_mut()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        parked
-            .into_iter()
-            .chain(pages)
-            .try_for_each(|open| self.send(open))?;
+    pub fn flush(self) -> Result<Flushed, RepoError> {
+        for kind in [PackKind::Chunks, PackKind::Pages] {
+            let open = self.session.shelf(kind).clear();
+            open.into_iter().try_for_each(|open| self.send(open))?;
+        }
         let session = Arc::clone(&self.session);
         // Waits for the uploads.
         drop(self);
@@ -198,24 +185,60 @@ impl Writer {
         Ok(Flushed { session })
     }
 
-    /// Gives a pack to the uploading threads; waits while they have enough.
-    pub(crate) fn send(&self, pack: PackBuilder) -> Result<(), RepoError> {
+    /// Adds an object that this session has claimed, compressed as `text`, to an
+    /// open pack; returns its stored length. Waits while all packs are in use.
+    pub(crate) fn append(
+        &self,
+        kind: PackKind,
+        id: ObjectId,
+        plain_len: usize,
+        codec: Codec,
+        text: &[u8],
+    ) -> Result<u64, RepoError> {
+        let session = &self.session;
+        let appended = || -> Result<u64, RepoError> {
+            let mut open = session.open_pack(kind)?;
+            while !open.has_room_for(text.len(), session.pack_len) {
+                self.send(open)?;
+                open = session.open_pack(kind)?;
+            }
+            let stored = open
+                .append(id, plain_len, codec, text)
+                .map_err(|error| RepoError::store("write a pack", error))?;
+            session.shelf(kind).put_back(open);
+            Ok(stored)
+        };
+        match appended() {
+            Ok(stored) => {
+                session.counts.stored(kind, stored);
+                Ok(stored)
+            }
+            // The object is claimed and nowhere stored.
+            Err(error) => Err(session.fail(error)),
+        }
+    }
+
+    /// Closes a pack and gives it to the uploading threads.
+    fn send(&self, open: Box<OpenPack>) -> Result<(), RepoError> {
         self.session.check()?;
-        if pack.is_empty() {
+        if open.is_empty() {
             return Ok(());
         }
-        self.uploads.send(pack.finish()).map_err(|_| {
+        let pack = open
+            .finish()
+            .map_err(|error| RepoError::store("write a pack", error))?;
+        self.uploads.send(pack).map_err(|_| {
             RepoError::new(RepoErrorKind::Store, "store a pack").because("no thread uploads")
         })
     }
 
     /// Stores a tree page unless it is known; `bytes` is its encoding.
-    pub(crate) fn add_page(&self, bytes: &[u8]) -> Result<highwater_model::ObjectId, RepoError> {
+    pub(crate) fn add_page(&self, bytes: &[u8]) -> Result<ObjectId, RepoError> {
         self.session.check()?;
         let id = self.session.objects.ids.page_id(bytes);
         if self.session.claim(id)? {
-            let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
-            pages.append(self, id, bytes)?;
+            let _turn = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+            self.append(PackKind::Pages, id, bytes.len(), Codec::Raw, bytes)?;
         }
         Ok(id)
     }
@@ -229,8 +252,10 @@ impl Drop for Writer {
         for thread in self.threads.drain(..) {
             if thread.join().is_err() {
                 let error = RepoError::new(RepoErrorKind::Store, "store a pack");
-                self.session
-                    .fail(error.because("an uploading thread panicked"));
+                drop(
+                    self.session
+                        .fail(error.because("an uploading thread panicked")),
+                );
             }
         }
     }

@@ -143,8 +143,17 @@ fn check_survivor(survivor: Arc<dyn Store>, outcomes: [Outcome; 2], images: &Ima
 
 #[test]
 fn a_save_cut_off_at_any_store_call_leaves_the_repository_whole() {
+    cut_off_anywhere(MemStore::default);
+}
+
+#[test]
+fn a_save_into_a_store_of_whole_objects_cut_off_at_any_call_leaves_the_repository_whole() {
+    cut_off_anywhere(MemStore::of_whole_objects);
+}
+
+fn cut_off_anywhere(empty: fn() -> MemStore) {
     let images = Images::several_packs();
-    let healthy = Arc::new(FaultyStore::new(MemStore::default(), Fault::Never));
+    let healthy = Arc::new(FaultyStore::new(empty(), Fault::Never));
     assert_eq!(workload(healthy.clone(), &images), [Outcome::Committed; 2]);
     let calls = healthy.calls();
     assert!(
@@ -153,7 +162,7 @@ fn a_save_cut_off_at_any_store_call_leaves_the_repository_whole() {
     );
     for n in 0..calls {
         for fault in [Fault::Call(n), Fault::From(n)] {
-            let memory = MemStore::default();
+            let memory = empty();
             let outcomes = workload(Arc::new(FaultyStore::new(memory.clone(), fault)), &images);
             assert!(
                 fault == Fault::Call(n) || outcomes[1] != Outcome::Committed,
@@ -239,8 +248,8 @@ fn packs_and_index_are_stored_before_the_manifest_that_needs_them() {
 fn a_failed_upload_fails_everything_after_it() {
     let memory = MemStore::default();
     init(Arc::new(memory.clone()), None).unwrap();
-    // Opening takes two calls; the third is the look for the first pack.
-    for n in 2..5 {
+    // Opening takes two calls; then packs are begun, written and stored.
+    for n in 2..9 {
         let store = Arc::new(FaultyStore::new(memory.fork(), Fault::Call(n)));
         let repo = Repository::open(store, None).unwrap();
         let writer = repo.writer(options()).unwrap();
@@ -253,6 +262,31 @@ fn a_failed_upload_fails_everything_after_it() {
         );
         assert_eq!(repo.points().unwrap().points, []);
     }
+}
+
+#[test]
+fn a_chunk_that_could_not_be_written_is_never_taken_for_known() {
+    let memory = MemStore::default();
+    init(Arc::new(memory.clone()), None).unwrap();
+    let mut met = 0;
+    for n in 2..12 {
+        let store = Arc::new(FaultyStore::new(memory.fork(), Fault::Call(n)));
+        let repo = Repository::open(store, None).unwrap();
+        let writer = repo.writer(options()).unwrap();
+        let mut lane = writer.lane();
+        let chunks = 0..30;
+        let failed = |at: &u64| lane.add(&noise(*at, CHUNK)).is_err();
+        let Some(at) = chunks.into_iter().find(failed) else {
+            continue;
+        };
+        met += 1;
+        // Whoever tries the same chunk again, in this lane or another one.
+        assert!(lane.add(&noise(at, CHUNK)).is_err(), "call {n}");
+        assert!(writer.lane().add(&noise(at, CHUNK)).is_err(), "call {n}");
+        drop(lane);
+        assert!(writer.flush().is_err(), "call {n}");
+    }
+    assert!(met >= 3, "the faults hit the packs");
 }
 
 #[test]

@@ -339,15 +339,23 @@ impl Vm {
 
     /// Like [`Vm::write`] for many commands, at about a millisecond each.
     pub fn write_all(&self, disk: &str, commands: &[String]) -> Result<()> {
-        let device = self.device_path(disk)?;
+        let commands: Vec<_> = commands.iter().map(|command| (disk, command)).collect();
+        self.write_each(&commands)
+    }
+
+    /// Like [`Vm::write_all`] for commands to any of the disks, in their order.
+    pub fn write_each<C: AsRef<str>>(&self, commands: &[(&str, C)]) -> Result<()> {
+        let domain_xml = self.lab.virsh(&["dumpxml", &self.name])?;
         let log = self.lab.qemu_log(&self.name);
         let before = fs::read(&log)?.len();
         let mut input = String::new();
-        for command in commands {
+        for (disk, command) in commands {
+            let command = command.as_ref();
             ensure!(
                 !command.contains(['"', '\'', '\n']),
                 "a qemu-io command cannot be quoted twice: {command}"
             );
+            let device = self.device_in(&domain_xml, disk)?;
             writeln!(
                 input,
                 "qemu-monitor-command {} --hmp 'qemu-io -d {device} \"{command}\"'",
@@ -360,8 +368,10 @@ impl Vm {
             .run()?;
         let after = fs::read(&log)?;
         let said = String::from_utf8_lossy(&after[before.min(after.len())..]);
-        check_qemu_io(&said, commands)
-            .with_context(|| format!("cannot write to {disk}: {said}{said_virsh}"))
+        // A flush says nothing.
+        let speaking = commands.iter().filter(|(_, it)| it.as_ref() != "flush");
+        check_qemu_io(&said, speaking.count())
+            .with_context(|| format!("cannot write to VM {}: {said}{said_virsh}", self.name))
     }
 
     /// Flushes what QEMU holds of the disk in memory to its image.
@@ -523,8 +533,11 @@ impl Vm {
     }
 
     fn device_path(&self, disk: &str) -> Result<String> {
-        let domain_xml = self.lab.virsh(&["dumpxml", &self.name])?;
-        let alias = xml::disk_alias(&domain_xml, disk)
+        self.device_in(&self.lab.virsh(&["dumpxml", &self.name])?, disk)
+    }
+
+    fn device_in(&self, domain_xml: &str, disk: &str) -> Result<String> {
+        let alias = xml::disk_alias(domain_xml, disk)
             .with_context(|| format!("VM {} has no running disk {disk}", self.name))?;
         Ok(if alias.starts_with("virtio-disk") {
             format!("/machine/peripheral/{alias}/virtio-backend")
@@ -551,7 +564,7 @@ fn has_scratch_file(node: &Value) -> bool {
 
 /// Each command prints one line `wrote 512/512 bytes at offset 0` (or `read`,
 /// `discard`), or something else when it fails.
-fn check_qemu_io(said: &str, commands: &[String]) -> Result<()> {
+fn check_qemu_io(said: &str, commands: usize) -> Result<()> {
     let failed = said.lines().find(|line| {
         line.contains(" failed") || line.contains("not found") || line.contains("non-numeric")
     });
@@ -560,9 +573,8 @@ fn check_qemu_io(said: &str, commands: &[String]) -> Result<()> {
     }
     let done = said.lines().filter(|line| is_success(line)).count();
     ensure!(
-        done == commands.len(),
-        "{done} of {} qemu-io commands reported success",
-        commands.len()
+        done == commands,
+        "{done} of {commands} qemu-io commands reported success"
     );
     Ok(())
 }

@@ -61,7 +61,7 @@ impl Domain {
     pub(crate) fn to_xml(&self) -> String {
         let mut xml = format!("<domain type='qemu'>\n<name>{}</name>\n", self.name);
         if let Some(uuid) = &self.uuid {
-            write!(xml, "<uuid>{uuid}</uuid>\n").expect("writing to a String cannot fail");
+            writeln!(xml, "<uuid>{uuid}</uuid>").expect("writing to a String cannot fail");
         }
         let Self {
             machine,

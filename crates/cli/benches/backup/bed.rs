@@ -1,109 +1,191 @@
-//! The VM that is backed up, and each program run on it.
+//! A VM that is backed up, and each program that does it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use highwater_testkit::{DiskSpec, GIB, KIB, Lab, MIB, Vm, compare_images, tool};
+use highwater_testkit::{DiskSpec, Lab, Vm, compare_images};
 use serde_json::Value;
 
+use crate::disk::Blocks;
 use crate::measure::{self, Cost};
 
-const VM: &str = "web01";
-/// Room for the guest.
-const DISK_BYTES: u64 = 8 * GIB;
-/// Files on the disk; what fits in memory together with all copies.
-const FILES_BYTES: u64 = 2 * GIB;
-const FILES_FROM: &str = "/usr";
-const WRITE_BYTES: u64 = 16 * KIB;
-/// For tools that move gigabytes on a busy machine.
-const PATIENCE: Duration = Duration::from_mins(10);
+/// Commands at once: more would not be done within the patience of the lab.
+const WRITES_AT_ONCE: usize = 1000;
+const PASSPHRASE: &str = "high water, low water";
 
-/// A lab with one running VM.
+/// A running VM.
 pub(crate) struct Bed {
     lab: Lab,
     vm: Vm,
-    files_bytes: u64,
-    random: Random,
+}
+
+/// A repository of ours.
+pub(crate) struct Repository {
+    path: PathBuf,
+    password: Option<PathBuf>,
+}
+
+impl Repository {
+    /// Returns how much lies in it.
+    pub(crate) fn size_mib(&self) -> Result<f64> {
+        measure::size_mib(&self.path)
+    }
 }
 
 impl Bed {
-    /// Makes the disk and starts the VM.
-    pub(crate) fn start() -> Result<Self> {
-        let lab = Lab::start()?;
-        let (image, files_bytes) = make_disk(&lab)?;
-        let vm = lab
-            .vm(VM)
-            .disk(DiskSpec::existing("vda", &image, "qcow2"))
-            .start()?;
+    /// Starts a VM.
+    pub(crate) fn start(lab: &Lab, name: &str, disk: DiskSpec) -> Result<Self> {
         Ok(Self {
-            lab,
-            vm,
-            files_bytes,
-            random: Random(0x9e37_79b9_7f4a_7c15),
+            lab: lab.clone(),
+            vm: lab.vm(name).disk(disk).start()?,
         })
     }
 
-    /// Tells what is on the disk.
-    pub(crate) fn disk_text(&self) -> String {
-        let (size, files) = (DISK_BYTES / GIB, self.files_bytes / MIB);
-        format!("{size} GiB, ext4 with {files} MiB of files of {FILES_FROM}, qcow2 on tmpfs")
+    /// Returns the VM.
+    pub(crate) const fn vm(&self) -> &Vm {
+        &self.vm
     }
 
-    /// Returns the name of the VM.
-    pub(crate) fn vm_name(&self) -> &str {
-        self.vm.name()
+    /// Returns its lab.
+    pub(crate) const fn lab(&self) -> &Lab {
+        &self.lab
     }
 
-    /// Returns where files may be made.
-    pub(crate) fn dir(&self) -> PathBuf {
-        self.lab.dir()
+    /// Makes a repository without encryption: where the others have none.
+    pub(crate) fn repository(&self, path: PathBuf) -> Result<Repository> {
+        self.init(path, "none", None)
     }
 
-    /// Makes an empty directory.
-    pub(crate) fn directory(&self, name: &str) -> Result<PathBuf> {
-        let path = self.lab.path(name);
-        fs::create_dir(&path).with_context(|| format!("cannot make {}", path.display()))?;
-        Ok(path)
+    /// Makes a repository with a passphrase.
+    pub(crate) fn encrypted_repository(&self, path: PathBuf) -> Result<Repository> {
+        let file = password_file(&self.lab)?;
+        self.init(path, "passphrase", Some(file))
     }
 
-    /// Makes a repository without encryption: the others have none.
-    pub(crate) fn repository(&self, name: &str) -> Result<PathBuf> {
-        let repo = self.lab.path(name);
+    fn init(
+        &self,
+        path: PathBuf,
+        encryption: &str,
+        password: Option<PathBuf>,
+    ) -> Result<Repository> {
+        let repo = Repository { path, password };
         measure::run(
-            self.command(&repo).args(["init", "--encryption", "none"]),
+            self.command(&repo)
+                .args(["init", "--encryption", encryption]),
             None,
         )?;
         Ok(repo)
     }
 
-    /// Removes files and, so that no run carries another's marks, all checkpoints.
-    pub(crate) fn remove(&self, dir: &Path) -> Result<()> {
-        fs::remove_dir_all(dir).with_context(|| format!("cannot remove {}", dir.display()))?;
-        for checkpoint in self.vm.checkpoints()? {
-            self.lab.virsh(&["checkpoint-delete", VM, &checkpoint])?;
-        }
-        Ok(())
+    fn command(&self, repo: &Repository) -> Command {
+        self.command_under(repo, &[])
     }
 
-    fn command(&self, repo: &Path) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_highwater"));
+    /// Prepares to run the program under test below another program.
+    fn command_under(&self, repo: &Repository, above: &[String]) -> Command {
+        let ours = env!("CARGO_BIN_EXE_highwater");
+        let mut command = match above {
+            [] => Command::new(ours),
+            [program, args @ ..] => {
+                let mut command = Command::new(program);
+                command.args(args).arg(ours);
+                command
+            }
+        };
         command
-            .env("HIGHWATER_REPO", repo)
-            .env("HIGHWATER_RUNTIME_DIR", self.lab.path("highwater"))
+            .env("HIGHWATER_REPO", &repo.path)
+            .env("HIGHWATER_RUNTIME_DIR", self.runtime_dir())
             .args(["-c", &self.lab.uri(), "--json"]);
+        if let Some(file) = &repo.password {
+            command.env("HIGHWATER_PASSWORD_FILE", file);
+        }
         command
     }
 
-    fn run(&self, command: &mut Command) -> Result<(String, Cost)> {
+    /// Returns where sessions have their sockets.
+    pub(crate) fn runtime_dir(&self) -> PathBuf {
+        self.lab.path("highwater")
+    }
+
+    /// Runs a program, and counts what QEMU does for it.
+    pub(crate) fn run(&self, command: &mut Command) -> Result<(String, Cost)> {
         measure::run(command, Some(self.qemu()?))
     }
 
     fn qemu(&self) -> Result<u32> {
         let root = self.lab.dir().to_string_lossy().into_owned();
         measure::outer_pid(&self.vm.qemu_pid()?, &root)
+    }
+
+    /// Backs up; the backup must be of this mode. What counts as stored is by
+    /// how much the repository has grown.
+    pub(crate) fn backup(&self, repo: &Repository, mode: &str, args: &[&str]) -> Result<Cost> {
+        self.backup_under(repo, mode, args, &[])
+    }
+
+    /// As [`Bed::backup`], with the program running below another one.
+    pub(crate) fn backup_under(
+        &self,
+        repo: &Repository,
+        mode: &str,
+        args: &[&str],
+        above: &[String],
+    ) -> Result<Cost> {
+        let before = repo.size_mib()?;
+        let mut command = self.command_under(repo, above);
+        let (said, cost) = self.run(command.args(["backup", self.vm.name()]).args(args))?;
+        let report: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
+        let found = &report["disks"][0]["mode"];
+        ensure!(found == mode, "this was to be {mode}: {said}");
+        ensure!(
+            report["warnings"] == Value::Array(Vec::new()),
+            "it warns: {said}"
+        );
+        Ok(Cost {
+            stored_mib: Some(repo.size_mib()? - before),
+            ..cost
+        })
+    }
+
+    /// Backs up everything into a repository made for it, which is removed.
+    pub(crate) fn full(&self, path: PathBuf, compression: &str) -> Result<Cost> {
+        let repo = self.repository(path)?;
+        self.full_into(&repo, compression)
+    }
+
+    /// Backs up everything into an empty repository, which is removed.
+    pub(crate) fn full_into(&self, repo: &Repository, compression: &str) -> Result<Cost> {
+        let args = ["--level", "full", "--compression", compression];
+        let cost = self.backup(repo, "full", &args)?.with_stored(&repo.path)?;
+        self.remove(&repo.path)?;
+        Ok(cost)
+    }
+
+    /// Restores the latest point to a new directory or file.
+    pub(crate) fn restore(&self, repo: &Repository, to: &Path, args: &[&str]) -> Result<Cost> {
+        let mut command = self.command(repo);
+        command
+            .args(["restore", self.vm.name(), "--to"])
+            .arg(to)
+            .args(args);
+        Ok(measure::run(&mut command, None)?.1)
+    }
+
+    /// Removes files and, so that no run carries another's marks, all checkpoints.
+    pub(crate) fn remove(&self, path: &Path) -> Result<()> {
+        remove(path)?;
+        for checkpoint in self.vm.checkpoints()? {
+            self.lab
+                .virsh(&["checkpoint-delete", self.vm.name(), &checkpoint])?;
+        }
+        Ok(())
+    }
+
+    /// Removes a repository, as [`Bed::remove`] does.
+    pub(crate) fn remove_repository(&self, repo: &Repository) -> Result<()> {
+        self.remove(&repo.path)
     }
 
     /// Prepares to run a program that knows libvirt at its usual place only.
@@ -117,41 +199,32 @@ impl Bed {
         Ok(command)
     }
 
-    /// Runs the program under test.
-    pub(crate) fn ours(&self, repo: &Path, args: &[&str]) -> Result<Cost> {
-        Ok(self.run(self.command(repo).args(args))?.1)
-    }
-
-    /// Runs a backup that must be of this mode, and counts by how much the
-    /// repository has grown.
-    pub(crate) fn ours_growing(&self, repo: &Path, args: &[&str], mode: &str) -> Result<Cost> {
-        let before = measure::size_mib(repo)?;
-        let (said, cost) = self.run(self.command(repo).args(args))?;
-        let report: Value = serde_json::from_str(&said).with_context(|| said.clone())?;
-        let found = &report["disks"][0]["mode"];
-        ensure!(found == mode, "this was to be {mode}: {said}");
-        ensure!(
-            report["warnings"] == Value::Array(Vec::new()),
-            "it warns: {said}"
-        );
-        Ok(Cost {
-            stored_mib: Some(measure::size_mib(repo)? - before),
-            ..cost
-        })
-    }
-
-    /// Has virtnbdbackup make a full backup.
-    pub(crate) fn theirs_backup(&self, set: &Path, args: &[&str]) -> Result<Cost> {
+    /// Has virtnbdbackup make a backup.
+    pub(crate) fn theirs_backup(&self, set: &Path, level: &str, args: &[&str]) -> Result<Cost> {
+        fs::create_dir_all(set)?;
+        let before = measure::size_mib(set)?;
         let mut command = self.among_qemu_mounts("virtnbdbackup")?;
         command
-            .args(["-d", VM, "-l", "full", "-n", "-o"])
+            .args(["-d", self.vm.name(), "-l", level, "-n", "-o"])
             .arg(set)
             .arg("-S")
             .arg(self.lab.dir())
             .arg("-f")
             .arg(self.lab.path("theirs.sock"))
             .args(args);
-        Ok(self.run(&mut command)?.1)
+        let cost = self.run(&mut command)?.1;
+        Ok(Cost {
+            stored_mib: Some(measure::size_mib(set)? - before),
+            ..cost
+        })
+    }
+
+    /// Has virtnbdbackup back up everything; removes what it made.
+    pub(crate) fn theirs_full(&self, args: &[&str]) -> Result<Cost> {
+        let set = self.lab.path("theirs");
+        let cost = self.theirs_backup(&set, "full", args)?;
+        self.remove(&set)?;
+        Ok(cost)
     }
 
     /// Has virtnbdrestore restore what virtnbdbackup made.
@@ -169,12 +242,12 @@ impl Bed {
         Ok(self.run(&mut command)?.1)
     }
 
-    /// Has nbdcopy copy the export of a backup job to a raw file: what moving
-    /// the bytes costs, and no more.
-    pub(crate) fn nbdcopy(&self) -> Result<Cost> {
-        let dir = self.directory("anchor")?;
-        let socket = dir.join("socket");
-        let job = dir.join("job.xml");
+    /// Begins a backup job of libvirt's, runs a program on the URI of its
+    /// export, and ends the job: what moving the bytes costs, and no more.
+    pub(crate) fn on_export(&self, program: impl FnOnce(&str) -> Command) -> Result<Cost> {
+        let dir = self.lab.path("export");
+        fs::create_dir(&dir)?;
+        let (socket, job) = (dir.join("socket"), dir.join("job.xml"));
         let xml = format!(
             "<domainbackup mode='pull'><server transport='unix' socket='{}'/><disks>\
              <disk name='vda' backup='yes' type='file'><scratch file='{}'/></disk>\
@@ -183,11 +256,12 @@ impl Bed {
             dir.join("scratch").display()
         );
         fs::write(&job, xml)?;
+        let name = self.vm.name();
         self.lab
-            .virsh(&["backup-begin", VM, &job.to_string_lossy()])?;
-        let from = format!("nbd+unix:///vda?socket={}", socket.display());
-        let run = self.run(Command::new("nbdcopy").arg(from).arg(dir.join("copy.raw")));
-        self.lab.virsh(&["domjobabort", VM])?;
+            .virsh(&["backup-begin", name, &job.to_string_lossy()])?;
+        let uri = format!("nbd+unix:///vda?socket={}", socket.display());
+        let run = self.run(&mut program(&uri));
+        self.lab.virsh(&["domjobabort", name])?;
         self.remove(&dir)?;
         Ok(run?.1)
     }
@@ -195,35 +269,15 @@ impl Bed {
     /// Fails unless the one image in `dir` holds what the VM's disk holds.
     pub(crate) fn compare(&self, dir: &Path) -> Result<()> {
         self.vm.flush("vda")?;
-        let mut largest = None;
-        for entry in fs::read_dir(dir)? {
-            let path = entry?.path();
-            largest = largest.max(Some((path.metadata()?.len(), path)));
-        }
-        let Some((_, image)) = largest else {
-            bail!("nothing was restored")
-        };
-        compare_images(&image, &self.vm.image("vda"))
+        compare_images(&largest_in(dir)?, &self.vm.image("vda"))
     }
 
-    /// Has the guest write blocks of 16 KiB, each of bytes never seen before that
-    /// cannot be compressed, at random among its files: around each, files
-    /// of the disk share its chunk.
-    pub(crate) fn write_randomly(&mut self, writes: usize) -> Result<()> {
-        let dir = self.directory("blocks")?;
-        let mut commands = Vec::with_capacity(writes);
-        for number in 0..writes {
-            let file = dir.join(number.to_string());
-            let block: Vec<u8> = (0..WRITE_BYTES / 8)
-                .flat_map(|_| self.random.next().to_le_bytes())
-                .collect();
-            fs::write(&file, block)?;
-            let at = self.random.next() % (self.files_bytes / WRITE_BYTES) * WRITE_BYTES;
-            commands.push(format!("write -s {} {at} {WRITE_BYTES}", file.display()));
+    /// Has the guest write.
+    pub(crate) fn write(&self, blocks: &Blocks) -> Result<()> {
+        for some in blocks.commands().chunks(WRITES_AT_ONCE) {
+            self.vm.write_all("vda", some)?;
         }
-        self.vm.write_all("vda", &commands)?;
-        self.vm.flush("vda")?;
-        Ok(fs::remove_dir_all(dir)?)
+        self.vm.flush("vda")
     }
 
     /// Kills QEMU, which keeps its bitmaps in memory, and starts the VM again.
@@ -233,66 +287,32 @@ impl Bed {
     }
 }
 
-/// Makes an image with a file system; returns how much is in its files.
-fn make_disk(lab: &Lab) -> Result<(PathBuf, u64)> {
-    let (tree, raw, image) = (
-        lab.path("tree"),
-        lab.path("disk.raw"),
-        lab.path("disk.qcow2"),
-    );
-    fs::create_dir(&tree)?;
-    let left = copy_files(Path::new(FILES_FROM), &tree, FILES_BYTES)?;
-    tool("mke2fs")
-        .args(["-q", "-t", "ext4", "-d"])
-        .arg(&tree)
-        .arg(&raw)
-        .arg(format!("{}k", DISK_BYTES / KIB))
-        .deadline(PATIENCE)
-        .run()?;
-    fs::remove_dir_all(&tree)?;
-    tool("qemu-img")
-        .args(["convert", "-f", "raw", "-O", "qcow2"])
-        .arg(&raw)
-        .arg(&image)
-        .deadline(PATIENCE)
-        .run()?;
-    fs::remove_file(raw)?;
-    Ok((image, FILES_BYTES - left))
+/// Returns a file with a passphrase.
+pub(crate) fn password_file(lab: &Lab) -> Result<PathBuf> {
+    let file = lab.path("passphrase");
+    fs::write(&file, PASSPHRASE)?;
+    Ok(file)
 }
 
-/// Copies files in the order of their names until `room` bytes are used up;
-/// returns what is left of them.
-fn copy_files(from: &Path, to: &Path, mut room: u64) -> Result<u64> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(from)? {
-        let entry = entry?;
-        names.push((entry.file_name(), entry.file_type()?));
-    }
-    names.sort_by(|a, b| a.0.cmp(&b.0));
-    for (name, kind) in names {
-        let (from, to) = (from.join(&name), to.join(&name));
-        if kind.is_dir() {
-            fs::create_dir(&to)?;
-            room = copy_files(&from, &to, room)?;
-        } else if kind.is_file() {
-            let size = from.metadata()?.len();
-            if size <= room {
-                fs::copy(&from, &to).with_context(|| format!("cannot copy {}", from.display()))?;
-                room -= size;
-            }
-        }
-    }
-    Ok(room)
+/// Removes a file or a directory with all in it.
+pub(crate) fn remove(path: &Path) -> Result<()> {
+    let removed = if path.is_dir() {
+        fs::remove_dir_all(path)
+    } else {
+        fs::remove_file(path)
+    };
+    removed.with_context(|| format!("cannot remove {}", path.display()))
 }
 
-/// xorshift64*: the same writes in every run, and no two blocks alike.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+/// Finds the image among what was restored.
+pub(crate) fn largest_in(dir: &Path) -> Result<PathBuf> {
+    let mut largest = None;
+    for entry in fs::read_dir(dir)? {
+        let path = entry?.path();
+        largest = largest.max(Some((path.metadata()?.len(), path)));
     }
+    let Some((_, image)) = largest else {
+        bail!("nothing was restored")
+    };
+    Ok(image)
 }

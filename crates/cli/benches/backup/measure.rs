@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use rustix::process::{Pid, WaitOptions, set_child_subreaper, waitpid};
+use serde_json::{Value, json};
 
 /// How often memory is looked at, and the end waited for.
 const LOOK: Duration = Duration::from_millis(10);
@@ -33,11 +34,30 @@ pub(crate) struct Cost {
 }
 
 impl Cost {
-    /// Counts all that lies in `dir` as stored by this run.
-    pub(crate) fn stored(self, dir: &Path) -> Result<Self> {
+    /// Counts all that lies at `path` as stored by this run.
+    pub(crate) fn with_stored(self, path: &Path) -> Result<Self> {
         Ok(Self {
-            stored_mib: Some(size_mib(dir)?),
+            stored_mib: Some(size_mib(path)?),
             ..self
+        })
+    }
+
+    /// Returns the MiB it stored; NaN if that was not asked for.
+    pub(crate) fn stored(&self) -> f64 {
+        self.stored_mib.unwrap_or(f64::NAN)
+    }
+
+    /// Returns all processor time spent for it.
+    pub(crate) fn all_cpu_seconds(&self) -> f64 {
+        self.cpu_seconds + self.qemu_seconds
+    }
+
+    /// Returns it for machines.
+    pub(crate) fn json(&self) -> Value {
+        json!({
+            "wall_seconds": self.wall_seconds, "cpu_seconds": self.cpu_seconds,
+            "qemu_cpu_seconds": self.qemu_seconds, "memory_mib": self.memory_mib,
+            "stored_mib": self.stored_mib,
         })
     }
 }
@@ -188,14 +208,17 @@ fn numbers(text: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Returns the length of all files below `dir`.
-pub(crate) fn size_mib(dir: &Path) -> Result<f64> {
-    Ok(size_bytes(dir)? as f64 / f64::from(1 << 20))
+/// Returns the length of a file, or of all files below a directory.
+pub(crate) fn size_mib(path: &Path) -> Result<f64> {
+    Ok(size_bytes(path)? as f64 / f64::from(1 << 20))
 }
 
-fn size_bytes(dir: &Path) -> Result<u64> {
+fn size_bytes(path: &Path) -> Result<u64> {
+    if path.is_file() {
+        return Ok(path.metadata()?.len());
+    }
     let mut sum = 0;
-    for entry in fs::read_dir(dir).with_context(|| format!("cannot list {}", dir.display()))? {
+    for entry in fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))? {
         let entry = entry?;
         let kind = entry.file_type()?;
         if kind.is_dir() {

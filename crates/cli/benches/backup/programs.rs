@@ -5,8 +5,17 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result};
 
-/// Returns the versions of all that takes part, a line each.
-pub(crate) fn versions() -> Result<String> {
+/// Programs that a release of the operating system may lack.
+const OPTIONAL: [(&str, &str); 5] = [
+    ("virtnbdbackup", "-V"),
+    ("restic", "version"),
+    ("rustic", "--version"),
+    ("borg", "--version"),
+    ("strace", "--version"),
+];
+
+/// Returns the versions of all that takes part.
+pub(crate) fn versions() -> Result<Vec<String>> {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
     let cores = std::thread::available_parallelism()?;
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -27,18 +36,30 @@ pub(crate) fn versions() -> Result<String> {
     if changed.is_some_and(|list| !list.is_empty()) {
         commit.push_str(", with changes");
     }
-    let lines = [
-        format!("highwater: {} (commit {commit})", env!("CARGO_PKG_VERSION")),
-        format!(
-            "QEMU: {}",
-            first_line("qemu-system-x86_64", &["--version"])?
-        ),
-        format!("libvirt: {}", first_line("libvirtd", &["--version"])?),
-        format!("virtnbdbackup: {}", first_line("virtnbdbackup", &["-V"])?),
-        format!("libnbd: {}", first_line("nbdcopy", &["--version"])?),
-        format!("kernel: {}, {cores} processors", kernel.trim()),
+    let mut versions = vec![
+        format!("highwater {} (commit {commit})", env!("CARGO_PKG_VERSION")),
+        first_line("qemu-system-x86_64", "--version")?,
+        first_line("libvirtd", "--version")?,
+        first_line("nbdcopy", "--version")?,
     ];
-    Ok(lines.join("\n"))
+    for (program, argument) in OPTIONAL {
+        // Some say only the number.
+        let said = first_line(program, argument).unwrap_or("not installed".to_owned());
+        let named = said.to_lowercase().contains(program);
+        versions.push(if named {
+            said
+        } else {
+            format!("{program} {said}")
+        });
+    }
+    versions.push(format!("kernel {}", kernel.trim()));
+    versions.push(format!("{cores} processors"));
+    Ok(versions)
+}
+
+/// Says whether a program can be run.
+pub(crate) fn is_installed(program: &str) -> bool {
+    Command::new(program).arg("--version").output().is_ok()
 }
 
 /// Returns how busy the machine is, everything counted: a processor that others
@@ -49,10 +70,13 @@ pub(crate) fn load() -> Result<String> {
     Ok(minute.to_owned())
 }
 
-fn first_line(program: &str, args: &[&str]) -> Result<String> {
-    let output = Command::new(program).args(args).output().with_context(|| {
-        format!("cannot start {program}: is it installed? `scripts/setup.sh --for bench` does")
-    })?;
+fn first_line(program: &str, argument: &str) -> Result<String> {
+    let output = Command::new(program)
+        .arg(argument)
+        .output()
+        .with_context(|| {
+            format!("cannot start {program}: is it installed? `scripts/setup.sh --for bench` does")
+        })?;
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     Ok(said.lines().next().unwrap_or("unknown").to_owned())
 }

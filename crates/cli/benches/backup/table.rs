@@ -1,10 +1,18 @@
-//! Medians, ratios, bounds, and how they are shown.
+//! What was done by whom at what cost: medians, ratios, and how they are shown.
 
 use std::fmt::Write as _;
 
+use serde_json::{Value, json};
+
 use crate::measure::Cost;
 
-/// All runs: by what was done and by whom, in the order of the rounds.
+/// The program under test.
+pub(crate) const OURS: &str = "highwater";
+
+/// What was done, and by whom.
+pub(crate) type Run = (&'static str, &'static str);
+
+/// All runs, each in the order of the rounds.
 #[derive(Debug, Default)]
 pub(crate) struct Table {
     rows: Vec<Row>,
@@ -12,118 +20,111 @@ pub(crate) struct Table {
 
 #[derive(Debug)]
 struct Row {
-    what: &'static str,
-    who: &'static str,
+    run: Run,
     costs: Vec<Cost>,
 }
 
 impl Table {
     /// Notes one run.
-    pub(crate) fn add(&mut self, what: &'static str, who: &'static str, cost: Cost) {
+    pub(crate) fn add(&mut self, run: Run, cost: Cost) {
+        let (what, who) = run;
+        let stored = cost
+            .stored_mib
+            .map_or(String::new(), |mib| format!(", {mib:.1} MiB stored"));
         eprintln!(
-            "bench:   {what}, {who}: {:.2} s, {:.2} s of processor, QEMU {:.2} s",
-            cost.wall_seconds, cost.cpu_seconds, cost.qemu_seconds
+            "bench:   {what}, {who}: {:.2} s, {:.2} s of processor, QEMU {:.2} s, {:.0} MiB{stored}",
+            cost.wall_seconds, cost.cpu_seconds, cost.qemu_seconds, cost.memory_mib
         );
-        let known = self
-            .rows
-            .iter_mut()
-            .find(|row| row.what == what && row.who == who);
-        if let Some(row) = known {
+        if let Some(row) = self.rows.iter_mut().find(|row| row.run == run) {
             row.costs.push(cost);
             return;
         }
         // What is compared stands together.
-        let after = self.rows.iter().rposition(|row| row.what == what);
+        let after = self.rows.iter().rposition(|row| row.run.0 == what);
         let place = after.map_or(self.rows.len(), |at| at + 1);
-        self.rows.insert(
-            place,
-            Row {
-                what,
-                who,
-                costs: vec![cost],
-            },
-        );
+        let costs = vec![cost];
+        self.rows.insert(place, Row { run, costs });
     }
 
-    fn ours(&self, what: &str) -> Option<&Row> {
-        self.rows
-            .iter()
-            .find(|row| row.what == what && row.who == "highwater")
+    fn costs(&self, run: Run) -> &[Cost] {
+        let row = self.rows.iter().find(|row| row.run == run);
+        row.map_or(&[], |row| &row.costs)
     }
 
-    /// Returns how many times longer the other program took: the median of the
-    /// rounds' ratios. NaN, which holds no bound, if there is none.
-    pub(crate) fn ratio(&self, what: &str) -> f64 {
-        let other = self
-            .rows
-            .iter()
-            .find(|row| row.what == what && row.who != "highwater");
-        let (Some(ours), Some(other)) = (self.ours(what), other) else {
-            return f64::NAN;
-        };
-        let rounds = ours.costs.iter().zip(&other.costs);
-        median(
-            rounds
-                .map(|(ours, other)| other.wall_seconds / ours.wall_seconds)
-                .collect(),
-        )
+    /// Returns the median of one number; NaN, which keeps no bound, if the run
+    /// was not measured.
+    pub(crate) fn median(&self, run: Run, number: impl Fn(&Cost) -> f64) -> f64 {
+        median(self.costs(run).iter().map(number).collect())
     }
 
-    /// Returns the median of what we stored.
-    pub(crate) fn stored_mib(&self, what: &str) -> f64 {
-        self.ours(what).map_or(f64::NAN, |row| {
-            row.median(|cost| cost.stored_mib.unwrap_or(f64::NAN))
-        })
+    /// Returns the largest of one number in all rounds.
+    pub(crate) fn largest(&self, run: Run, number: impl Fn(&Cost) -> f64) -> f64 {
+        let all = self.costs(run).iter().map(number);
+        all.reduce(f64::max).unwrap_or(f64::NAN)
     }
 
-    /// Returns the median of the seconds we took.
-    pub(crate) fn wall(&self, what: &str) -> f64 {
-        self.ours(what)
-            .map_or(f64::NAN, |row| row.median(|cost| cost.wall_seconds))
+    /// Returns by what a number of one run must be multiplied to have that of
+    /// the other: the median of the rounds' ratios, because a machine that is
+    /// busy with other things is so for both runs of a round.
+    pub(crate) fn ratio(&self, of: Run, to: Run, number: impl Fn(&Cost) -> f64) -> f64 {
+        let rounds = self.costs(of).iter().zip(self.costs(to));
+        median(rounds.map(|(of, to)| number(of) / number(to)).collect())
     }
 
-    /// Returns the table as Markdown.
-    pub(crate) fn text(&self) -> String {
+    /// Returns how many times faster we did something than another program.
+    pub(crate) fn times_faster(&self, what: &'static str, who: &'static str) -> f64 {
+        self.ratio((what, who), (what, OURS), |cost| cost.wall_seconds)
+    }
+
+    /// Returns how many times as much as another program we stored.
+    pub(crate) fn times_larger(&self, what: &'static str, who: &'static str) -> f64 {
+        self.ratio((what, OURS), (what, who), Cost::stored)
+    }
+
+    /// Returns the table as Markdown. What others took is divided by what we
+    /// took for the same.
+    pub(crate) fn markdown(&self) -> String {
         let mut text = String::from(
-            "| what | program | seconds | CPU-s | QEMU's CPU-s | MiB stored | peak MiB of memory | ratio |\n\
+            "| what | program | seconds | ratio | CPU-s | QEMU's CPU-s | MiB stored | peak MiB of memory |\n\
              |---|---|---:|---:|---:|---:|---:|---:|\n",
         );
         for row in &self.rows {
-            let stored = row.median(|cost| cost.stored_mib.unwrap_or(f64::NAN));
-            let ratio = if row.who == "highwater" {
-                self.ratio(row.what)
-            } else {
+            let (what, who) = row.run;
+            let ratio = if who == OURS {
                 f64::NAN
+            } else {
+                self.times_faster(what, who)
             };
             writeln!(
                 text,
-                "| {} | {} | {:.2} | {:.2} | {:.2} | {} | {:.0} | {} |",
-                row.what,
-                row.who,
-                row.median(|cost| cost.wall_seconds),
-                row.median(|cost| cost.cpu_seconds),
-                row.median(|cost| cost.qemu_seconds),
-                if stored.is_nan() {
-                    String::new()
-                } else {
-                    format!("{stored:.1}")
-                },
-                row.median(|cost| cost.memory_mib),
-                if ratio.is_nan() {
-                    String::new()
-                } else {
-                    format!("{ratio:.1}x")
-                },
+                "| {what} | {who} | {:.2} | {} | {:.2} | {:.2} | {} | {:.0} |",
+                self.median(row.run, |cost| cost.wall_seconds),
+                number(ratio, 1, "x"),
+                self.median(row.run, |cost| cost.cpu_seconds),
+                self.median(row.run, |cost| cost.qemu_seconds),
+                number(self.median(row.run, Cost::stored), 1, ""),
+                self.largest(row.run, |cost| cost.memory_mib),
             )
             .expect("writing to a String cannot fail");
         }
         text
     }
+
+    /// Returns every run of every round for machines.
+    pub(crate) fn json(&self) -> Value {
+        let rows = self.rows.iter().map(|row| {
+            let rounds: Vec<Value> = row.costs.iter().map(Cost::json).collect();
+            json!({"what": row.run.0, "program": row.run.1, "rounds": rounds})
+        });
+        rows.collect()
+    }
 }
 
-impl Row {
-    fn median(&self, field: impl Fn(&Cost) -> f64) -> f64 {
-        median(self.costs.iter().map(field).collect())
+fn number(value: f64, digits: usize, unit: &str) -> String {
+    if value.is_nan() {
+        String::new()
+    } else {
+        format!("{value:.digits$}{unit}")
     }
 }
 
@@ -136,63 +137,5 @@ fn median(mut values: Vec<f64>) -> f64 {
         (_, Some(upper)) if !values.len().is_multiple_of(2) => *upper,
         (Some(lower), Some(upper)) => f64::midpoint(*lower, *upper),
         _ => f64::NAN,
-    }
-}
-
-/// A promise about one number.
-#[derive(Debug)]
-pub(crate) struct Bound {
-    what: &'static str,
-    found: f64,
-    limit: f64,
-    side: Side,
-}
-
-#[derive(Debug, Clone, Copy)]
-enum Side {
-    AtLeast,
-    AtMost,
-}
-
-impl Bound {
-    /// The number must not be below the limit.
-    pub(crate) const fn at_least(what: &'static str, found: f64, limit: f64) -> Self {
-        Self {
-            what,
-            found,
-            limit,
-            side: Side::AtLeast,
-        }
-    }
-
-    /// The number must not be above the limit.
-    pub(crate) const fn at_most(what: &'static str, found: f64, limit: f64) -> Self {
-        Self {
-            what,
-            found,
-            limit,
-            side: Side::AtMost,
-        }
-    }
-
-    /// Says whether it is kept; a number that is none keeps nothing.
-    pub(crate) fn holds(&self) -> bool {
-        match self.side {
-            Side::AtLeast => self.found >= self.limit,
-            Side::AtMost => self.found <= self.limit,
-        }
-    }
-
-    /// Returns it as one line.
-    pub(crate) fn text(&self) -> String {
-        let verdict = if self.holds() { "kept  " } else { "MISSED" };
-        let side = match self.side {
-            Side::AtLeast => "at least",
-            Side::AtMost => "at most",
-        };
-        format!(
-            "{verdict} {}: {:.2} ({side} {})",
-            self.what, self.found, self.limit
-        )
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::advice::{self, CliError};
 use crate::args::Global;
-use crate::settings::Effective;
+use crate::effective::Effective;
 use crate::{json, output};
 
 pub(crate) fn run(global: &Global, effective: &Effective) -> Result<u8, CliError> {

@@ -55,7 +55,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
                 .as_ref()
                 .map_or_else(|| "stdout".to_owned(), |path| path.display().to_string());
             output::talk(&format!(
-                "  {}: {} ({}, {} with {} of data), every chunk verified",
+                "  {}  {} ({}, {} with {} of data), every chunk verified",
                 disk.disk,
                 place,
                 disk.format,
@@ -70,7 +70,7 @@ pub(crate) fn run(global: &Global, args: &Restore) -> Result<u8, CliError> {
             // Who restores a whole VM must learn here what of it is missing.
             for missing in &point.skipped {
                 output::talk(&format!(
-                    "  {}: NOT in this restore point: {}",
+                    "  {}  NOT in this restore point: {}",
                     missing.target, missing.reason
                 ));
             }

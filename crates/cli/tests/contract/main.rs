@@ -4,11 +4,18 @@
 #![allow(
     clippy::unwrap_used,
     clippy::indexing_slicing,
+    clippy::disallowed_methods,
+    dead_code,
     reason = "a test may stop at the first surprise"
 )]
 
+#[path = "../golden/mod.rs"]
+mod golden;
 mod hostile;
+mod output;
+mod settings;
 mod shelf;
+mod verify;
 
 use std::fs;
 
@@ -126,7 +133,7 @@ fn what_cannot_be_meant_is_a_usage_error_with_a_hint() -> Result<()> {
     assert!(!out.exists());
     let mut command = shelf.command(&["list"]);
     let said = Said::of(&command.env_remove("HIGHWATER_REPO").output()?);
-    said.expect(2, &["hint: name it with -r PATH or in HIGHWATER_REPO"]);
+    said.expect(2, &["hint: name it with -r PATH, in HIGHWATER_REPO"]);
     Ok(())
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use highwater_engine::repository::{Manifest, Repository, WriterOptions};
+use highwater_engine::repository::{Manifest, Repository, Secret, WriterOptions};
 use highwater_model::{PointId, Timestamp};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -85,7 +85,10 @@ impl Shelf {
     /// file of that content; returns its id.
     pub(crate) fn add(&self, told: &Told<'_>) -> Result<String> {
         let store = highwater_store::open(self.repo().to_str().context("a path is text")?)?;
-        let repo = Repository::open(store, None)?;
+        let secret = self
+            .password
+            .map(|it| Secret::Passphrase(it.as_bytes().to_vec().into()));
+        let repo = Repository::open(store, secret.as_ref())?;
         let writer = repo.writer(WriterOptions::default())?;
         let mut bytes = told.content.to_vec();
         bytes.resize(1 << 20, 0);
@@ -122,6 +125,7 @@ impl Shelf {
             .args(args)
             .env("HIGHWATER_REPO", self.repo())
             .env("HIGHWATER_RUNTIME_DIR", self.path("run"))
+            .env("HIGHWATER_CONFIG", "")
             .env_remove("HIGHWATER_PASSWORD")
             .env("TZ", "UTC")
             .stdin(Stdio::null());

@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    dead_code,
     reason = "a test may stop at the first surprise"
 )]
 
@@ -13,6 +14,8 @@ mod bad_input_places;
 mod bad_input_space;
 mod correctness;
 mod disks;
+#[path = "../golden/mod.rs"]
+mod golden;
 mod healing;
 mod interruption;
 mod levels;
@@ -21,9 +24,13 @@ mod matrix_changes;
 mod matrix_history;
 mod matrix_shapes;
 mod matrix_sources;
+mod output;
+mod people;
 mod restore;
 mod saved;
 mod scene;
+mod shells;
 mod stress;
 mod support;
+mod verify;
 mod vms;

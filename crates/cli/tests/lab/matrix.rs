@@ -73,9 +73,35 @@ impl Subject {
 
     /// Lets the guest write, and flushes.
     pub(crate) fn write(&mut self, vm: &Vm, count: usize) -> Result<()> {
-        self.writes.run(vm, &self.target, count)?;
-        vm.flush(&self.target)
+        write_to(vm, [self], count)
     }
+
+    /// Keeps what the guest sees now in a file with that name and the disk's.
+    pub(crate) fn copy(&self, bed: &Bed, name: &str) -> Result<(String, PathBuf)> {
+        let to = bed.lab.path(&format!("{name}-{}.raw", self.target));
+        self.reading.copy(&to)?;
+        Ok((self.target.clone(), to))
+    }
+}
+
+/// Lets the guest write to several disks, and flushes them.
+pub(crate) fn write_to<'a>(
+    vm: &Vm,
+    subjects: impl IntoIterator<Item = &'a mut Subject>,
+    count: usize,
+) -> Result<()> {
+    let mut commands = Vec::new();
+    for subject in subjects {
+        for _ in 0..count {
+            let write = subject.writes.step().to_qemu_io();
+            commands.push((subject.target.as_str(), write));
+        }
+        commands.push((subject.target.as_str(), "flush".to_owned()));
+    }
+    if commands.is_empty() {
+        return Ok(());
+    }
+    vm.write_each(&commands)
 }
 
 /// A restore point, and the disks as they were.
@@ -98,16 +124,14 @@ pub(crate) fn take(
 
 /// Looks at the disks that a report says are in the point; nothing may have
 /// been written since.
-pub(crate) fn look(bed: &Bed, report: &Value, subjects: &[Subject]) -> Result<Taken> {
+fn look(bed: &Bed, report: &Value, subjects: &[Subject]) -> Result<Taken> {
     let id = point(report);
     let mut references = Vec::new();
     for disk in report["disks"].as_array().context("a list of disks")? {
         let target = disk["disk"].as_str().context("a name")?;
         let subject = subjects.iter().find(|subject| subject.target == target);
         let subject = subject.with_context(|| format!("nobody asked for disk {target}"))?;
-        let reference = bed.lab.path(&format!("{}-{target}.ref.raw", &id[3..]));
-        subject.reading.copy(&reference)?;
-        references.push((target.to_owned(), reference));
+        references.push(subject.copy(bed, &id[3..])?);
     }
     Ok(Taken {
         point: id,
@@ -172,12 +196,10 @@ pub(crate) fn rounds_equal_the_disks(
 ) -> Result<()> {
     let mut points = Vec::new();
     for round in 0..rounds {
-        for (place, subject) in subjects.iter_mut().enumerate() {
-            // Now and then a disk is left alone.
-            if (round + place) % 4 != 3 {
-                subject.write(vm, 10)?;
-            }
-        }
+        // Now and then a disk is left alone.
+        let written = subjects.iter_mut().enumerate();
+        let written = written.filter(|(place, _)| (round + place) % 4 != 3);
+        write_to(vm, written.map(|(_, subject)| subject), 10)?;
         let (taken, report) = take(bed, vm, &[], subjects)?;
         ensure!(taken.references.len() == subjects.len(), "{report}");
         for subject in &*subjects {

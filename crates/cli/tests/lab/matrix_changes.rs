@@ -9,7 +9,7 @@ use highwater_testkit::workload::Random;
 use highwater_testkit::{DiskSpec, KIB, MIB, Vm, tool};
 use serde_json::Value;
 
-use crate::matrix::{Reading, Subject, Taken, check, take};
+use crate::matrix::{Reading, Subject, Taken, check, take, write_to};
 use crate::support::{Bed, disk, mode};
 
 /// Returns the subject for a disk that the testkit made.
@@ -72,11 +72,12 @@ impl Coming {
                 self.toggle(target)?;
             }
         }
-        for subject in &mut self.subjects {
-            if self.attached.contains(&subject.target) && self.random.below(3) > 0 {
-                subject.write(&self.vm, 4)?;
-            }
-        }
+        let (attached, random) = (&self.attached, &mut self.random);
+        let written = self
+            .subjects
+            .iter_mut()
+            .filter(|subject| attached.contains(&subject.target) && random.below(3) > 0);
+        write_to(&self.vm, written, 4)?;
         let (args, wanted) = self.draw_order();
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
         let (taken, report) = take(&self.bed, &self.vm, &args, &self.subjects)?;
@@ -271,11 +272,9 @@ fn disks_grown_while_the_vm_runs_and_while_it_is_off_come_back_from_every_point(
         if round == 4 {
             vm.start()?;
         }
-        for subject in &mut subjects {
-            // At first nothing is written to what was grown.
-            let count = if matches!(round, 2 | 4) { 0 } else { 8 };
-            subject.write(&vm, count)?;
-        }
+        // At first nothing is written to what was grown.
+        let count = if matches!(round, 2 | 4) { 0 } else { 8 };
+        write_to(&vm, &mut subjects, count)?;
         let (taken, report) = take(&bed, &vm, &[], &subjects)?;
         for (target, _) in TARGETS {
             let expected = match (round, target) {
@@ -348,9 +347,7 @@ fn thirty_three_disks_on_three_buses_come_back_each_to_its_own_name() -> Result<
     }
     let mut points = Vec::new();
     for _ in 0..2 {
-        for subject in &mut subjects {
-            subject.write(&vm, 3)?;
-        }
+        write_to(&vm, &mut subjects, 3)?;
         let (taken, _) = take(&bed, &vm, &[], &subjects)?;
         assert_eq!(taken.references.len(), targets.len());
         points.push(taken);
@@ -366,4 +363,37 @@ fn thirty_three_disks_on_three_buses_come_back_each_to_its_own_name() -> Result<
         check(&bed, taken)?;
     }
     bed.assert_tidy(&vm, 2)
+}
+
+#[test]
+fn a_disk_made_smaller_is_read_as_a_whole_and_tracked_again() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 3 * MIB))
+        .disk(DiskSpec::qcow2("vdb", 3 * MIB))
+        .start()?;
+    let mut subjects = [
+        subject(&vm, "vda", 2 * MIB + 512)?,
+        subject(&vm, "vdb", 3 * MIB)?,
+    ];
+    let mut points = Vec::new();
+    for expected in ["full: first-backup", "full: disk-shrank", "incremental"] {
+        write_to(&vm, &mut subjects, 6)?;
+        if expected == "full: disk-shrank" {
+            vm.destroy()?;
+            let resize = tool("qemu-img").args(["resize", "-q", "--shrink", "-f", "qcow2"]);
+            let size = (2 * MIB + 512).to_string();
+            resize.arg(vm.image("vda")).arg(size).run()?;
+            vm.start()?;
+        }
+        let (taken, report) = take(&bed, &vm, &[], &subjects)?;
+        assert_eq!(mode(&report, "vda"), expected, "{report}");
+        points.push(taken);
+    }
+    for taken in &points {
+        check(&bed, taken)?;
+    }
+    bed.assert_tidy(&vm, 1)
 }

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, KIB, MIB, Vm, tool};
 use serde_json::Value;
 
-use crate::matrix::{Reading, Subject, check, take};
+use crate::matrix::{Reading, Subject, check, take, write_to};
 use crate::support::{Bed, mode, point};
 
 fn subject(vm: &Vm, target: &str, size_bytes: u64) -> Result<Subject> {
@@ -56,9 +56,7 @@ fn a_point_comes_back_when_the_manifests_of_all_others_are_gone() -> Result<()> 
     let mut subjects = [subject(&vm, "vda", 3 * MIB)?, subject(&vm, "vdb", 3 * MIB)?];
     let mut points = Vec::new();
     for _ in 0..6 {
-        for subject in &mut subjects {
-            subject.write(&vm, 12)?;
-        }
+        write_to(&vm, &mut subjects, 12)?;
         points.push(take(&bed, &vm, &[], &subjects)?.0);
     }
     let kept = &points[3];
@@ -140,10 +138,8 @@ fn disks_of_one_name_on_two_vms_are_two_disks() -> Result<()> {
     }
     for round in 0..3 {
         for (number, (vm, subjects)) in vms.iter().zip(&mut subjects).enumerate() {
-            for subject in &mut *subjects {
-                // Otherwise both VMs would draw the same.
-                subject.write(vm, 5 + number)?;
-            }
+            // Otherwise both VMs would draw the same.
+            write_to(vm, &mut *subjects, 5 + number)?;
             let (taken, report) = take(&bed, vm, &[], subjects)?;
             if round > 0 {
                 assert_eq!(mode(&report, "vda"), "incremental", "{report}");

@@ -2,12 +2,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, KIB, MIB, Vm, tool};
+use serde_json::Value;
 
-use crate::matrix::{Reading, Subject, rounds_equal_the_disks};
-use crate::support::Bed;
+use crate::matrix::{
+    Reading, Subject, Taken, check, check_own_format, rounds_equal_the_disks, take, write_to,
+};
+use crate::support::{Bed, point};
 
 const INCREMENTAL: &str = "incremental";
 const NO_MARKS: &str = "rescan: no-marks-on-raw";
@@ -161,9 +165,13 @@ fn fill(image: &Path, commands: &[&str]) -> Result<()> {
     Ok(())
 }
 
-fn vm_of_every_shape(bed: &Bed) -> Result<(Vm, Vec<Subject>)> {
+/// Makes the VM; `first` are disks before all others.
+fn vm_of_every_shape(bed: &Bed, first: &[DiskSpec]) -> Result<(Vm, Vec<Subject>)> {
     let shapes = shapes(bed)?;
     let mut vm = bed.lab.vm("web01");
+    for spec in first {
+        vm = vm.disk(spec.clone());
+    }
     for (_, spec, _, _) in &shapes {
         vm = vm.disk(spec.clone());
     }
@@ -183,7 +191,7 @@ fn vm_of_every_shape(bed: &Bed) -> Result<(Vm, Vec<Subject>)> {
 
 fn every_shape_comes_back(chunk_size: &str, rounds: usize) -> Result<()> {
     let bed = Bed::with_init(&["--encryption", "none", "--chunk-size", chunk_size], None)?;
-    let (vm, mut subjects) = vm_of_every_shape(&bed)?;
+    let (vm, mut subjects) = vm_of_every_shape(&bed, &[])?;
     rounds_equal_the_disks(&bed, &vm, &mut subjects, rounds).context(chunk_size.to_owned())?;
     bed.assert_tidy(&vm, 1)
 }
@@ -237,20 +245,18 @@ fn disks_of_a_few_bytes_come_back_with_their_own_length() -> Result<()> {
         .collect::<Result<_>>()?;
     let mut points = Vec::new();
     for pattern in 1..4 {
-        for subject in &subjects {
-            if subject.target.starts_with('v') {
-                let write = format!("write -P {pattern} 0 512");
-                vm.write(&subject.target, &write)?;
-                vm.flush(&subject.target)?;
-            }
-        }
-        let (taken, _) = crate::matrix::take(&bed, &vm, &[], &subjects)?;
+        let write = format!("write -P {pattern} 0 512");
+        let qcow2 = subjects.iter().map(|subject| subject.target.as_str());
+        let qcow2 = qcow2.filter(|target| target.starts_with('v'));
+        let commands = qcow2.flat_map(|target| [(target, write.as_str()), (target, "flush")]);
+        vm.write_each(&commands.collect::<Vec<_>>())?;
+        let (taken, _) = take(&bed, &vm, &[], &subjects)?;
         points.push(taken);
     }
     for taken in &points {
-        crate::matrix::check(&bed, taken)?;
+        check(&bed, taken)?;
     }
-    crate::matrix::check_own_format(&bed, &points[1])?;
+    check_own_format(&bed, &points[1])?;
     bed.assert_tidy(&vm, 1)
 }
 
@@ -296,4 +302,58 @@ fn disks_with_filters_limits_queues_and_slices_come_back_byte_for_byte() -> Resu
         subjects.push(Subject::new(target, size, reading(target), INCREMENTAL)?);
     }
     rounds_equal_the_disks(&bed, &vm, &mut subjects, 4)
+}
+
+/// Two disks that are slow to copy keep the others waiting; what the guest does
+/// to those meanwhile belongs to the next point.
+#[test]
+fn disks_of_every_shape_are_of_one_moment_while_the_guest_overwrites_them() -> Result<()> {
+    let bed = Bed::start()?;
+    let slow = ["vdx", "vdy"];
+    let ballast = slow.map(|target| DiskSpec::qcow2(target, 16 * MIB));
+    let (vm, mut subjects) = vm_of_every_shape(&bed, &ballast)?;
+    write_to(&vm, &mut subjects, 10)?;
+    let mut points = Vec::new();
+    for round in 0..2 {
+        for target in slow {
+            vm.write(target, &format!("write -s {} 0 4M", text(&bed)?.display()))?;
+        }
+        let mut references = Vec::new();
+        for subject in &subjects {
+            references.push(subject.copy(&bed, &format!("moment-{round}"))?);
+        }
+        let arguments = ["backup", "web01", "--json", "--workers", "1"];
+        let mut child = bed.spawn(&[&arguments[..], &["--compression", "zstd:19"]].concat())?;
+        wait_for_job(&vm)?;
+        write_to(&vm, &mut subjects, 4)?;
+        ensure!(child.try_wait()?.is_none(), "the backup was too quick");
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "{output:?}");
+        let report: Value = serde_json::from_slice(&output.stdout)?;
+        points.push(Taken {
+            point: point(&report),
+            references,
+        });
+    }
+    for taken in &points {
+        check(&bed, taken)?;
+    }
+    bed.assert_tidy(&vm, 1)
+}
+
+/// Returns 4 MiB that a compressor tries its best at: random letters. (With
+/// random bytes it gives up at once.)
+fn text(bed: &Bed) -> Result<PathBuf> {
+    let file = bed.lab.path("text");
+    let command = "base64 -w 0 /dev/urandom | head -c 4M > \"$0\"";
+    tool("bash").args(["-c", command]).arg(&file).run()?;
+    Ok(file)
+}
+
+fn wait_for_job(vm: &Vm) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !vm.job_running().unwrap_or_default() {
+        ensure!(Instant::now() < deadline, "no job began");
+    }
+    Ok(())
 }

@@ -3,8 +3,9 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, MIB, tool};
 
 use crate::matrix::{Reading, Subject, check, rounds_equal_the_disks, take};
@@ -334,6 +335,61 @@ fn volumes_come_back_and_a_pool_made_anew_elsewhere_is_noticed() -> Result<()> {
     assert_eq!(mode(&report, "vda"), "full: chain-changed", "{report}");
     for taken in [unseen, again, elsewhere] {
         check(&bed, &taken)?;
+    }
+    Ok(())
+}
+
+/// Firmware runs, writes its variables, and starts again from restored ones.
+#[test]
+fn a_machine_with_firmware_starts_from_what_was_restored() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 2 * MIB))
+        .uefi()
+        .start()?;
+    let variables = bed.lab.path("web01-vars.fd");
+    let template = fs::read("/usr/share/OVMF/OVMF_VARS_4M.fd")?;
+    wait_until(|| Ok(fs::read(&variables)? != template))?;
+    bed.lab.virsh(&["suspend", "web01"])?;
+    vm.write("vda", "write -P 7 1M 64k")?;
+    let report = bed.backup(&vm, &[])?;
+    let dir = bed.restore(&crate::support::point(&report), "out", &[])?;
+    let mut restored = None;
+    for entry in fs::read_dir(&dir)? {
+        let path = entry?.path();
+        let name = path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        if name.starts_with("nvram-") {
+            restored = Some(path);
+        }
+    }
+    let restored = restored.context("variables were restored")?;
+    let kept = fs::read(&restored)?;
+    assert!(kept == fs::read(&variables)?, "they are others");
+
+    vm.destroy()?;
+    fs::copy(&restored, bed.lab.path("web02-vars.fd"))?;
+    let again = bed
+        .lab
+        .vm("web02")
+        .disk(DiskSpec::existing("vda", &dir.join("vda.qcow2"), "qcow2"))
+        .uefi()
+        .start()?;
+    again.write("vda", "read -P 7 1M 64k")?;
+    assert_eq!(again.state()?, "running");
+    Ok(())
+}
+
+fn wait_until(done: impl Fn() -> Result<bool>) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !done()? {
+        ensure!(Instant::now() < deadline, "it did not happen in a minute");
+        std::thread::sleep(Duration::from_millis(50));
     }
     Ok(())
 }

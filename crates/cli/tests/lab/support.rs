@@ -57,6 +57,7 @@ impl Bed {
         command
             .args(args)
             .env("HIGHWATER_REPO", self.repo())
+            .env("HIGHWATER_CONFIG", "")
             .env("HIGHWATER_RUNTIME_DIR", self.runtime())
             .env("TZ", "UTC")
             .args(["-c", &self.lab.uri()])

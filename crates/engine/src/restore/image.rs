@@ -352,7 +352,9 @@ mod tests {
     fn only_long_runs_of_zeroes_become_holes_and_no_byte_of_data_does() {
         let check = |data: &[usize], len: usize, expected: &[(usize, usize)]| {
             let mut bytes = vec![0; len];
-            data.iter().for_each(|at| bytes[*at] = 1);
+            for at in data {
+                bytes[*at] = 1;
+            }
             let runs: Vec<_> = data_runs(&bytes)
                 .iter()
                 .map(|run| (run.start, run.end))

@@ -120,6 +120,13 @@ impl Header {
     }
 }
 
+impl Header {
+    /// Returns whether this is the hash that the header promises.
+    pub(crate) fn is_proven_by(&self, hash: &blake3::Hash) -> bool {
+        hash.as_bytes() == &self.hash
+    }
+}
+
 /// The tables, which stay in memory.
 pub(crate) struct Tables {
     pub(crate) supersedes: Vec<[u8; 32]>,
@@ -258,6 +265,19 @@ pub(crate) fn prove_block(block: &[u8; BLOCK_LEN]) -> Result<(), Flaw> {
 pub(crate) fn rows_in_block(counts: &Counts, block: u64) -> Result<usize, Flaw> {
     let before = block.saturating_mul(wide(ROWS_PER_BLOCK));
     narrow(counts.rows.saturating_sub(before).min(wide(ROWS_PER_BLOCK)))
+}
+
+/// Returns the first `rows` rows of a proven block.
+pub(crate) fn rows_in(
+    block: &[u8; BLOCK_LEN],
+    rows: usize,
+) -> impl Iterator<Item = Result<IndexRow, Flaw>> {
+    block
+        .as_chunks::<ROW_LEN>()
+        .0
+        .iter()
+        .take(rows)
+        .map(decode_row)
 }
 
 fn decode_row(row: &[u8; ROW_LEN]) -> Result<IndexRow, Flaw> {

@@ -1,12 +1,10 @@
 //! The way of one worker's chunks into packs.
 
-use std::sync::PoisonError;
-
 use highwater_model::ObjectId;
 
-use crate::compress::{Compression, Compressor};
+use crate::compress::Compressor;
 use crate::error::RepoError;
-use crate::pack::{PackBuilder, PackKind};
+use crate::pack::PackKind;
 use crate::wire::is_zero;
 use crate::writer::Writer;
 
@@ -19,17 +17,18 @@ pub struct Added {
     pub stored_bytes: u64,
 }
 
-/// One worker's way into the repository: hashes, compresses and seals in the
-/// caller's thread, into a pack of its own.
+/// One worker's way into the repository: hashes and compresses in the caller's
+/// thread, and puts the outcome into whichever open pack is free.
 pub struct Lane<'a> {
     writer: &'a Writer,
-    packs: PackLane,
+    compressor: Compressor,
 }
 
 impl<'a> Lane<'a> {
-    pub(crate) fn new(writer: &'a Writer, open: Option<PackBuilder>) -> Result<Self, RepoError> {
-        let packs = PackLane::new(PackKind::Chunks, writer.session.compression, open)?;
-        Ok(Self { writer, packs })
+    pub(crate) fn new(writer: &'a Writer) -> Result<Self, RepoError> {
+        let compressor = Compressor::new(writer.session.compression)
+            .map_err(|flaw| RepoError::usage("compress", flaw.to_string()))?;
+        Ok(Self { writer, compressor })
     }
 
     /// Stores a chunk unless it is all zero or known. It is durable when
@@ -55,69 +54,12 @@ impl<'a> Lane<'a> {
                 stored_bytes: 0,
             });
         }
-        let stored_bytes = self.packs.append(self.writer, id, chunk)?;
+        let (codec, text) = self.compressor.compress(chunk);
+        let kind = PackKind::Chunks;
+        let stored_bytes = self.writer.append(kind, id, chunk.len(), codec, text)?;
         Ok(Added {
             id: Some(id),
             stored_bytes,
         })
-    }
-}
-
-impl Drop for Lane<'_> {
-    fn drop(&mut self) {
-        // A half-full pack waits for the next lane, or for the flush.
-        if let Some(open) = self.packs.open.take() {
-            self.writer
-                .parked
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .push(open);
-        }
-    }
-}
-
-/// A row of packs of one kind, filled one after the other.
-pub(crate) struct PackLane {
-    kind: PackKind,
-    compressor: Compressor,
-    open: Option<PackBuilder>,
-}
-
-impl PackLane {
-    pub(crate) fn new(
-        kind: PackKind,
-        compression: Compression,
-        open: Option<PackBuilder>,
-    ) -> Result<Self, RepoError> {
-        let compressor = Compressor::new(compression)
-            .map_err(|flaw| RepoError::usage("compress", flaw.to_string()))?;
-        Ok(Self {
-            kind,
-            compressor,
-            open,
-        })
-    }
-
-    /// Adds an object that this session has claimed.
-    pub(crate) fn append(
-        &mut self,
-        writer: &Writer,
-        id: ObjectId,
-        plain: &[u8],
-    ) -> Result<u64, RepoError> {
-        let session = &writer.session;
-        if let Some(full) = self.open.take_if(|open| !open.has_room_for(plain.len())) {
-            writer.send(full)?;
-        }
-        let open = self
-            .open
-            .get_or_insert_with(|| session.start_pack(self.kind));
-        let stored = open.append(id, plain, &mut self.compressor);
-        session.counts.stored(self.kind, stored);
-        Ok(stored)
-    }
-
-    pub(crate) fn take(&mut self) -> Option<PackBuilder> {
-        self.open.take()
     }
 }

@@ -12,21 +12,30 @@ use crate::compress::Compression;
 use crate::error::{RepoError, RepoErrorKind};
 use crate::index::{IndexPack, IndexRow, encode};
 use crate::objects::Objects;
-use crate::pack::{FinishedPack, PackBuilder, PackKind};
+use crate::pack::{Body, FinishedPack, OpenPack, PackKind};
 use crate::wire::{to_hex, wide};
 use crate::writer::WriterStats;
+use crate::writer::shelf::{Shelf, Slot};
 
 /// Objects after which an index file is written in mid-session: 24 MB of rows.
 const SEGMENT_ROWS_MAX: usize = 500_000;
+
+/// Packs of chunks that are open or on their way into the store: some to be
+/// filled while others are being synced. In a store that takes whole objects
+/// only, each of them lies in memory.
+const CHUNK_PACKS_MAX: usize = 4;
+/// Likewise of tree pages, a sixtieth of what there is to store.
+const PAGE_PACKS_MAX: usize = 2;
 
 /// One writer's state.
 pub(crate) struct Session {
     pub(crate) objects: Arc<Objects>,
     pub(crate) compression: Compression,
-    pack_len: usize,
+    pub(crate) pack_len: usize,
+    chunk_packs: Shelf,
+    page_packs: Shelf,
     claims: Claims,
     pending: Mutex<Segment>,
-    buffers: Mutex<Vec<Vec<u8>>>,
     poison: Mutex<Option<Arc<RepoError>>>,
     is_poisoned: AtomicBool,
     pub(crate) counts: Counts,
@@ -56,9 +65,10 @@ impl Session {
             objects,
             compression,
             pack_len,
+            chunk_packs: Shelf::new(CHUNK_PACKS_MAX),
+            page_packs: Shelf::new(PAGE_PACKS_MAX),
             claims: Claims::new(),
             pending: Mutex::default(),
-            buffers: Mutex::default(),
             poison: Mutex::default(),
             is_poisoned: AtomicBool::new(false),
             counts: Counts::default(),
@@ -79,41 +89,54 @@ impl Session {
     /// Returns an error if an upload has failed: nothing after it can be
     /// committed.
     pub(crate) fn check(&self) -> Result<(), RepoError> {
-        if !self.is_poisoned.load(Ordering::Acquire) {
-            return Ok(());
+        if self.is_poisoned.load(Ordering::Acquire) {
+            Err(self.poisoned())
+        } else {
+            Ok(())
         }
-        let poison = self
-            .poison
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone();
+    }
+
+    fn poisoned(&self) -> RepoError {
+        let poison = self.poison.lock().unwrap_or_else(PoisonError::into_inner);
         let kind = poison
             .as_ref()
             .map_or(RepoErrorKind::Store, |cause| cause.kind());
         let error = RepoError::new(kind, "go on after a failed upload");
-        Err(match poison {
+        match poison.clone() {
             Some(cause) => error.because(Shared(cause)),
             None => error,
-        })
+        }
     }
 
-    pub(crate) fn fail(&self, error: RepoError) {
+    /// Fails everything from now on; returns what to tell the caller.
+    pub(crate) fn fail(&self, error: RepoError) -> RepoError {
         self.poison
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .get_or_insert_with(|| Arc::new(error));
         self.is_poisoned.store(true, Ordering::Release);
+        self.poisoned()
     }
 
-    /// Starts a pack, in a used buffer if there is one.
-    pub(crate) fn start_pack(&self, kind: PackKind) -> PackBuilder {
-        let used = self
-            .buffers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop();
-        let buffer = used.unwrap_or_else(|| vec![0; self.pack_len]);
-        PackBuilder::new(kind, self.objects.seal.as_ref(), buffer)
+    /// Returns the open packs of a kind.
+    pub(crate) fn shelf(&self, kind: PackKind) -> &Shelf {
+        match kind {
+            PackKind::Chunks => &self.chunk_packs,
+            PackKind::Pages => &self.page_packs,
+        }
+    }
+
+    /// Takes an open pack, or starts one.
+    pub(crate) fn open_pack(&self, kind: PackKind) -> Result<Box<OpenPack>, RepoError> {
+        self.shelf(kind).take(|slot| self.start_pack(kind, slot))
+    }
+
+    fn start_pack(&self, kind: PackKind, slot: Slot) -> Result<Box<OpenPack>, RepoError> {
+        let begun = self.objects.store.begin();
+        let begun = begun.map_err(|error| RepoError::store("begin a pack", error))?;
+        let body = begun.map_or_else(|| Body::Whole(Vec::new()), Body::Piecewise);
+        let seal = self.objects.seal.as_ref();
+        Ok(OpenPack::new(kind, seal, body, Some(slot)))
     }
 
     /// Stores packs until there are no more; the body of an uploading thread.
@@ -124,27 +147,17 @@ impl Session {
                 continue;
             }
             if let Err(error) = self.store_pack(pack) {
-                self.fail(error);
+                drop(self.fail(error));
             }
         }
     }
 
     fn store_pack(&self, pack: FinishedPack) -> Result<(), RepoError> {
-        let bytes = pack.bytes();
-        let id: [u8; 32] = blake3::hash(bytes).into();
-        let len = wide(bytes.len());
-        self.create(ObjectKind::Pack, &id, bytes)?;
+        let (id, len, kind) = (pack.hash, pack.len, pack.kind);
+        let key = key_of(ObjectKind::Pack, &id);
+        let (records, stored) = pack.store(self.objects.store.as_ref(), &key);
+        self.settle_create(&key, len, stored)?;
         self.counts.packs.fetch_add(1, Ordering::Relaxed);
-        let FinishedPack {
-            kind,
-            buffer,
-            records,
-            ..
-        } = pack;
-        self.buffers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(buffer);
         let full = {
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
             let pack_no = u32::try_from(pending.packs.len()).unwrap_or(u32::MAX);
@@ -171,8 +184,9 @@ impl Session {
     fn store_segment(&self, mut segment: Segment) -> Result<(), RepoError> {
         let bytes = encode(&[], &segment.packs, &mut segment.rows);
         let name: [u8; 32] = blake3::hash(&bytes).into();
-        let key = self.create(ObjectKind::Index, &name, &bytes)?;
-        let len = wide(bytes.len());
+        let (key, len) = (key_of(ObjectKind::Index, &name), wide(bytes.len()));
+        let stored = self.objects.store.put(&key, &[&bytes]);
+        self.settle_create(&key, len, stored)?;
         self.counts.index_bytes.fetch_add(len, Ordering::Relaxed);
         drop(bytes);
         self.objects.index.add_own(&Listed { key, len })?;
@@ -184,31 +198,30 @@ impl Session {
         Ok(())
     }
 
-    fn create(
-        &self,
-        kind: ObjectKind,
-        hash: &[u8; 32],
-        bytes: &[u8],
-    ) -> Result<ObjectKey, RepoError> {
-        let key = ObjectKey::new(kind, to_hex(hash)).expect("hexadecimal is a good name");
-        let put = self.objects.store.put(&key, &[bytes]);
-        put.or_else(|error| self.accept_existing(&key, bytes, error))
-            .map_err(|error| RepoError::store(format!("store `{key}`"), error))?;
-        Ok(key)
-    }
-
     /// The name is the hash of the bytes, so that an object of this name and
     /// length is ours.
-    fn accept_existing(
+    fn settle_create(
         &self,
         key: &ObjectKey,
-        bytes: &[u8],
-        error: StoreError,
-    ) -> Result<(), StoreError> {
-        let exists = error.kind() == StoreErrorKind::AlreadyExists
-            && self.objects.store.size(key)? == wide(bytes.len());
-        if exists { Ok(()) } else { Err(error) }
+        len: u64,
+        outcome: Result<(), StoreError>,
+    ) -> Result<(), RepoError> {
+        let settled = match outcome {
+            Err(error) if error.kind() == StoreErrorKind::AlreadyExists => {
+                match self.objects.store.size(key) {
+                    Ok(found) if found == len => Ok(()),
+                    Ok(_) => Err(error),
+                    Err(unknown) => Err(unknown),
+                }
+            }
+            outcome => outcome,
+        };
+        settled.map_err(|error| RepoError::store(format!("store `{key}`"), error))
     }
+}
+
+fn key_of(kind: ObjectKind, hash: &[u8; 32]) -> ObjectKey {
+    ObjectKey::new(kind, to_hex(hash)).expect("hexadecimal is a good name")
 }
 
 impl Counts {
