@@ -328,7 +328,13 @@ fn of_backup(error: &BackupError) -> Advice {
         BackupError::Begin { source, .. } if source.kind == ErrorKind::Unreachable => {
             of_hypervisor(source).state(LEFT_TO_THE_NEXT)
         }
-        BackupError::Begin { source, .. } => of_hypervisor(source).state(TIDIED),
+        BackupError::Begin { source, .. } => {
+            let mut advice = of_hypervisor(source).state(TIDIED);
+            if source.kind == ErrorKind::Scratch && advice.hint.is_none() {
+                advice = advice.hint("choose another place with `--scratch-dir`");
+            }
+            advice
+        }
         BackupError::GuardLost { vm, source } => of_hypervisor(source)
             .state(LEFT_TO_THE_NEXT)
             .hint(format!("run `highwater backup {vm}` again")),
@@ -344,6 +350,10 @@ fn of_backup(error: &BackupError) -> Advice {
                 RepoErrorKind::NoSpace => advice.hint(format!(
                     "free some space in the repository, then run `highwater backup {vm}` again"
                 )),
+                RepoErrorKind::Store => advice.hint(format!(
+                    "{}, then run `highwater backup {vm}` again",
+                    what_the_store_needs(source)
+                )),
                 _ => advice,
             }
         }
@@ -353,6 +363,21 @@ fn of_backup(error: &BackupError) -> Advice {
                 "the next `highwater backup {vm}` finds out and goes on"
             )),
         BackupError::Interrupted { .. } => Advice::code(INTERRUPTED).state(TIDIED),
+    }
+}
+
+/// Says what has to be done before the repository can be written to.
+fn what_the_store_needs(error: &RepoError) -> &'static str {
+    let causes = std::iter::successors(Some(error as &dyn Error), |error| error.source());
+    let kind = causes
+        .filter_map(<dyn Error>::downcast_ref)
+        .map(StoreError::kind)
+        .last();
+    match kind {
+        Some(StoreErrorKind::ReadOnly) => "make the repository writable",
+        Some(StoreErrorKind::Permission) => "allow writing to the repository",
+        Some(StoreErrorKind::NotFound) => "mount the repository where it was",
+        _ => "check the repository and what it lies on",
     }
 }
 
@@ -388,13 +413,17 @@ fn of_restore(error: &RestoreError) -> Advice {
         RestoreError::TooLarge { .. } => Advice::code(FAILED).hint("restore it with --format raw"),
         RestoreError::WrongLength { .. } => Advice::code(DAMAGE).state(partial),
         RestoreError::Write { source, .. } => {
-            let advice = Advice::code(FAILED).state(partial);
-            match source.kind() {
-                std::io::ErrorKind::NotFound => advice
-                    .hint("a file is made in a directory that exists: make it, or name another"),
-                std::io::ErrorKind::StorageFull => advice.hint("free some space there"),
-                _ => advice,
-            }
+            Advice::code(FAILED)
+                .state(partial)
+                .hint(match source.kind() {
+                    std::io::ErrorKind::NotFound => {
+                        "a file is made in a directory that exists: make it, or name another"
+                    }
+                    std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                        "free some space there, or choose another place with --to"
+                    }
+                    _ => "choose another place with --to",
+                })
         }
         RestoreError::Output { .. } => Advice::code(FAILED),
         RestoreError::Interrupted => Advice::code(INTERRUPTED).state(partial),
