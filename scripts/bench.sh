@@ -44,5 +44,10 @@ case " ${*:-files} " in
 *" files "*) install_rustic ;;
 esac
 
+available_kib=$(awk '$1 == "MemAvailable:" {print $2}' /proc/meminfo)
+if [ "$available_kib" -lt $((12 << 20)) ]; then
+    say "only $((available_kib >> 10)) MiB of memory are free: the disks may not fit in it"
+fi
+
 export HIGHWATER_BENCH_PARTS="$*"
 exec cargo bench --locked --quiet -p highwater --bench backup
