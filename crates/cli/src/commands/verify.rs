@@ -125,7 +125,7 @@ fn tell(global: &Global, verified: &Verified) -> Result<u8, CliError> {
         ))?;
     }
     for warning in &report.warnings {
-        output::talk(&format!("warning: {warning}"));
+        output::warn(warning);
     }
     // Damage is told even when everything else is quiet.
     let is_told = !report.is_clean() || !global.quiet;
