@@ -120,6 +120,30 @@ fn restore_says_what_it_wrote_and_what_it_refuses() -> Result<()> {
 }
 
 #[test]
+fn verify_says_that_all_is_whole_and_what_is_not() -> Result<()> {
+    let shelf = Shelf::with_points()?;
+    let mut golden = golden("verify", &shelf);
+    say(&mut golden, &shelf, "verify nobody")?;
+    say(&mut golden, &shelf, "check --quiet")?;
+    let pack = file_below(&shelf.repo().join("packs"))?;
+    fs::remove_file(pack)?;
+    say(&mut golden, &shelf, "verify web01 --quiet --json=xml")?;
+    assert_eq!(shelf.say(&["verify"])?.code, Some(20));
+    assert_eq!(shelf.say(&["check", "--json=events"])?.code, Some(20));
+    golden.check()
+}
+
+/// Returns some file below a directory.
+fn file_below(dir: &Path) -> Result<std::path::PathBuf> {
+    let mut path = dir.to_owned();
+    while path.is_dir() {
+        let entry = fs::read_dir(&path)?.next().context("it is empty")??;
+        path = entry.path();
+    }
+    Ok(path)
+}
+
+#[test]
 fn stats_add_up() -> Result<()> {
     let shelf = Shelf::plain()?;
     let mut empty = golden("stats-empty", &shelf);
