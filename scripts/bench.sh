@@ -18,8 +18,8 @@ cd "$(dirname "$0")/.."
 
 say() { echo "bench: $*" >&2; }
 
-# No Debian or Ubuntu release has rustic, so it is built once: some ten minutes
-# of both processors of a small machine, and without what a backup does not use.
+# No Debian or Ubuntu release has rustic, so it is built once, without what a
+# backup does not use: some 15 minutes of processor time.
 peers=$PWD/target/peers
 rustic_version=0.11.4
 install_rustic() {
@@ -33,7 +33,8 @@ install_rustic() {
     if ! CARGO_TARGET_DIR=$peers/build timeout 3600 cargo install rustic-rs \
         --version "$rustic_version" --locked --no-default-features \
         --root "$peers" >"$peers/rustic.log" 2>&1; then
-        say "leaving out rustic: it cannot be built, or not within an hour"
+        say "leaving out rustic: it cannot be built, or not within an hour (the next run goes on with it)"
+        return
     fi
     rm -rf "$peers/build"
 }
@@ -42,6 +43,11 @@ export PATH=$PATH:$peers/bin
 case " ${*:-files} " in
 *" files "*) install_rustic ;;
 esac
+
+available_kib=$(awk '$1 == "MemAvailable:" {print $2}' /proc/meminfo)
+if [ "$available_kib" -lt $((12 << 20)) ]; then
+    say "only $((available_kib >> 10)) MiB of memory are free: the disks may not fit in it"
+fi
 
 export HIGHWATER_BENCH_PARTS="$*"
 exec cargo bench --locked --quiet -p highwater --bench backup

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use highwater_engine::repository::{RepoError, RepoErrorKind};
 use highwater_engine::{BackupError, PointError, RestoreError};
-use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts};
+use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
 use highwater_store::{StoreError, StoreErrorKind};
 
 pub(crate) const DONE: u8 = 0;
@@ -305,9 +305,14 @@ fn of_backup(error: &BackupError) -> Advice {
             };
             Advice::code(BUSY).state(NO_POINT).hint(hint)
         }
-        BackupError::WrongState { .. } => Advice::code(FAILED)
-            .state(NO_POINT)
-            .hint("only running or paused VMs can be backed up"),
+        BackupError::WrongState { vm, state } => {
+            let hint = if *state == RunState::Off {
+                format!("only running or paused VMs can be backed up: `virsh start {vm}`")
+            } else {
+                "only running or paused VMs can be backed up".to_owned()
+            };
+            Advice::code(FAILED).state(NO_POINT).hint(hint)
+        }
         BackupError::NoSuchDisk { known, .. } => Advice::code(USAGE)
             .state(NO_POINT)
             .hint(format!("its disks are: {}", known.join(", "))),
@@ -323,7 +328,13 @@ fn of_backup(error: &BackupError) -> Advice {
         BackupError::Begin { source, .. } if source.kind == ErrorKind::Unreachable => {
             of_hypervisor(source).state(LEFT_TO_THE_NEXT)
         }
-        BackupError::Begin { source, .. } => of_hypervisor(source).state(TIDIED),
+        BackupError::Begin { source, .. } => {
+            let mut advice = of_hypervisor(source).state(TIDIED);
+            if source.kind == ErrorKind::Scratch && advice.hint.is_none() {
+                advice = advice.hint("choose another place with `--scratch-dir`");
+            }
+            advice
+        }
         BackupError::GuardLost { vm, source } => of_hypervisor(source)
             .state(LEFT_TO_THE_NEXT)
             .hint(format!("run `highwater backup {vm}` again")),
@@ -339,6 +350,10 @@ fn of_backup(error: &BackupError) -> Advice {
                 RepoErrorKind::NoSpace => advice.hint(format!(
                     "free some space in the repository, then run `highwater backup {vm}` again"
                 )),
+                RepoErrorKind::Store => advice.hint(format!(
+                    "{}, then run `highwater backup {vm}` again",
+                    what_the_store_needs(source)
+                )),
                 _ => advice,
             }
         }
@@ -348,6 +363,21 @@ fn of_backup(error: &BackupError) -> Advice {
                 "the next `highwater backup {vm}` finds out and goes on"
             )),
         BackupError::Interrupted { .. } => Advice::code(INTERRUPTED).state(TIDIED),
+    }
+}
+
+/// Says what has to be done before the repository can be written to.
+fn what_the_store_needs(error: &RepoError) -> &'static str {
+    let causes = std::iter::successors(Some(error as &dyn Error), |error| error.source());
+    let kind = causes
+        .filter_map(<dyn Error>::downcast_ref)
+        .map(StoreError::kind)
+        .last();
+    match kind {
+        Some(StoreErrorKind::ReadOnly) => "make the repository writable",
+        Some(StoreErrorKind::Permission) => "allow writing to the repository",
+        Some(StoreErrorKind::NotFound) => "mount the repository where it was",
+        _ => "check the repository and what it lies on",
     }
 }
 
@@ -382,7 +412,19 @@ fn of_restore(error: &RestoreError) -> Advice {
         }
         RestoreError::TooLarge { .. } => Advice::code(FAILED).hint("restore it with --format raw"),
         RestoreError::WrongLength { .. } => Advice::code(DAMAGE).state(partial),
-        RestoreError::Write { .. } => Advice::code(FAILED).state(partial),
+        RestoreError::Write { source, .. } => {
+            Advice::code(FAILED)
+                .state(partial)
+                .hint(match source.kind() {
+                    std::io::ErrorKind::NotFound => {
+                        "a file is made in a directory that exists: make it, or name another"
+                    }
+                    std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded => {
+                        "free some space there, or choose another place with --to"
+                    }
+                    _ => "choose another place with --to",
+                })
+        }
         RestoreError::Output { .. } => Advice::code(FAILED),
         RestoreError::Interrupted => Advice::code(INTERRUPTED).state(partial),
     }

@@ -1,5 +1,6 @@
 //! Where a passphrase or key file comes from. Never from argv.
 
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, IsTerminal as _, Read};
 use std::os::unix::fs::MetadataExt as _;
@@ -74,7 +75,7 @@ fn key_file(global: &Global) -> Option<PathBuf> {
     global
         .key_file
         .clone()
-        .or_else(|| std::env::var_os(env::KEY_FILE).map(PathBuf::from))
+        .or_else(|| given(env::KEY_FILE).map(PathBuf::from))
         .or_else(|| global.configured.key_file.clone())
 }
 
@@ -85,6 +86,12 @@ fn passphrase(global: &Global, question: &str) -> Result<Secret, CliError> {
     prompt(question).map(Secret::Passphrase)
 }
 
+/// Returns a variable that names something; an empty one names nothing. (An
+/// empty passphrase is another matter: that is a mistake worth telling.)
+fn given(variable: &str) -> Option<OsString> {
+    std::env::var_os(variable).filter(|value| !value.is_empty())
+}
+
 /// Flag, then environment, then systemd's credentials, then the configuration.
 fn given_passphrase(global: &Global) -> Result<Option<Secret>, CliError> {
     let line = if let Some(path) = &global.password_file {
@@ -93,11 +100,12 @@ fn given_passphrase(global: &Global) -> Result<Option<Secret>, CliError> {
         first_line_of_command(command)?
     } else if let Ok(password) = std::env::var(env::PASSWORD) {
         Zeroizing::new(password.into_bytes())
-    } else if let Some(path) = std::env::var_os(env::PASSWORD_FILE) {
+    } else if let Some(path) = given(env::PASSWORD_FILE) {
         first_line_of_file(Path::new(&path))?
-    } else if let Ok(command) = std::env::var(env::PASSWORD_COMMAND) {
-        first_line_of_command(&command)?
-    } else if let Ok(number) = std::env::var(env::PASSWORD_FD) {
+    } else if let Some(command) = given(env::PASSWORD_COMMAND) {
+        first_line_of_command(&command.to_string_lossy())?
+    } else if let Some(number) = given(env::PASSWORD_FD) {
+        let number = number.to_string_lossy();
         first_line_of_descriptor(&number)?
     } else if let Some(path) = credential() {
         first_line_of_file(&path)?

@@ -18,6 +18,7 @@ mod estimate;
 mod files;
 pub(crate) mod fuzzing;
 mod observe;
+mod pool;
 mod record;
 mod report;
 mod settle;

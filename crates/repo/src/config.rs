@@ -44,6 +44,13 @@ struct Preamble {
     features_incompat: Vec<String>,
 }
 
+/// Other programs keep a `config` too. One that was ours before it was damaged
+/// still has some of our words.
+fn is_ours(bytes: &[u8]) -> bool {
+    let has = |word: &[u8]| bytes.windows(word.len()).any(|part| part == word);
+    has(FORMAT.as_bytes()) || has(b"features_incompat") || has(b"chunk_bytes")
+}
+
 impl Config {
     pub(crate) fn encode(&self) -> Vec<u8> {
         let wire = Wire {
@@ -61,7 +68,14 @@ impl Config {
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, RepoError> {
-        let damaged = |flaw| RepoError::damaged("read the repository's `config`", flaw);
+        let damaged = |flaw| match is_ours(bytes) {
+            true => RepoError::damaged("read the repository's `config`", flaw),
+            false => RepoError::new(
+                RepoErrorKind::NoRepository,
+                "find a repository of Highwater",
+            )
+            .because("there is a `config`, but of another program"),
+        };
         let text = str::from_utf8(bytes).map_err(|_| damaged(Flaw("it is not text")))?;
         let mut lines = text.split('\n');
         let line = lines.next().unwrap_or_default();

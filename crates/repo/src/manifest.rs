@@ -4,8 +4,12 @@
 //! as stored (docs/format.md); unknown fields are ignored, so that a later
 //! version of the same format number may add some.
 
+use std::fmt;
+use std::marker::PhantomData;
+
 use highwater_model::{ChunkSize, MarkName, Nonce, ObjectId, PointId, RootHash, Timestamp};
-use serde::{Deserialize, Serialize};
+use serde::de::{Error as _, SeqAccess, Visitor};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// One restore point.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -37,18 +41,24 @@ pub struct Manifest {
     /// When the definition was read.
     pub definition_at: Timestamp,
     /// Firmware, kernel and TPM files.
+    #[serde(deserialize_with = "limited")]
     pub files: Vec<SavedFile>,
     /// The disks.
+    #[serde(deserialize_with = "limited")]
     pub disks: Vec<DiskRecord>,
     /// Disks of the VM that are not in this point, and why.
+    #[serde(deserialize_with = "limited")]
     pub skipped: Vec<SkippedRecord>,
     /// The mark this backup left at the VM, if it left one.
     pub mark: Option<MarkRecord>,
     /// What was tidied at the VM, in words.
+    #[serde(deserialize_with = "limited")]
     pub healed: Vec<String>,
     /// What the user was warned about.
+    #[serde(deserialize_with = "limited")]
     pub warnings: Vec<String>,
     /// Tags given by the user.
+    #[serde(deserialize_with = "limited")]
     pub tags: Vec<String>,
     /// Group given by the user.
     pub group: Option<String>,
@@ -75,6 +85,7 @@ pub struct Origin {
     /// Version of Highwater.
     pub version: String,
     /// Versions of the hypervisor's parts.
+    #[serde(deserialize_with = "limited")]
     pub hypervisor: Vec<(String, String)>,
 }
 
@@ -130,6 +141,7 @@ pub struct Evidence {
     /// Device name.
     pub device: Option<String>,
     /// Image chain, topmost first.
+    #[serde(deserialize_with = "limited")]
     pub chain: Vec<EvidenceLink>,
     /// Granularity of the mark's bitmap, bytes.
     pub granularity: Option<u32>,
@@ -164,6 +176,7 @@ pub struct MarkRecord {
     /// Creation time as the hypervisor recorded it, seconds.
     pub created_s: Option<i64>,
     /// Targets of the disks that carry it.
+    #[serde(deserialize_with = "limited")]
     pub disks: Vec<String>,
 }
 
@@ -189,4 +202,38 @@ pub struct SavedFile {
     pub captured_at: Timestamp,
     /// Its content.
     pub image: ImageRoot,
+}
+
+/// Far beyond any VM's. An empty text takes three bytes in a manifest and 24 in
+/// memory, so a list without a limit would take eight times the manifest.
+const LIST_LEN_MAX: usize = 1 << 16;
+
+/// Reads a list of at most [`LIST_LEN_MAX`] entries.
+fn limited<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    struct Limited<T>(PhantomData<T>);
+
+    impl<'de, T: Deserialize<'de>> Visitor<'de> for Limited<T> {
+        type Value = Vec<T>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            write!(f, "a list of at most {LIST_LEN_MAX} entries")
+        }
+
+        fn visit_seq<A: SeqAccess<'de>>(self, mut entries: A) -> Result<Vec<T>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(entry) = entries.next_element()? {
+                if list.len() >= LIST_LEN_MAX {
+                    return Err(A::Error::invalid_length(list.len(), &self));
+                }
+                list.push(entry);
+            }
+            Ok(list)
+        }
+    }
+
+    deserializer.deserialize_seq(Limited(PhantomData))
 }

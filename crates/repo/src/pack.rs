@@ -188,8 +188,8 @@ pub(crate) struct OpenPack {
     header: PackHeader,
     sealer: Sealer,
     body: Body,
-    /// Of what `body` has.
-    hasher: blake3::Hasher,
+    /// Of what `body` has. Boxed: its two KiB would move with every append.
+    hasher: Box<blake3::Hasher>,
     /// The end of the pack, which `body` does not have yet.
     block: Vec<u8>,
     /// Length of the pack, `block` included.
@@ -205,7 +205,7 @@ impl OpenPack {
         seal: Option<&SealKey>,
         body: Body,
         slot: Option<Slot>,
-    ) -> Box<Self> {
+    ) -> Self {
         Self::with_salt(kind, seal, random(), body, slot)
     }
 
@@ -215,7 +215,7 @@ impl OpenPack {
         salt: Salt,
         body: Body,
         slot: Option<Slot>,
-    ) -> Box<Self> {
+    ) -> Self {
         let sealer = Sealer::for_pack(seal, &salt);
         let header = PackHeader {
             kind,
@@ -224,16 +224,16 @@ impl OpenPack {
         };
         let mut block = Vec::with_capacity(BLOCK_LEN.saturating_add(record_len_max(BLOCK_LEN / 4)));
         block.extend_from_slice(&header.encode());
-        Box::new(Self {
+        Self {
             header,
             sealer,
             body,
-            hasher: blake3::Hasher::new(),
+            hasher: Box::default(),
             block,
             len: HEADER_LEN,
             records: Vec::new(),
             slot,
-        })
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -302,7 +302,7 @@ impl OpenPack {
     }
 
     /// Closes the pack.
-    pub(crate) fn finish(mut self: Box<Self>) -> Result<FinishedPack, StoreError> {
+    pub(crate) fn finish(mut self) -> Result<FinishedPack, StoreError> {
         self.pass_on(self.block.len())?;
         Ok(FinishedPack {
             kind: self.header.kind,
@@ -405,7 +405,7 @@ mod tests {
         }
     }
 
-    fn close(pack: Box<OpenPack>) -> Built {
+    fn close(pack: OpenPack) -> Built {
         let FinishedPack {
             hash,
             len,
@@ -481,9 +481,9 @@ mod tests {
             let body = Body::Whole(Vec::new());
             let mut pack = OpenPack::with_salt(PackKind::Chunks, seal, [9; 32], body, None);
             let text = |at: usize| vec![u8::try_from(at).unwrap(); lens[at]];
-            for at in 0..lens.len() {
+            for (at, len) in lens.iter().enumerate() {
                 let id = ObjectId::from_bytes([7; 32]);
-                pack.append(id, lens[at], Codec::Raw, &text(at)).unwrap();
+                pack.append(id, *len, Codec::Raw, &text(at)).unwrap();
             }
             let built = close(pack);
             let sealer = Sealer::for_pack(seal, &[9; 32]);

@@ -148,6 +148,11 @@ pub(crate) fn commit(objects: &Objects, manifest: &Manifest) -> Result<(), RepoE
     let key = key_of(objects, &manifest.vm, manifest.point);
     let plain = serde_json::to_vec(manifest)
         .map_err(|error| RepoError::new(RepoErrorKind::Usage, what()).because(error))?;
+    // What could not be read back would be no restore point.
+    let again = serde_json::from_slice::<Manifest>(&plain);
+    if !again.is_ok_and(|again| again == *manifest) {
+        return Err(RepoError::usage(what(), "its manifest has too long a list"));
+    }
     let object = container::seal(ContainerKind::Manifest, &key, objects.seal.as_ref(), &plain)
         .ok_or_else(|| RepoError::usage(what(), "its manifest is too large"))?;
     objects.store.put(&key, &[&object]).map_err(|error| {

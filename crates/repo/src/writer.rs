@@ -219,7 +219,7 @@ impl Writer {
     }
 
     /// Closes a pack and gives it to the uploading threads.
-    fn send(&self, open: Box<OpenPack>) -> Result<(), RepoError> {
+    fn send(&self, open: OpenPack) -> Result<(), RepoError> {
         self.session.check()?;
         if open.is_empty() {
             return Ok(());

@@ -114,7 +114,7 @@ fn rows_that_show_each_others_places_are_found_by_reading_and_blamed_on_the_inde
     // Exchanges offset and lengths of the first two rows of full chunks.
     let index = forge_index(&store, |index| {
         let block = index.len() - 4096;
-        let rows = index[block..block + 4064].chunks(48);
+        let rows = index[block..block + 4064].chunks_exact(48);
         let is_full = |row: &[u8]| row[44..48] == 65536_u32.to_le_bytes();
         let full: Vec<usize> = rows
             .enumerate()
@@ -143,5 +143,36 @@ fn a_row_that_leads_out_of_its_pack_is_found_without_reading_data() {
     assert!(
         report.damage.iter().any(|damage| !damage.points.is_empty()),
         "{report:?}"
+    );
+}
+
+#[test]
+fn a_short_chunk_is_not_taken_for_whole_where_the_disk_has_grown() {
+    let store = MemStore::default();
+    let repo = init(Arc::new(store.clone()), None).unwrap();
+    let (full, short) = (noise(1, CHUNK), noise(2, 90));
+    save(&repo, "a", 1, &[full.as_slice(), &short].concat()).unwrap();
+    // The same leaf in a larger image, where its second chunk is not the last.
+    let writer = repo.writer(options()).unwrap();
+    let mut tree = writer.tree(None, 200 * CHUNK as u64).unwrap();
+    let mut lane = writer.lane();
+    for (index, chunk) in [(0, &full), (1, &short), (150, &full)] {
+        tree.set(index, lane.add(chunk).unwrap().id).unwrap();
+    }
+    drop(lane);
+    let root = tree.finish().unwrap();
+    let grown = commit(writer.flush().unwrap(), "a", 2, root).unwrap();
+    let report = verify(&store, VerifyDepth::Structure);
+    let [damage] = report.damage.as_slice() else {
+        panic!("{report:?}")
+    };
+    let [point] = damage.points.as_slice() else {
+        panic!("{report:?}")
+    };
+    assert_eq!(point.point, grown.point.to_string());
+    let chunk = CHUNK as u64;
+    assert_eq!(
+        (point.disks[0].ranges[0].start(), point.disks[0].bytes),
+        (chunk, chunk)
     );
 }

@@ -176,9 +176,13 @@ impl Bed {
     /// Removes files and, so that no run carries another's marks, all checkpoints.
     pub(crate) fn remove(&self, path: &Path) -> Result<()> {
         remove(path)?;
+        let name = self.vm.name();
         for checkpoint in self.vm.checkpoints()? {
-            self.lab
-                .virsh(&["checkpoint-delete", self.vm.name(), &checkpoint])?;
+            let args = ["checkpoint-delete", name, &checkpoint];
+            if self.lab.virsh(&args).is_err() {
+                // Where the bitmap was lost, libvirt's record of it is left.
+                self.lab.virsh(&[&args[..], &["--metadata"]].concat())?;
+            }
         }
         Ok(())
     }
@@ -262,7 +266,7 @@ impl Bed {
         let uri = format!("nbd+unix:///vda?socket={}", socket.display());
         let run = self.run(&mut program(&uri));
         self.lab.virsh(&["domjobabort", name])?;
-        self.remove(&dir)?;
+        remove(&dir)?;
         Ok(run?.1)
     }
 

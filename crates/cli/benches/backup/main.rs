@@ -34,6 +34,7 @@ mod stage;
 mod table;
 
 use std::process::ExitCode;
+use std::time::Instant;
 
 use anyhow::Result;
 
@@ -62,8 +63,10 @@ fn run() -> Result<bool> {
             stage.end_files();
         }
         eprintln!("bench: {}: {}", choice.name, choice.title);
+        let start = Instant::now();
         let outcome = (choice.run)(&mut stage);
         tell(&outcome);
+        eprintln!("bench:  done in {:.0} s", start.elapsed().as_secs_f64());
         report.add(choice, outcome);
     }
     println!("{}", report.markdown(&stage)?);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -17,6 +18,9 @@ const LOOK: Duration = Duration::from_millis(10);
 const ORPHANS_MAX: Duration = Duration::from_secs(30);
 /// `sysconf(_SC_CLK_TCK)` on every Linux that QEMU runs on.
 const TICKS_PER_SECOND: f64 = 100.0;
+
+/// The unit of `st_blocks`, whatever the file system's own.
+const BLOCK_BYTES: u64 = 512;
 
 /// What one run cost.
 #[derive(Debug, Clone, Copy)]
@@ -208,14 +212,15 @@ fn numbers(text: &str) -> Vec<u32> {
         .collect()
 }
 
-/// Returns the length of a file, or of all files below a directory.
+/// Returns the length of all files below a directory; of a single file, which
+/// may be an image with holes, the room it takes.
 pub(crate) fn size_mib(path: &Path) -> Result<f64> {
     Ok(size_bytes(path)? as f64 / f64::from(1 << 20))
 }
 
 fn size_bytes(path: &Path) -> Result<u64> {
     if path.is_file() {
-        return Ok(path.metadata()?.len());
+        return Ok(path.metadata()?.blocks() * BLOCK_BYTES);
     }
     let mut sum = 0;
     for entry in fs::read_dir(path).with_context(|| format!("cannot list {}", path.display()))? {

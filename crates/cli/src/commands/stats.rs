@@ -35,7 +35,12 @@ pub(crate) fn run(global: &Global) -> Result<u8, CliError> {
 fn text(stats: &Stats) -> String {
     let storage = &stats.storage;
     let told = |ratio: Option<f64>, before: &str, after: &str| {
-        ratio.map_or_else(String::new, |it| format!("{before}{it:.2}{after}"))
+        let places = if ratio.is_some_and(|it| it >= 100.0) {
+            0
+        } else {
+            2
+        };
+        ratio.map_or_else(String::new, |it| format!("{before}{it:.places$}{after}"))
     };
     let about = if storage.is_exact { "" } else { "about " };
     let encrypted = if stats.encrypted {

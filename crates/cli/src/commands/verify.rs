@@ -110,10 +110,10 @@ fn wanted(repo: &Repository, texts: &[String]) -> Result<Vec<(VmIdentity, PointI
 
 fn tell(global: &Global, verified: &Verified) -> Result<u8, CliError> {
     let report = &verified.report;
-    let code = if report.is_clean() {
-        advice::DONE
-    } else {
-        advice::DAMAGE
+    let code = match (report.is_clean(), report.warnings.is_empty()) {
+        (false, _) => advice::DAMAGE,
+        (true, false) if global.strict => advice::WARNED,
+        (true, _) => advice::DONE,
     };
     let (state, hint) = text::advice(verified);
     if global.json {
@@ -125,7 +125,7 @@ fn tell(global: &Global, verified: &Verified) -> Result<u8, CliError> {
         ))?;
     }
     for warning in &report.warnings {
-        output::talk(&format!("warning: {warning}"));
+        output::warn(warning);
     }
     // Damage is told even when everything else is quiet.
     let is_told = !report.is_clean() || !global.quiet;

@@ -52,6 +52,13 @@ fn every_source_of_a_passphrase_opens_the_repository() -> Result<()> {
         "--password-command",
         list(&shelf).args(["--password-command", &show]),
     )?;
+    opens(
+        "empty variables name nothing",
+        list(&shelf)
+            .args(["--key-file", &file])
+            .env("HIGHWATER_PASSWORD_FILE", "")
+            .env("HIGHWATER_PASSWORD_COMMAND", &show),
+    )?;
     opens("value", list(&shelf).env("HIGHWATER_PASSWORD", PASSPHRASE))?;
     opens("file", list(&shelf).env("HIGHWATER_PASSWORD_FILE", &file))?;
     opens(

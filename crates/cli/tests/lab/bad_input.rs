@@ -20,8 +20,9 @@ fn an_unknown_vm_or_disk_and_a_vm_that_is_off_are_named() -> Result<()> {
         &[
             "error: cannot look at VM `web0l`",
             "  because: cannot find VM `web0l`",
+            "  because: libvirt at `URI` knows no VM of that name or UUID",
             "state: no restore point was added; earlier ones are untouched",
-            "hint: did you mean `web01` or `web02`? see `virsh list --all` for its name, or choose another connection with -c",
+            "hint: did you mean `web01`? `virsh list --all` shows all VMs",
         ],
     )?;
     for option in ["-d", "-x"] {
@@ -89,8 +90,8 @@ fn a_place_that_is_no_repository_is_never_written_to() -> Result<()> {
             "restic",
             10,
             &[
-                "error: cannot find a repository in LAB/restic",
-                "  because: its `config` is not one of Highwater",
+                "error: cannot find a repository of Highwater",
+                "  because: there is a `config`, but of another program",
                 "hint: check the path, or create one with `highwater init --encryption ...`",
             ],
         ),
@@ -168,7 +169,8 @@ fn a_read_only_repository_can_be_read_and_takes_no_backup() -> Result<()> {
         1,
         &[
             "error: cannot store the backup of VM `web01`",
-            "  because: cannot store a pack",
+            "  because: cannot go on after a failed upload",
+            "  because: cannot store `packs/HASH`",
             "  because: cannot write `packs/HASH` in LAB/repo",
             "  because: Read-only file system (os error 30)",
             "state: no restore point was added; earlier ones are untouched; the session at the VM was ended",

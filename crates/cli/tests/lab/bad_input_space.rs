@@ -7,7 +7,7 @@ use std::process::{Child, Output};
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
-use highwater_testkit::DiskSpec;
+use highwater_testkit::{DiskSpec, Random, tool};
 
 use crate::scene::{Mount, Scene, message};
 use crate::support::{Bed, assert_same, disk, mode, point, reference, write_noise};
@@ -64,7 +64,8 @@ fn a_repository_that_fills_up_costs_one_backup_and_no_mark() -> Result<()> {
         1,
         &[
             "error: cannot store the backup of VM `web01`",
-            "  because: cannot store a pack of chunks",
+            "  because: cannot go on after a failed upload",
+            "  because: cannot store `packs/HASH`",
             "  because: cannot write `packs/HASH` in LAB/repo",
             "  because: No space left on device (os error 28)",
             TIDIED,
@@ -80,10 +81,15 @@ fn a_repository_that_fills_up_costs_one_backup_and_no_mark() -> Result<()> {
 fn no_space_for_index_or_manifest_costs_no_more() -> Result<()> {
     let scene = small(24 * MIB, &[])?;
     let repo = scene.bed.repo();
+    // Makes the manifest some blocks long, so that each step meets it.
+    let mut random = Random(7);
+    let tag: String = (0..2500)
+        .map(|_| format!("{:016x}", random.next()))
+        .collect();
     let mut failed_at = Vec::new();
     for blocks in 0..64 {
         fill_but(&repo, blocks * BLOCK)?;
-        let output = scene.bed.output(&["backup", "web01"])?;
+        let output = scene.bed.output(&["backup", "web01", "--tag", &tag])?;
         if output.status.success() {
             break;
         }

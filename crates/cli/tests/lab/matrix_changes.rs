@@ -190,7 +190,7 @@ fn disks_plugged_in_and_out_and_left_out_in_any_order_come_back_from_every_point
 
 #[test]
 fn another_order_of_plugging_and_leaving_out_comes_back_too() -> Result<()> {
-    disks_come_and_go(2, 12)
+    disks_come_and_go(2, 8)
 }
 
 #[test]

@@ -267,10 +267,10 @@ const BLOCK: u64 = 4 * KIB;
 fn write_every_second_block(bed: &Bed, image: &Path, salt: u8) -> Result<()> {
     let source = bed.lab.path("every-second.raw");
     let file = fs::File::create(&source)?;
-    let blocks = EXTENTS_OF_ONE_REPLY + 10_000;
+    let blocks = EXTENTS_OF_ONE_REPLY + 100;
     file.set_len(blocks * BLOCK)?;
     for block in (0..blocks).step_by(2) {
-        let mut bytes = [salt; BLOCK as usize];
+        let mut bytes = [salt; 4 << 10];
         bytes[..8].copy_from_slice(&block.to_le_bytes());
         file.write_all_at(&bytes, block * BLOCK)?;
     }
@@ -283,7 +283,7 @@ fn write_every_second_block(bed: &Bed, image: &Path, salt: u8) -> Result<()> {
 #[test]
 fn a_disk_in_more_pieces_than_one_reply_can_name_comes_back() -> Result<()> {
     let bed = Bed::start()?;
-    let size = (EXTENTS_OF_ONE_REPLY + 10_000) * BLOCK;
+    let size = (EXTENTS_OF_ONE_REPLY + 100) * BLOCK;
     let vm = bed
         .lab
         .vm("web01")

@@ -137,7 +137,9 @@ fn chain(bed: &Bed) -> Result<PathBuf> {
 /// An image of compressed clusters.
 fn compressed(bed: &Bed) -> Result<PathBuf> {
     let (raw, image) = (bed.lab.path("plain.raw"), bed.lab.path("zstd.qcow2"));
-    let bytes: Vec<u8> = (0..3_u32 << 20).map(|at| (at / 5000) as u8).collect();
+    let bytes: Vec<u8> = (0..=u8::MAX)
+        .flat_map(|byte| vec![byte; 12 << 10])
+        .collect();
     fs::write(&raw, bytes)?;
     let convert = tool("qemu-img").args(["convert", "-c", "-f", "raw", "-O", "qcow2"]);
     let convert = convert.args(["-o", "compression_type=zstd"]);
@@ -351,7 +353,7 @@ fn text(bed: &Bed) -> Result<PathBuf> {
 }
 
 fn wait_for_job(vm: &Vm) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while !vm.job_running().unwrap_or_default() {
         ensure!(Instant::now() < deadline, "no job began");
     }

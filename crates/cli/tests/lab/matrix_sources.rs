@@ -37,10 +37,10 @@ impl Served {
             file: bed.lab.path(&format!("{name}.served")),
             socket: bed.lab.path(&format!("{name}.sock")),
         };
-        let server = bed.lab.inside("qemu-nbd");
-        let server = server.args(["-t", "-f", "raw", "-e", "8", "--fork", "--discard=unmap"]);
-        let server = server.args(["-x", name, "-k"]).arg(&served.socket);
-        server.arg(&served.file).run()?;
+        let program = bed.lab.inside("qemu-nbd");
+        let program = program.args(["-t", "-f", "raw", "-e", "8", "--fork", "--discard=unmap"]);
+        let program = program.args(["-x", name, "-k"]).arg(&served.socket);
+        program.arg(&served.file).run()?;
         Ok(served)
     }
 
@@ -256,28 +256,36 @@ impl Drop for Loop {
 #[test]
 fn a_qcow2_on_a_device_is_incremental_and_one_over_a_device_is_not() -> Result<()> {
     let bed = Bed::start()?;
-    let (top, below) = (bed.lab.path("top.device"), bed.lab.path("below.device"));
-    make_room(&top)?;
-    make_room(&below)?;
-    let (top, below) = (Loop::attach(&top)?, Loop::attach(&below)?);
+    let device = |name: &str| {
+        let file = bed.lab.path(name);
+        make_room(&file)?;
+        Loop::attach(&file)
+    };
+    let (top, below, raw) = (device("top")?, device("below")?, device("raw")?);
     create(&top.0, &[], SIZE)?;
     let io = tool("qemu-io").args(["-f", "raw", "-c", "write -P 5 0 2M"]);
     io.arg(&below.0).run()?;
     let over = bed.lab.path("over.qcow2");
     create(&over, &["-F", "raw", "-b", text(&below.0)?], SIZE)?;
-    let xml = format!(
-        "<disk type='block' device='disk'><driver name='qemu' type='qcow2' discard='unmap'/>\
-         <source dev='{}'/><target dev='vda' bus='virtio'/></disk>",
-        top.0.display()
-    );
+    let block = |target: &str, format: &str, device: &Loop| {
+        let xml = format!(
+            "<disk type='block' device='disk'><driver name='qemu' type='{format}' discard='unmap'/>\
+             <source dev='{}'/><target dev='{target}' bus='virtio'/></disk>",
+            device.0.display()
+        );
+        DiskSpec::raw_xml(target, &xml)
+    };
     let vm = bed
         .lab
         .vm("web01")
-        .disk(DiskSpec::raw_xml("vda", &xml))
+        .disk(block("vda", "qcow2", &top))
         .disk(DiskSpec::existing("vdb", &over, "qcow2"))
+        .disk(block("vdc", "raw", &raw))
         .start()?;
     let image = |path: &Path| Reading::Image(path.to_owned(), "qcow2");
+    let raw_image = Reading::Image(raw.0.clone(), "raw");
     let mut subjects = [
+        Subject::new("vdc", 16 * MIB, raw_image, "rescan: no-marks-on-raw")?,
         Subject::new("vda", SIZE, image(&top.0), "incremental")?,
         Subject::new("vdb", SIZE, image(&over), "rescan: backing-unseen")?,
     ];
@@ -386,7 +394,7 @@ fn a_machine_with_firmware_starts_from_what_was_restored() -> Result<()> {
 }
 
 fn wait_until(done: impl Fn() -> Result<bool>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(60);
+    let deadline = Instant::now() + Duration::from_mins(1);
     while !done()? {
         ensure!(Instant::now() < deadline, "it did not happen in a minute");
         std::thread::sleep(Duration::from_millis(50));

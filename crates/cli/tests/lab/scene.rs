@@ -122,6 +122,7 @@ impl Scene {
 /// and ids are put as words.
 pub(crate) fn message(bed: &Bed, stderr: &[u8]) -> Vec<String> {
     let text = String::from_utf8_lossy(stderr);
+    let text = text.replace(&bed.lab.uri(), "URI");
     let text = text.replace(bed.lab.dir().to_str().unwrap(), "LAB");
     text.lines()
         .skip_while(|line| !line.starts_with("error: "))
@@ -136,6 +137,12 @@ fn without_ids(line: &str) -> String {
             || (word.len() == 26 && all(|byte| byte.is_ascii_digit() || byte.is_ascii_uppercase()))
     };
     let cut = |letter: char| !letter.is_ascii_alphanumeric();
+    // Packs lie in folders named after their first two digits.
+    let mut words = line.split("packs/");
+    let first = words.next().unwrap_or_default().to_owned();
+    let line = words.fold(first, |line, rest| {
+        format!("{line}packs/{}", rest.get(3..).unwrap_or(rest))
+    });
     line.split_inclusive(cut)
         .map(|part| {
             let word = part.trim_end_matches(cut);
@@ -152,60 +159,54 @@ fn without_ids(line: &str) -> String {
 struct Watch {
     listener: Child,
     heard: PathBuf,
-    before: usize,
 }
 
 impl Watch {
+    /// Begins to listen, and makes sure that it hears a stop.
     fn start(bed: &Bed, vm: &Vm) -> Result<Self> {
         let heard = bed.lab.path("events");
         let listener = Command::new("virsh")
-            .args(["-c", &bed.lab.uri(), "event", vm.name()])
-            .args(["--event", "lifecycle", "--loop"])
+            .args(["-c", &bed.lab.uri(), "event", vm.name(), "--all", "--loop"])
             .stdin(Stdio::null())
             .stdout(fs::File::create(&heard)?)
             .spawn()
             .context("virsh, which comes with libvirt's clients")?;
-        let mut watch = Self {
-            listener,
-            heard,
-            before: 0,
-        };
-        // It does not say when it begins to listen.
-        let end = Instant::now() + PATIENCE;
-        while watch.stops()? == 0 {
-            ensure!(Instant::now() < end, "no event was heard");
-            stop_and_go(bed, vm)?;
-        }
-        stop_and_go(bed, vm)?;
-        watch.before = watch.settled(watch.stops()?)?;
+        let watch = Self { listener, heard };
+        watch.catch_up(bed, vm, "begin")?;
+        bed.lab.virsh(&["suspend", vm.name()])?;
+        bed.lab.virsh(&["resume", vm.name()])?;
+        watch.catch_up(bed, vm, "control")?;
+        ensure!(watch.stops()? == 1, "{}", fs::read_to_string(&watch.heard)?);
         Ok(watch)
     }
 
-    /// Fails if the guest was stopped since the beginning. Events come in order,
-    /// so one that we cause comes last.
+    /// Fails if the guest was stopped since the beginning.
     fn never_stopped(&self, bed: &Bed, vm: &Vm) -> Result<()> {
-        stop_and_go(bed, vm)?;
-        let stops = self.settled(self.before)?;
-        ensure!(
-            stops == self.before + 1,
-            "the guest was stopped: {}",
-            fs::read_to_string(&self.heard)?
-        );
+        self.catch_up(bed, vm, "end")?;
+        let heard = fs::read_to_string(&self.heard)?;
+        ensure!(self.stops()? == 1, "the guest was stopped: {heard}");
         Ok(())
     }
 
-    /// Waits for more than so many stops, and for the run that follows each.
-    fn settled(&self, more_than: usize) -> Result<usize> {
+    /// Events come in order: when a change of the VM's metadata is heard, all
+    /// that was before it was heard too.
+    fn catch_up(&self, bed: &Bed, vm: &Vm, word: &str) -> Result<()> {
         let end = Instant::now() + PATIENCE;
-        loop {
-            let stops = self.stops()?;
-            let runs = fs::read_to_string(&self.heard)?.matches("Resumed").count();
-            if stops > more_than && runs == stops {
-                return Ok(stops);
-            }
+        for number in 0.. {
             ensure!(Instant::now() < end, "no event was heard");
-            std::thread::yield_now();
+            let uri = format!("urn:highwater:{word}:{number}");
+            let set = ["--key", "test", "--set", "<test/>", "--live"];
+            bed.lab
+                .virsh(&[&["metadata", vm.name(), uri.as_str()], &set[..]].concat())?;
+            let soon = Instant::now() + Duration::from_secs(1);
+            while Instant::now() < soon {
+                if fs::read_to_string(&self.heard)?.contains(&uri) {
+                    return Ok(());
+                }
+                std::thread::yield_now();
+            }
         }
+        Ok(())
     }
 
     fn stops(&self) -> Result<usize> {
@@ -220,12 +221,6 @@ impl Drop for Watch {
         drop(self.listener.kill());
         drop(self.listener.wait());
     }
-}
-
-fn stop_and_go(bed: &Bed, vm: &Vm) -> Result<()> {
-    bed.lab.virsh(&["suspend", vm.name()])?;
-    bed.lab.virsh(&["resume", vm.name()])?;
-    Ok(())
 }
 
 /// A file system mounted for as long as it lives.

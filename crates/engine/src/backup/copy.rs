@@ -8,8 +8,8 @@
 //!      └─ sets them in the tree in ascending order
 //! ```
 //!
-//! Memory: the buffer pool, the tokens (each stands for one item between map
-//! and tree) and the lanes' open packs; nothing grows with the disk.
+//! Memory: the buffer pool and the tokens (each stands for one item between map
+//! and tree); nothing grows with the disk or with the number of workers.
 
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,12 +23,16 @@ use highwater_nbd::{Canceller, NbdError};
 use highwater_repo::{ImageRoot, RepoError, Writer};
 
 use super::disk_copy::run_disk;
+use super::pool::Pool;
 use crate::{Cancel, DiskDone, DiskProgress, Event, Limiter, Observer};
 
 /// Bytes of one NBD request (or one chunk, if that is larger). QEMU serves up
 /// to 32 MiB, but keeps a buffer per request: field measurements call
 /// 256 KiB to 1 MiB plenty.
 pub(super) const REQUEST_BYTES: u64 = 512 << 10;
+/// Filled buffers that wait for a worker, for each of them. More would only
+/// grow cold: the readers have enough under way to fill the next ones.
+const FILLED_PER_WORKER: usize = 4;
 /// How often progress is told and the session looked at.
 const TICK: Duration = Duration::from_millis(100);
 
@@ -41,7 +45,11 @@ pub struct Tuning {
     pub disks: usize,
     /// NBD connections per disk.
     pub connections: usize,
-    /// Bytes of read buffers in all.
+    /// NBD connections per disk if the server takes long to answer: then what
+    /// is under way decides how fast it goes.
+    pub connections_far: usize,
+    /// Bytes of read buffers in all. Most of them are needed, and take memory,
+    /// only while a server that takes long to answer is read.
     pub buffer_bytes: usize,
     /// Most bytes read per second, of all disks together.
     pub read_limit: Option<u64>,
@@ -54,7 +62,8 @@ impl Default for Tuning {
             workers: cores.clamp(1, 16),
             disks: 2,
             connections: 2,
-            buffer_bytes: 32 << 20,
+            connections_far: 4,
+            buffer_bytes: 64 << 20,
             read_limit: None,
         }
     }
@@ -191,8 +200,7 @@ pub(super) struct Shared<'a> {
     entrust: &'a (dyn Fn(OwnedFd) -> Result<(), HypervisorError> + Sync),
     cancellers: Mutex<Vec<Canceller>>,
     pub(super) filled: Sender<Filled>,
-    pub(super) pool_take: Receiver<Vec<u8>>,
-    pub(super) pool_give: Sender<Vec<u8>>,
+    pub(super) pool: Pool,
 }
 
 impl Shared<'_> {
@@ -255,15 +263,11 @@ pub(super) fn copy_disks(
     let chunk_size = writer.chunk_size();
     let buffer_bytes = REQUEST_BYTES.max(chunk_size.bytes());
     let buffer_len = usize::try_from(buffer_bytes).expect("a request fits in memory");
-    let buffers = (tuning.buffer_bytes / buffer_len).max(2 * tuning.disks * tuning.connections);
-    let (pool_give, pool_take) = bounded(buffers);
-    for _ in 0..buffers {
-        // Cannot fail: the channel has room for all of them and a receiver.
-        pool_give
-            .send(Vec::with_capacity(buffer_len))
-            .expect("the pool is open");
-    }
-    let (filled, work) = bounded(buffers);
+    // Two for each connection that there may be: one to fill, one that is full.
+    let connections = tuning.connections.max(tuning.connections_far).max(1);
+    let buffers_min = 2_usize.saturating_mul(tuning.disks.max(1).saturating_mul(connections));
+    let buffers = (tuning.buffer_bytes / buffer_len).max(buffers_min);
+    let (filled, work) = bounded(tuning.workers.max(2).saturating_mul(FILLED_PER_WORKER));
     let shared = Shared {
         writer,
         tuning: *tuning,
@@ -274,8 +278,7 @@ pub(super) fn copy_disks(
         entrust: watch.entrust,
         cancellers: Mutex::new(Vec::new()),
         filled,
-        pool_take,
-        pool_give,
+        pool: Pool::new(buffers),
     };
     let progress: Vec<_> = jobs
         .iter()
@@ -388,7 +391,7 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
             // Nobody waits for the buffers that are still queued: compressing
             // them would hold up the answer to Ctrl-C. Without their ids no
             // disk counts as copied.
-            drop(shared.pool_give.send(filled.bytes));
+            shared.pool.give(filled.bytes);
             continue;
         }
         let mut ids = Vec::with_capacity(filled.bytes.len().div_ceil(shared.chunk_size.len()));
@@ -422,7 +425,7 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
             first_chunk,
             ids: Ids::Each(ids),
         }));
-        drop(shared.pool_give.send(filled.bytes));
+        shared.pool.give(filled.bytes);
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use highwater_hypervisor::ExportAddress;
@@ -17,6 +17,7 @@ use crate::guard::end_connection;
 use super::copy::{
     Copied, CopyError, CopyJob, Filled, Hashed, Ids, Progress, REQUEST_BYTES, ReadPlan, Shared,
 };
+use super::pool::UnderWay;
 
 const ALLOCATION: &str = "base:allocation";
 /// `NBD_STATE_ZERO` of `base:allocation` (NBD protocol, "Metadata querying").
@@ -27,7 +28,16 @@ const STATE_DIRTY: u64 = 1;
 /// while one slow request keeps it waiting.
 const ITEMS_UNDER_WAY: usize = 512;
 /// Requests in flight per connection. QEMU serves 16 and then stops reading.
-const REQUESTS_IN_FLIGHT: usize = 8;
+const REQUESTS_NEAR: usize = 16;
+/// Bytes in flight per connection. More make a server that is near no faster,
+/// and leave the processor's cache before they are used.
+const BYTES_NEAR: u64 = 4 << 20;
+/// A server that takes longer than this for the first reply is far away, or
+/// reads from something slow.
+const FAR: Duration = Duration::from_millis(10);
+/// Requests in flight per connection to a server that is far: some are on
+/// their way while it serves others.
+const REQUESTS_FAR: usize = 32;
 /// How often a waiting thread looks whether it should stop.
 const LOOK: Duration = Duration::from_millis(100);
 
@@ -42,6 +52,8 @@ struct Disk<'a> {
     shared: &'a Shared<'a>,
     job: &'a CopyJob,
     progress: &'a Arc<Progress>,
+    /// The server takes long to answer.
+    far: AtomicBool,
     failed: AtomicBool,
     error: Mutex<Option<CopyError>>,
 }
@@ -68,6 +80,7 @@ impl Disk<'_> {
         let options = ConnectOptions {
             export: self.job.export.name.clone(),
             meta_contexts: contexts,
+            in_flight_max: REQUESTS_FAR,
             ..ConnectOptions::default()
         };
         let connection =
@@ -107,6 +120,7 @@ pub(super) fn run_disk(
         shared,
         job,
         progress,
+        far: AtomicBool::new(false),
         failed: AtomicBool::new(false),
         error: Mutex::new(None),
     };
@@ -177,16 +191,39 @@ fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, 
             .send(())
             .expect("the channel has room for every token");
     }
+    let connections = disk.shared.tuning.connections.max(1);
+    let more = disk
+        .shared
+        .tuning
+        .connections_far
+        .saturating_sub(connections);
+    let (more_give, more_take) = bounded::<()>(more.max(1));
     let (issued, image) = std::thread::scope(|scope| {
-        for _ in 0..disk.shared.tuning.connections.max(1) {
+        let run = |items: &Receiver<Item>, results: &Sender<Hashed>, far: &dyn Fn()| {
+            if let Err(error) = read_items(disk, items, results, far) {
+                disk.fail(error);
+            }
+        };
+        for _ in 0..connections {
             let (items, results) = (items_take.clone(), results_give.clone());
+            let more_give = more_give.clone();
+            let call_others = move || {
+                // Full: they have been called.
+                while more_give.try_send(()).is_ok() {}
+            };
+            scope.spawn(move || run(&items, &results, &call_others));
+        }
+        for _ in 0..more {
+            let (items, results) = (items_take.clone(), results_give.clone());
+            let more_take = more_take.clone();
             scope.spawn(move || {
-                if let Err(error) = read_items(disk, &items, &results) {
-                    disk.fail(error);
+                // An error: the others have done it all.
+                if more_take.recv().is_ok() {
+                    run(&items, &results, &|| {});
                 }
             });
         }
-        drop(items_take);
+        drop((items_take, more_give, more_take));
         let collector = scope.spawn(move || collect(disk, tree, &results_take, &token_give));
         let walked = walk(
             disk,
@@ -359,36 +396,44 @@ fn map_window(
     Ok(map)
 }
 
-/// Reads items over one connection, several at a time.
+/// Reads items over one connection, several at a time; calls `far` if the
+/// server proves to be.
 fn read_items(
     disk: &Disk<'_>,
     items: &Receiver<Item>,
     results: &Sender<Hashed>,
+    far: &dyn Fn(),
 ) -> Result<(), CopyError> {
     // Connected at the first item: QEMU drops a client that idles in the
     // handshake, and an empty increment needs no second connection.
     let mut link: Option<Link> = None;
     let mut waiting: BTreeMap<u64, ByteRange> = BTreeMap::new();
+    let mut waiting_bytes = 0_u64;
+    let mut under_way = UnderWay::new(&disk.shared.pool);
+    let mut first_asked: Option<Instant> = None;
+    let mut is_first_reply = true;
     loop {
         if disk.stopped() {
             return Ok(());
         }
-        let more = waiting.len() < REQUESTS_IN_FLIGHT;
-        let next = if more {
+        let next = if has_room(disk, waiting.len(), waiting_bytes) {
             next_item(disk, items, waiting.is_empty())
         } else {
             Next::NotNow
         };
         match next {
             Next::Item(item, buffer) => {
+                under_way.add();
                 let link = match &mut link {
                     Some(link) => link,
                     None => link.insert(disk.connect(Vec::new())?),
                 };
                 waiting.insert(item.seq, item.range);
+                waiting_bytes += item.range.len();
                 if let Some(limiter) = &disk.shared.limiter {
                     limiter.take(item.range.len(), &|| disk.stopped());
                 }
+                first_asked.get_or_insert_with(Instant::now);
                 link.0
                     .submit_read(item.seq, item.range, buffer)
                     .map_err(|source| read_error(disk, item.range, source))?;
@@ -411,6 +456,13 @@ fn read_items(
         let Some(range) = waiting.remove(&completion.cookie) else {
             continue;
         };
+        waiting_bytes -= range.len();
+        if std::mem::take(&mut is_first_reply)
+            && first_asked.is_some_and(|asked| asked.elapsed() > FAR)
+        {
+            disk.far.store(true, Ordering::Relaxed);
+            far();
+        }
         let bytes = completion
             .result
             .map_err(|source| read_error(disk, range, source))?;
@@ -426,10 +478,20 @@ fn read_items(
             results: results.clone(),
             progress: Arc::clone(disk.progress),
         };
+        under_way.remove();
         if disk.shared.filled.send(filled).is_err() {
             return Ok(());
         }
     }
+}
+
+/// Says whether one more request is worth having in flight on a connection.
+fn has_room(disk: &Disk<'_>, requests: usize, bytes: u64) -> bool {
+    if disk.far.load(Ordering::Relaxed) {
+        return requests < REQUESTS_FAR;
+    }
+    // Two at least, however large a chunk is: one under way while one is served.
+    requests < 2 || (requests < REQUESTS_NEAR && bytes < BYTES_NEAR)
 }
 
 fn read_error(
@@ -457,9 +519,9 @@ enum Next {
 /// whoever waits for a buffer while it holds filled ones starves the others.
 fn next_item(disk: &Disk<'_>, items: &Receiver<Item>, may_wait: bool) -> Next {
     let buffer = if may_wait {
-        disk.shared.pool_take.recv_timeout(LOOK).ok()
+        disk.shared.pool.take_within(LOOK)
     } else {
-        disk.shared.pool_take.try_recv().ok()
+        disk.shared.pool.take()
     };
     let Some(buffer) = buffer else {
         return Next::NotNow;
@@ -475,7 +537,7 @@ fn next_item(disk: &Disk<'_>, items: &Receiver<Item>, may_wait: bool) -> Next {
     match item {
         Ok(item) => Next::Item(item, buffer),
         Err(reason) => {
-            drop(disk.shared.pool_give.send(buffer));
+            disk.shared.pool.give(buffer);
             match reason {
                 TryRecvError::Empty => Next::NotNow,
                 TryRecvError::Disconnected => Next::End,

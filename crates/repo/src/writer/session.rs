@@ -127,11 +127,11 @@ impl Session {
     }
 
     /// Takes an open pack, or starts one.
-    pub(crate) fn open_pack(&self, kind: PackKind) -> Result<Box<OpenPack>, RepoError> {
+    pub(crate) fn open_pack(&self, kind: PackKind) -> Result<OpenPack, RepoError> {
         self.shelf(kind).take(|slot| self.start_pack(kind, slot))
     }
 
-    fn start_pack(&self, kind: PackKind, slot: Slot) -> Result<Box<OpenPack>, RepoError> {
+    fn start_pack(&self, kind: PackKind, slot: Slot) -> Result<OpenPack, RepoError> {
         let begun = self.objects.store.begin();
         let begun = begun.map_err(|error| RepoError::store("begin a pack", error))?;
         let body = begun.map_or_else(|| Body::Whole(Vec::new()), Body::Piecewise);

@@ -11,7 +11,7 @@ use crate::pack::OpenPack;
 /// So neither the memory nor the number of half-full packs at the end follows
 /// the number of lanes.
 pub(crate) struct Shelf {
-    idle: Mutex<Vec<Box<OpenPack>>>,
+    idle: Mutex<Vec<OpenPack>>,
     slots: Arc<Slots>,
 }
 
@@ -58,8 +58,8 @@ impl Shelf {
     /// as many as there may be and all are in use.
     pub(crate) fn take(
         &self,
-        start: impl FnOnce(Slot) -> Result<Box<OpenPack>, RepoError>,
-    ) -> Result<Box<OpenPack>, RepoError> {
+        start: impl FnOnce(Slot) -> Result<OpenPack, RepoError>,
+    ) -> Result<OpenPack, RepoError> {
         let mut used = self.slots.lock();
         loop {
             // The one used last: the others are seldom needed, and stay few.
@@ -80,7 +80,7 @@ impl Shelf {
     }
 
     /// Puts an open pack back for whoever needs one next.
-    pub(crate) fn put_back(&self, open: Box<OpenPack>) {
+    pub(crate) fn put_back(&self, open: OpenPack) {
         self.idle().push(open);
         // Who waits looks at the shelf under this lock.
         drop(self.slots.lock());
@@ -88,11 +88,11 @@ impl Shelf {
     }
 
     /// Takes all packs off, so that they can be closed.
-    pub(crate) fn clear(&self) -> Vec<Box<OpenPack>> {
+    pub(crate) fn clear(&self) -> Vec<OpenPack> {
         std::mem::take(&mut *self.idle())
     }
 
-    fn idle(&self) -> MutexGuard<'_, Vec<Box<OpenPack>>> {
+    fn idle(&self) -> MutexGuard<'_, Vec<OpenPack>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -17,7 +17,7 @@ const WRITE_BYTES: u64 = 16 * KIB;
 const CHANGED: &str = "2000 random writes of 16 KiB";
 const UNCHANGED: &str = "nothing changed";
 const RESCAN: &str = "the same 2000 writes, bitmap lost";
-const READ: &str = "nbdcopy to null:";
+const READ: &str = "nbdcopy to null";
 
 pub(super) fn run(stage: &mut Stage) -> Result<Part> {
     let (rounds, writes) = (stage.rounds, stage.scaled(WRITES));
