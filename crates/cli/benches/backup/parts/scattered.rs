@@ -1,6 +1,8 @@
 //! An increment of many chunks that lie apart, beside virtnbdbackup.
 
-use anyhow::Result;
+use std::thread;
+
+use anyhow::{Result, anyhow};
 use highwater_testkit::{DiskSpec, KIB, Lab};
 
 use crate::bed::Bed;
@@ -38,8 +40,12 @@ pub(super) fn run(stage: &mut Stage) -> Result<Part> {
             .map(|chunk| (chunk * STRIDE + random.next() % STRIDE) * CHUNK_BYTES)
             .collect();
         let blocks = Blocks::make(&lab, CHUNK_BYTES, places.into_iter(), &mut random)?;
-        our_bed.write(&blocks)?;
-        their_bed.write(&blocks)?;
+        // Both at once: many small writes are mostly waited for.
+        thread::scope(|scope| {
+            let theirs = scope.spawn(|| their_bed.write(&blocks));
+            our_bed.write(&blocks)?;
+            theirs.join().map_err(|_| anyhow!("a write panicked"))?
+        })?;
         drop(blocks);
         take_turns(
             &mut table,
