@@ -91,7 +91,8 @@ pub struct DiskFacts {
     pub file_bytes: Option<u64>,
     /// Whether a mark can live on it.
     pub marks: MarkSupport,
-    /// The image and its backing files, topmost first.
+    /// The image and its backing files, topmost first; the raw data file of a
+    /// qcow2 follows it under the format [`highwater_model::DATA_FILE_FORMAT`].
     pub chain: Vec<ChainLink>,
     /// All bitmaps found on any node of the disk's chain.
     pub bitmaps: Vec<BitmapFacts>,

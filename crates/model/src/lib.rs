@@ -19,4 +19,8 @@ pub use clock::{Clock, FixedClock, SystemClock, Timestamp};
 pub use extents::{ExtentMap, OutOfOrder};
 pub use ids::{IdError, MarkName, Nonce, ObjectId, PointId, RepoId, RootHash, SessionId};
 pub use range::ByteRange;
+/// The format under which the raw data file of a qcow2 image is reported: it
+/// stands in a chain right behind its image.
+pub const DATA_FILE_FORMAT: &str = "data-file";
+
 pub use size::{ChunkSize, ChunkSizeError, format_size, parse_size};

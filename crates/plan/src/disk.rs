@@ -1,6 +1,6 @@
 //! How is one disk read: what changed, everything, or not at all?
 
-use highwater_model::{MarkName, PointId};
+use highwater_model::{DATA_FILE_FORMAT, MarkName, PointId};
 
 use crate::why::{Refusal, Why};
 
@@ -85,7 +85,7 @@ pub struct Identity {
     pub serial: Option<String>,
     /// Device name.
     pub device: Option<String>,
-    /// Images, topmost first.
+    /// Images, topmost first; the data file of one follows it.
     pub chain: Vec<ImageLink>,
 }
 
@@ -319,15 +319,31 @@ fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
 /// Returns what of the chain nobody can compare. Two unknowns are equal, and
 /// prove nothing.
 fn unseen(disk: &DiskView) -> Option<Why> {
-    let mut chain = disk.identity.chain.iter();
-    let top_is_unseen = chain.next().is_none_or(|top| top.inode.is_none());
+    let chain = &disk.identity.chain;
+    let top_is_unseen = chain.first().is_none_or(|top| top.inode.is_none());
     if disk.place == Place::Host && top_is_unseen {
         return Some(Why::ImageUnseen);
     }
+    let (written, below) = chain.split_at(written_links(chain));
+    // A bitmap speaks of a data file, and does not lie in it: wherever it is,
+    // it must be the one of then.
+    if written.iter().skip(1).any(|data| data.inode.is_none()) {
+        return Some(Why::ImageUnseen);
+    }
     // No bitmap of this disk records what is written to an image below it.
-    chain
+    below
+        .iter()
         .any(|backing| backing.stamp.is_none())
         .then_some(Why::BackingUnseen)
+}
+
+/// Returns how many links at the top of a chain the guest writes to: the image,
+/// and its data file if it has one.
+fn written_links(chain: &[ImageLink]) -> usize {
+    let has_data_file = chain
+        .get(1)
+        .is_some_and(|second| second.format == DATA_FILE_FORMAT);
+    chain.len().min(if has_data_file { 2 } else { 1 })
 }
 
 fn identity_doubt(now: &Identity, then: &Identity) -> Option<Doubt> {
@@ -349,13 +365,14 @@ fn identity_doubt(now: &Identity, then: &Identity) -> Option<Doubt> {
     if !same_names {
         return Some(Doubt::Untracked(Why::ChainChanged));
     }
+    let written = written_links(&now.chain);
     for (depth, (now, then)) in now.chain.iter().zip(&then.chain).enumerate() {
         // The audit that may clear a changed inode (reboot, migration) is not
         // there yet; until it is, only a full read is proof.
         if now.inode != then.inode {
             return Some(Doubt::Tracked(Why::ImageReplaced));
         }
-        if depth > 0 && now.stamp != then.stamp {
+        if depth >= written && now.stamp != then.stamp {
             return Some(Doubt::Tracked(Why::BackingChanged));
         }
     }
@@ -585,6 +602,42 @@ mod tests {
                 "rescan backing-unseen",
             );
         }
+    }
+
+    #[test]
+    fn a_data_file_may_be_written_and_not_replaced() {
+        let with_data = |disk: &mut DiskView, parent: &mut ParentView| {
+            let mut data = link("/a.data", 9);
+            DATA_FILE_FORMAT.clone_into(&mut data.format);
+            disk.identity.chain.push(data);
+            disk.identity.chain.push(link("/base.qcow2", 10));
+            parent.identity = disk.identity.clone();
+        };
+        let check_link = |at: usize, change: fn(&mut ImageLink), expected: &str| {
+            check(
+                |disk, parent| {
+                    with_data(disk, parent);
+                    change(&mut disk.identity.chain[at]);
+                },
+                expected,
+            );
+        };
+        check_link(1, |data| data.stamp = Some((200, 9, 9)), "incremental None");
+        check_link(1, |data| data.stamp = None, "incremental None");
+        check_link(
+            1,
+            |data| data.inode = Some((1, 11)),
+            "rescan image-replaced",
+        );
+        check_link(2, |base| base.stamp = None, "rescan backing-changed");
+        check(
+            |disk, parent| {
+                with_data(disk, parent);
+                disk.identity.chain[1].inode = None;
+                parent.identity = disk.identity.clone();
+            },
+            "rescan image-unseen",
+        );
     }
 
     #[test]

@@ -327,6 +327,41 @@ fn two_disks_that_changed_places_are_each_read_as_a_whole() -> Result<()> {
     bed.assert_tidy(&after, 1)
 }
 
+/// The bitmap lies in the qcow2 and speaks of a file beside it, so an older copy
+/// of that file alone is a lie.
+#[test]
+fn an_older_data_file_beside_the_same_image_is_noticed() -> Result<()> {
+    let bed = Bed::start()?;
+    let disk = DiskSpec::qcow2("vda", 3 * MIB).data_file();
+    let vm = bed.lab.vm("web01").disk(disk).start()?;
+    let data = vm.image("vda").with_extension("data");
+    let older = bed.lab.path("older");
+    let mut subjects = [subject(&vm, "vda", 3 * MIB)?];
+    let mut points = Vec::new();
+    for expected in [
+        "full: first-backup",
+        "incremental",
+        "rescan: image-replaced",
+    ] {
+        if points.len() == 1 {
+            fs::copy(&data, &older)?;
+        }
+        write_to(&vm, &mut subjects, 10)?;
+        if points.len() == 2 {
+            vm.destroy()?;
+            fs::rename(&older, &data)?;
+            vm.start()?;
+        }
+        let (taken, report) = take(&bed, &vm, &[], &subjects)?;
+        assert_eq!(mode(&report, "vda"), expected, "{report}");
+        points.push(taken);
+    }
+    for taken in &points {
+        check(&bed, taken)?;
+    }
+    bed.assert_tidy(&vm, 1)
+}
+
 #[test]
 fn thirty_three_disks_on_three_buses_come_back_each_to_its_own_name() -> Result<()> {
     let bed = Bed::start()?;

@@ -7,6 +7,8 @@ use highwater_hypervisor::{
     SkipReason, WriteCounters,
 };
 
+use highwater_model::DATA_FILE_FORMAT;
+
 use super::blocks::Blocks;
 use super::domain_xml::{DiskXml, LinkXml, SourceXml};
 use super::host;
@@ -62,7 +64,15 @@ pub(crate) fn facts(
     let chain: Vec<ChainLink> = disk
         .chain
         .iter()
-        .map(|link| chain_link(link, blocks, queries))
+        .flat_map(|link| {
+            let image = chain_link(&link.source, &link.format, link.index, blocks, queries);
+            let data = link.data.as_ref().map(|data| {
+                // Without a name that is understood it cannot be seen either.
+                let source = data.source.as_ref().unwrap_or(&SourceXml::PassedThrough);
+                chain_link(source, DATA_FILE_FORMAT, data.index, blocks, queries)
+            });
+            std::iter::once(image).chain(data)
+        })
         .collect();
     Some(DiskFacts {
         target: disk.target.clone(),
@@ -113,11 +123,17 @@ fn disk_source(source: &SourceXml, queries: &impl DiskQueries) -> Option<DiskSou
     })
 }
 
-fn chain_link(link: &LinkXml, blocks: Option<&Blocks>, queries: &impl DiskQueries) -> ChainLink {
-    let path = local_path(&link.source, queries);
+fn chain_link(
+    source: &SourceXml,
+    format: &str,
+    index: Option<u32>,
+    blocks: Option<&Blocks>,
+    queries: &impl DiskQueries,
+) -> ChainLink {
+    let path = local_path(source, queries);
     let identity = path.as_deref().and_then(host::file_identity);
     ChainLink {
-        name: match (&link.source, &path) {
+        name: match (source, &path) {
             (_, Some(path)) => path.to_string_lossy().into_owned(),
             (SourceXml::Network(uri), None) => uri.clone(),
             (SourceXml::Volume { pool, volume }, None) => format!("{pool}/{volume}"),
@@ -126,8 +142,8 @@ fn chain_link(link: &LinkXml, blocks: Option<&Blocks>, queries: &impl DiskQuerie
             }
             (SourceXml::PassedThrough, None) => String::new(),
         },
-        format: link.format.clone(),
-        place: match link.source {
+        format: format.to_owned(),
+        place: match source {
             SourceXml::Network(_) => Place::Network,
             // A volume that libvirt finds no path of counts as one of this
             // host that cannot be seen: nothing is known, so nothing is believed.
@@ -137,7 +153,7 @@ fn chain_link(link: &LinkXml, blocks: Option<&Blocks>, queries: &impl DiskQuerie
             | SourceXml::PassedThrough => Place::Host,
         },
         node: blocks
-            .zip(link.index)
+            .zip(index)
             .and_then(|(blocks, index)| blocks.libvirt_node(index))
             .map(str::to_owned),
         inode: identity.map(|identity| identity.inode),
@@ -171,7 +187,7 @@ fn bitmaps(disk: &DiskXml, blocks: &Blocks) -> Vec<BitmapFacts> {
     let numbers = disk
         .chain
         .iter()
-        .flat_map(|link| [link.index, link.data_index])
+        .flat_map(|link| [link.index, link.data.as_ref().and_then(|data| data.index)])
         .flatten();
     let mut nodes: Vec<&str> = numbers
         .flat_map(|index| blocks.libvirt_nodes(index))

@@ -59,8 +59,17 @@ pub(crate) struct LinkXml {
     pub(crate) format: String,
     /// Number that libvirt derives QEMU's node names from.
     pub(crate) index: Option<u32>,
-    /// The same number of a qcow2's separate data file.
-    pub(crate) data_index: Option<u32>,
+    /// A qcow2's separate data file.
+    pub(crate) data: Option<DataXml>,
+}
+
+/// A qcow2's separate data file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DataXml {
+    /// `None` if the definition does not say it in words that are known.
+    pub(crate) source: Option<SourceXml>,
+    /// The same number as an image has.
+    pub(crate) index: Option<u32>,
 }
 
 /// Where an image is.
@@ -221,7 +230,6 @@ fn chain(disk: Node<'_, '_>) -> Vec<LinkXml> {
 
 fn link(holder: Node<'_, '_>, format: Option<&str>) -> Option<LinkXml> {
     let node = child(holder, "source")?;
-    let number = |node: Node<'_, '_>| node.attribute("index").and_then(|text| text.parse().ok());
     let source = source(holder.attribute("type").unwrap_or("file"), node)?;
     Some(LinkXml {
         source,
@@ -230,12 +238,21 @@ fn link(holder: Node<'_, '_>, format: Option<&str>) -> Option<LinkXml> {
         // The number of a backing file is on <backingStore>, that of the top
         // image on <source>.
         index: number(node).or_else(|| number(holder)),
-        data_index: child(node, "dataStore").and_then(|data| {
-            child(data, "source")
-                .and_then(number)
-                .or_else(|| number(data))
-        }),
+        data: child(node, "dataStore").map(data_file),
     })
+}
+
+fn data_file(data: Node<'_, '_>) -> DataXml {
+    let inner = child(data, "source");
+    let kind = data.attribute("type").unwrap_or("file");
+    DataXml {
+        source: inner.and_then(|inner| source(kind, inner)),
+        index: inner.and_then(number).or_else(|| number(data)),
+    }
+}
+
+fn number(node: Node<'_, '_>) -> Option<u32> {
+    node.attribute("index").and_then(|text| text.parse().ok())
 }
 
 fn source(kind: &str, node: Node<'_, '_>) -> Option<SourceXml> {
@@ -317,7 +334,11 @@ mod tests {
     fn a_data_file_is_part_of_its_image() {
         let vdd = disk("vdd");
         assert_eq!(vdd.chain.len(), 1);
-        assert_eq!(vdd.chain[0].data_index, Some(13));
+        let data = DataXml {
+            source: Some(SourceXml::File("/images/df.raw".into())),
+            index: Some(13),
+        };
+        assert_eq!(vdd.chain[0].data, Some(data));
     }
 
     #[test]
