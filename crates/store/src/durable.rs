@@ -230,6 +230,18 @@ pub fn create_directories(path: &Path, mode: u32) -> Result<(), DurableError> {
     }
 }
 
+/// Creates a directory in one that is there, durably. One that exists is no
+/// error, as in [`create_directories`].
+pub fn create_directory(path: &Path, mode: u32) -> Result<(), DurableError> {
+    match DirBuilder::new().mode(mode).create(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(DurableError {
+            stage: Stage::Prepare,
+            error,
+        }),
+        _ => sync_directory(parent(path)).map_err(DurableError::at(Stage::SyncFile)),
+    }
+}
+
 /// Writes a directory's entries to the disk.
 pub fn sync_directory(path: &Path) -> io::Result<()> {
     match File::open(path)?.sync_all() {

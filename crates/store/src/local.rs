@@ -97,7 +97,10 @@ impl LocalStore {
         ) {
             return Ok(());
         }
-        durable::create_directories(folder, FOLDER_MODE)?;
+        // The one above it was made by `prepare`. Where that is gone, the whole
+        // repository was removed or unmounted since the file was started, and
+        // nothing may be made in its place.
+        durable::create_directory(folder, FOLDER_MODE)?;
         self.durable_folders
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
