@@ -368,11 +368,13 @@ fn of_backup(error: &BackupError) -> Advice {
 
 /// Says what has to be done before the repository can be written to.
 fn what_the_store_needs(error: &RepoError) -> &'static str {
-    let causes = std::iter::successors(Some(error as &dyn Error), |error| error.source());
-    let kind = causes
-        .filter_map(<dyn Error>::downcast_ref)
-        .map(StoreError::kind)
-        .last();
+    let mut kind = None;
+    let mut cause: Option<&dyn Error> = Some(error);
+    while let Some(error) = cause {
+        let found = error.downcast_ref::<StoreError>();
+        kind = found.map(StoreError::kind).or(kind);
+        cause = error.source();
+    }
     match kind {
         Some(StoreErrorKind::ReadOnly) => "make the repository writable",
         Some(StoreErrorKind::Permission) => "allow writing to the repository",

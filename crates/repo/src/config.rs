@@ -68,13 +68,13 @@ impl Config {
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, RepoError> {
-        let damaged = |flaw| match is_ours(bytes) {
-            true => RepoError::damaged("read the repository's `config`", flaw),
-            false => RepoError::new(
-                RepoErrorKind::NoRepository,
-                "find a repository of Highwater",
-            )
-            .because("there is a `config`, but of another program"),
+        let damaged = |flaw| {
+            if is_ours(bytes) {
+                return RepoError::damaged("read the repository's `config`", flaw);
+            }
+            let what = "find a repository of Highwater";
+            RepoError::new(RepoErrorKind::NoRepository, what)
+                .because("there is a `config`, but of another program")
         };
         let text = str::from_utf8(bytes).map_err(|_| damaged(Flaw("it is not text")))?;
         let mut lines = text.split('\n');

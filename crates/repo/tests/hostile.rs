@@ -29,7 +29,7 @@ fn bounded<T>(memory_max: u64, work: impl FnOnce() -> T) -> T {
     let before = peak();
     let outcome = work();
     let (took, grown) = (begin.elapsed(), peak() - before);
-    assert!(took < Duration::from_secs(60), "it took {took:?}");
+    assert!(took < Duration::from_mins(1), "it took {took:?}");
     assert!(grown <= memory_max, "it took {} MiB", grown / MIB);
     outcome
 }
@@ -394,9 +394,7 @@ fn a_tree_reaches_neither_beyond_its_image_nor_into_memory() {
     }
     let repo = open(&store).unwrap();
     let image = repo.image(&root(u64::MAX, top)).unwrap();
-    let walked = bounded(32 * MIB, || {
-        image.chunks().take(100_000).filter(Result::is_ok).count()
-    });
+    let walked = bounded(32 * MIB, || image.chunks().take(100_000).flatten().count());
     assert_eq!(walked, 100_000);
     let last = image.chunk(64_u64.pow(8) - 1).unwrap();
     assert_eq!(last, Some(ObjectId::from_bytes(id)));
@@ -455,14 +453,6 @@ fn a_manifest_with_any_content_is_read_or_refused_in_bounded_memory() {
             text.replacen(&format!("[{disk}]"), &many(&disk), 1)
                 .into_bytes(),
         ),
-        (
-            "deep",
-            insert(&format!(
-                "\"x\":{}{}",
-                "[".repeat(1 << 20),
-                "]".repeat(1 << 20)
-            )),
-        ),
         ("same field twice", insert("\"tags\":[]")),
         ("negative", with("/sequence", json!(-1))),
         ("fraction", with("/sequence", json!(1.5))),
@@ -479,11 +469,14 @@ fn a_manifest_with_any_content_is_read_or_refused_in_bounded_memory() {
         assert_eq!((list.points.len(), list.damaged.len()), (0, 1), "{what}");
     }
     // What a later version may add is passed over, however long it is.
-    let unknown = insert(&format!("\"x\":{}", many("[]")));
-    forge_manifest(&store, &unknown, u32::try_from(unknown.len()).unwrap());
-    drop(unknown);
-    let list = bounded(320 * MIB, || open(&store).unwrap().points()).unwrap();
-    assert_eq!(list.points.len(), 1);
+    let deep = format!("{}{}", "[".repeat(1 << 20), "]".repeat(1 << 20));
+    for unknown in [many("[]"), deep] {
+        let json = insert(&format!("\"x\":{unknown}"));
+        forge_manifest(&store, &json, u32::try_from(json.len()).unwrap());
+        drop((json, unknown));
+        let list = bounded(320 * MIB, || open(&store).unwrap().points()).unwrap();
+        assert_eq!(list.points.len(), 1);
+    }
     // As long as one may be, and harmless.
     forge_manifest(&store, &with("/definition", json!("d".repeat(60 << 20))), 1);
     assert_eq!(open(&store).unwrap().points().unwrap().damaged.len(), 1);

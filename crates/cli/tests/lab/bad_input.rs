@@ -170,8 +170,8 @@ fn a_read_only_repository_can_be_read_and_takes_no_backup() -> Result<()> {
         &[
             "error: cannot store the backup of VM `web01`",
             "  because: cannot go on after a failed upload",
-            "  because: cannot store `packs/HASH`",
-            "  because: cannot write `packs/HASH` in LAB/repo",
+            "  because: cannot begin a pack",
+            "  because: cannot write `tmp` in LAB/repo",
             "  because: Read-only file system (os error 30)",
             "state: no restore point was added; earlier ones are untouched; the session at the VM was ended",
             "hint: make the repository writable, then run `highwater backup web01` again",

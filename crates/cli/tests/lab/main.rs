@@ -9,6 +9,7 @@
 )]
 
 mod bad_input;
+mod bad_input_names;
 mod bad_input_nbd;
 mod bad_input_places;
 mod bad_input_space;
