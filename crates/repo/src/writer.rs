@@ -1,6 +1,7 @@
 //! Writing: from chunks to the restore point.
 
 mod lane;
+mod open_pack;
 mod session;
 mod shelf;
 mod tree;
@@ -17,15 +18,15 @@ use crate::compress::{Codec, Compression};
 use crate::error::{RepoError, RepoErrorKind};
 use crate::manifest::{ImageRoot, Manifest};
 use crate::objects::Objects;
-use crate::pack::{FinishedPack, HEADER_LEN, OpenPack, PackKind, record_len_max};
+use crate::pack::{HEADER_LEN, PackKind, record_len_max};
 use crate::page::PAGE_LEN_MAX;
 use crate::points;
 use crate::wire::narrow;
 
 pub use lane::{Added, Lane};
-pub(crate) use shelf::Slot;
 pub use tree::TreeBuilder;
 
+use open_pack::{FinishedPack, OpenPack};
 use session::Session;
 
 /// How to write.

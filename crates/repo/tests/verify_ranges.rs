@@ -31,12 +31,11 @@ fn history() -> (MemStore, Vec<Manifest>) {
     let mut bytes = image(5, CHUNKS);
     bytes.truncate(bytes.len() - 1000);
     let mut points = vec![save(&repo, "a", 1, &bytes).unwrap()];
-    for at in 2..5 {
+    for at in 2..5_u64 {
         let old = bytes.clone();
         for index in [at, 64 + at * 3, 200] {
             let start = usize::try_from(index).unwrap() * CHUNK;
-            bytes[start..start + CHUNK]
-                .copy_from_slice(&noise(at as u64 * 1000 + index as u64, CHUNK));
+            bytes[start..start + CHUNK].copy_from_slice(&noise(at * 1000 + index, CHUNK));
         }
         if at == 4 {
             bytes.resize(old.len() + 50 * CHUNK, 7);
@@ -63,8 +62,9 @@ fn told(report: &VerifyReport) -> Hurt {
             all.extend(&disk.ranges);
         }
     }
-    hurt.values_mut()
-        .for_each(|ranges| *ranges = joined(ranges));
+    for ranges in hurt.values_mut() {
+        *ranges = joined(ranges);
+    }
     hurt
 }
 

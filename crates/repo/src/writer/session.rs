@@ -12,9 +12,10 @@ use crate::compress::Compression;
 use crate::error::{RepoError, RepoErrorKind};
 use crate::index::{IndexPack, IndexRow, encode};
 use crate::objects::Objects;
-use crate::pack::{Body, FinishedPack, OpenPack, PackKind};
+use crate::pack::PackKind;
 use crate::wire::{to_hex, wide};
 use crate::writer::WriterStats;
+use crate::writer::open_pack::{Body, FinishedPack, OpenPack};
 use crate::writer::shelf::{Shelf, Slot};
 
 /// Objects after which an index file is written in mid-session: 24 MB of rows.

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::error::RepoError;
-use crate::pack::OpenPack;
+use crate::writer::open_pack::OpenPack;
 
 /// Hands out open packs, each to one thread at a time, and bounds how many
 /// there are, those on their way into the store included.
@@ -103,7 +103,8 @@ mod tests {
     use std::thread;
 
     use super::*;
-    use crate::pack::{Body, PackKind};
+    use crate::pack::PackKind;
+    use crate::writer::open_pack::Body;
 
     #[test]
     fn however_many_threads_want_packs_there_are_never_more_than_allowed() {
