@@ -357,7 +357,7 @@ fn flips(good: &[u8], grain: Grain) -> Vec<usize> {
         return (0..good.len() * 8).collect();
     }
     // Headers in any case; of long zeroes, which fill up index blocks, few.
-    let counts = |at: &usize| *at < 128 || good[*at] != 0 || at % 32 == 0;
+    let counts = |at: &usize| *at < 128 || good[*at] != 0 || at.is_multiple_of(32);
     let bytes: Vec<usize> = (0..good.len()).filter(counts).collect();
     let step = 1 + bytes.len() / FLIPS;
     let (head, rest) = bytes.split_at(bytes.len().min(128));

@@ -31,11 +31,12 @@ fn history() -> (MemStore, Vec<Manifest>) {
     let mut bytes = image(5, CHUNKS);
     bytes.truncate(bytes.len() - 1000);
     let mut points = vec![save(&repo, "a", 1, &bytes).unwrap()];
-    for at in 2..5_u64 {
+    for at in 2..5_u32 {
         let old = bytes.clone();
-        for index in [at, 64 + at * 3, 200] {
+        for index in [at, 64 + at * 3, 200].map(u64::from) {
             let start = usize::try_from(index).unwrap() * CHUNK;
-            bytes[start..start + CHUNK].copy_from_slice(&noise(at * 1000 + index, CHUNK));
+            bytes[start..start + CHUNK]
+                .copy_from_slice(&noise(u64::from(at) * 1000 + index, CHUNK));
         }
         if at == 4 {
             bytes.resize(old.len() + 50 * CHUNK, 7);
@@ -43,7 +44,7 @@ fn history() -> (MemStore, Vec<Manifest>) {
         let writer = repo.writer(options()).unwrap();
         let parent = points.last().unwrap().disks[0].image;
         let root = store_changes(&writer, &parent, &old, &bytes).unwrap();
-        points.push(commit(writer.flush().unwrap(), "a", at, root).unwrap());
+        points.push(commit(writer.flush().unwrap(), "a", at.into(), root).unwrap());
     }
     (store, points)
 }

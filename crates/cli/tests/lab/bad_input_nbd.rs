@@ -166,7 +166,7 @@ fn back_up(bed: &Bed, lie: Lie) -> Result<Report> {
                 lie,
                 socket: socket.clone(),
             }) as Box<dyn Driver>)
-        })
+        });
     });
     let store = highwater_store::open(bed.repo().to_str().context("a path is text")?)?;
     let context = BackupContext {

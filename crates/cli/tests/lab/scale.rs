@@ -23,6 +23,7 @@ const WRITE: u64 = 4096;
 
 /// Runs the program, which must succeed; returns stdout and the peak of
 /// anonymous memory, KiB, of the mover and its guard together.
+#[expect(clippy::print_stderr, reason = "`make scale` is run for the numbers")]
 fn measured(bed: &Bed, args: &[&str]) -> Result<(String, u64)> {
     let start = Instant::now();
     let out = bed.lab.path("stdout");
