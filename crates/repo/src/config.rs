@@ -46,7 +46,7 @@ struct Preamble {
 
 /// Other programs keep a `config` too. One that was ours before it was damaged
 /// still has some of our words.
-fn is_ours(bytes: &[u8]) -> bool {
+pub(crate) fn is_ours(bytes: &[u8]) -> bool {
     let has = |word: &[u8]| bytes.windows(word.len()).any(|part| part == word);
     has(FORMAT.as_bytes()) || has(b"features_incompat") || has(b"chunk_bytes")
 }
@@ -68,14 +68,7 @@ impl Config {
     }
 
     pub(crate) fn decode(bytes: &[u8]) -> Result<Self, RepoError> {
-        let damaged = |flaw| {
-            if is_ours(bytes) {
-                return RepoError::damaged("read the repository's `config`", flaw);
-            }
-            let what = "find a repository of Highwater";
-            RepoError::new(RepoErrorKind::NoRepository, what)
-                .because("there is a `config`, but of another program")
-        };
+        let damaged = |flaw| RepoError::damaged("read the repository's `config`", flaw);
         let text = str::from_utf8(bytes).map_err(|_| damaged(Flaw("it is not text")))?;
         let mut lines = text.split('\n');
         let line = lines.next().unwrap_or_default();

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use highwater_model::{ChunkSize, ObjectId, PointId, RepoId};
-use highwater_store::{ObjectKey, Store, StoreErrorKind};
+use highwater_store::{ObjectKey, ObjectKind, Store, StoreErrorKind};
 
-use crate::config::{CONFIG_LEN_MAX, Config};
+use crate::config::{CONFIG_LEN_MAX, Config, is_ours};
 use crate::error::{Flaw, RepoError, RepoErrorKind};
 use crate::fetch::{Sink, fetch};
 use crate::hash::IdKeys;
@@ -251,10 +251,34 @@ impl std::fmt::Debug for Repository {
 
 fn read_config(store: &dyn Store) -> Result<Option<(Config, Vec<u8>)>, RepoError> {
     match store.get(&ObjectKey::config(), CONFIG_LEN_MAX) {
-        Ok(bytes) => Ok(Some((Config::decode(&bytes)?, bytes))),
+        Ok(bytes) => match Config::decode(&bytes) {
+            Ok(config) => Ok(Some((config, bytes))),
+            Err(error) if error.kind() == RepoErrorKind::Damaged && is_foreign(store, &bytes)? => {
+                let what = "find a repository of Highwater";
+                let error = RepoError::new(RepoErrorKind::NoRepository, what);
+                Err(error.because("there is a `config`, but of another program"))
+            }
+            Err(error) => Err(error),
+        },
         Err(error) if error.kind() == StoreErrorKind::NotFound => Ok(None),
         Err(error) => Err(RepoError::store("read the repository's `config`", error)),
     }
+}
+
+/// Returns whether a `config` that cannot be read is another program's: it has
+/// none of our words, and nothing of ours lies beside it.
+fn is_foreign(store: &dyn Store, config: &[u8]) -> Result<bool, RepoError> {
+    if is_ours(config) {
+        return Ok(false);
+    }
+    for kind in [ObjectKind::Point, ObjectKind::Pack] {
+        let listed = store.list(kind, "");
+        let listed = listed.map_err(|error| RepoError::store("list the repository", error))?;
+        if !listed.is_empty() {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 pub(crate) fn need_config(store: &dyn Store) -> Result<(Config, Vec<u8>), RepoError> {

@@ -125,7 +125,7 @@ fn a_seeded_workload_leaves_the_disk_its_model_says() {
         .disk(
             DiskSpec::qcow2("vdb", 16 * MIB)
                 .extended_l2()
-                .cluster(128 << 10),
+                .cluster(64 << 10),
         )
         .disk(DiskSpec::qcow2("vdc", 16 * MIB).data_file())
         .start()

@@ -42,7 +42,7 @@ fn an_unknown_vm_or_disk_and_a_vm_that_is_off_are_named() -> Result<()> {
         &[
             "error: cannot back up VM `web02`: it is off",
             "state: no restore point was added; earlier ones are untouched",
-            "hint: only running or paused VMs can be backed up",
+            "hint: only running or paused VMs can be backed up: `virsh start web02`",
         ],
     )?;
     scene.unharmed()

@@ -113,6 +113,7 @@ fn talk(lie: Lie, mut client: UnixStream, real: &UnixStream) {
         drop(to_real.shutdown(Shutdown::Both));
     });
     let (mut said, mut buffer, mut from) = (0, vec![0; 64 << 10], real);
+    let mut teller = SizeTeller::default();
     while let Ok(len @ 1..) = from.read(&mut buffer) {
         let mut bytes = buffer[..len].to_vec();
         let kept = |after: usize| after.saturating_sub(said).min(len);
@@ -122,7 +123,7 @@ fn talk(lie: Lie, mut client: UnixStream, real: &UnixStream) {
             Lie::GarbageAfter(after) => bytes[kept(after)..]
                 .iter_mut()
                 .for_each(|byte| *byte = !*byte),
-            Lie::Size(size) => tell_size(&mut bytes, size),
+            Lie::Size(size) => teller.tell(&mut bytes, size),
         }
         let is_over = bytes.len() < len;
         said += len;
@@ -133,18 +134,33 @@ fn talk(lie: Lie, mut client: UnixStream, real: &UnixStream) {
     drop(client.shutdown(Shutdown::Both));
 }
 
-/// Rewrites NBD_INFO_EXPORT in the reply to NBD_OPT_GO.
-fn tell_size(bytes: &mut [u8], size: u64) {
-    let reply = [
-        &0x0003_e889_0455_65a9_u64.to_be_bytes()[..],
-        &7_u32.to_be_bytes(),
-        &3_u32.to_be_bytes(),
-        &12_u32.to_be_bytes(),
-        &0_u16.to_be_bytes(),
-    ]
-    .concat();
-    if let Some(at) = bytes.windows(reply.len()).position(|part| part == reply) {
-        bytes[at + reply.len()..][..8].copy_from_slice(&size.to_be_bytes());
+/// Rewrites the size in NBD_INFO_EXPORT, the reply to NBD_OPT_GO, however the
+/// stream is cut into pieces.
+#[derive(Default)]
+struct SizeTeller {
+    seen: Vec<u8>,
+    told: usize,
+}
+
+impl SizeTeller {
+    fn tell(&mut self, bytes: &mut [u8], size: u64) {
+        let reply = [
+            &0x0003_e889_0455_65a9_u64.to_be_bytes()[..],
+            &7_u32.to_be_bytes(),
+            &3_u32.to_be_bytes(),
+            &12_u32.to_be_bytes(),
+            &0_u16.to_be_bytes(),
+        ]
+        .concat();
+        let size = size.to_be_bytes();
+        for byte in bytes {
+            if !self.seen.ends_with(&reply) {
+                self.seen.push(*byte);
+            } else if let Some(wrong) = size.get(self.told) {
+                *byte = *wrong;
+                self.told += 1;
+            }
+        }
     }
 }
 
