@@ -9,6 +9,7 @@ use std::io::{Read as _, Write as _};
 use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
@@ -42,6 +43,8 @@ enum Lie {
     SilentAfter(usize),
     /// Tells another size than QEMU, in the handshake.
     Size(u64),
+    /// No lie: passes everything on, each piece so much later.
+    Late(Duration),
 }
 
 /// The driver, but the export of one disk is the liar's.
@@ -124,6 +127,7 @@ fn talk(lie: Lie, mut client: UnixStream, real: &UnixStream) {
                 .iter_mut()
                 .for_each(|byte| *byte = !*byte),
             Lie::Size(size) => teller.tell(&mut bytes, size),
+            Lie::Late(by) => std::thread::sleep(by),
         }
         let is_over = bytes.len() < len;
         said += len;
@@ -294,6 +298,21 @@ fn a_peer_that_lies_about_the_size_costs_its_own_disk_only() -> Result<()> {
         check(&bed, &vm, Lie::Size(size))?;
     }
     the_next_is_right(&bed, &vm)
+}
+
+/// A server that is far is read over more connections, which begin in mid-run.
+#[test]
+fn a_peer_that_is_far_away_is_read_right() -> Result<()> {
+    let (bed, vm) = two_disks()?;
+    let report = back_up(&bed, Lie::Late(Duration::from_millis(15)))?;
+    ensure!(report.status == Status::Ok, "{report:?}");
+    bed.assert_tidy(&vm, 1)?;
+    let dir = bed.restore("web01", "whole", &["--format", "raw"])?;
+    for target in ["vda", VICTIM] {
+        let raw = reference(&bed, &vm, target, &format!("{target}.ref"))?;
+        assert_same(&raw, &dir.join(format!("{target}.raw")))?;
+    }
+    Ok(())
 }
 
 #[test]
