@@ -222,6 +222,37 @@ fn a_reader_whose_index_files_are_merged_away_meanwhile_reads_on() {
 }
 
 #[test]
+fn a_writer_whose_index_file_is_merged_away_at_once_commits_its_point() {
+    let before = many_files();
+    let mut merged_own = 0;
+    for at in 0..60 {
+        let memory = before.fork();
+        let other = memory.clone();
+        let store = Hooked::new(&memory, at, move || {
+            open(&other).merge_index().unwrap();
+        });
+        let repo = Repository::open(store, None).unwrap();
+        save(&repo, "a", SAVES, &bytes_of(SAVES)).unwrap_or_else(|error| panic!("{at}: {error:?}"));
+        // Merged before it was written, or with it, or never.
+        merged_own += usize::from(index_files(&memory).len() == 1);
+        check_all(&memory, SAVES + 1, &format!("merged at call {at}"));
+    }
+    assert!(merged_own > 0, "the writer's own file was never merged");
+}
+
+#[test]
+fn a_repository_that_has_gone_is_not_called_damaged() {
+    let store = many_files();
+    let repo = open(&store);
+    let points = repo.points().unwrap().points;
+    for key in store.keys() {
+        store.delete(&key).unwrap();
+    }
+    let error = read(&repo, &points[0].disks[0].image).unwrap_err();
+    assert_eq!(error.kind(), RepoErrorKind::Store, "{error:?}");
+}
+
+#[test]
 fn a_merge_keeps_every_copy_of_an_object() {
     // One object in two packs: whichever of them gets lost, the other must be found.
     for lost in 0..2 {

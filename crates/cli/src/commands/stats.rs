@@ -91,7 +91,8 @@ fn text(stats: &Stats) -> String {
     row(["  manifests", &format_size(storage.manifest_bytes), ""]);
     row(["  keys and others", &format_size(storage.other_bytes), ""]);
     if storage.unindexed_bytes > 0 {
-        let why = "left by runs that were cut off, or being written now";
+        let why =
+            "being written, left by runs cut off, or an index file is damaged (`highwater verify`)";
         row(["  in no index", &format_size(storage.unindexed_bytes), why]);
     }
     let mut text = output::table(&rows);

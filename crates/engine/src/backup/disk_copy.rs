@@ -199,8 +199,8 @@ fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, 
         .saturating_sub(connections);
     let (more_give, more_take) = bounded::<()>(more.max(1));
     let (issued, image) = std::thread::scope(|scope| {
-        let run = |items: &Receiver<Item>, results: &Sender<Hashed>, far: &dyn Fn()| {
-            if let Err(error) = read_items(disk, items, results, far) {
+        let run = |link, items: &Receiver<Item>, results: &Sender<Hashed>, far: &dyn Fn()| {
+            if let Err(error) = read_items(disk, link, items, results, far) {
                 disk.fail(error);
             }
         };
@@ -211,15 +211,20 @@ fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, 
                 // Full: they have been called.
                 while more_give.try_send(()).is_ok() {}
             };
-            scope.spawn(move || run(&items, &results, &call_others));
+            scope.spawn(move || run(None, &items, &results, &call_others));
         }
         for _ in 0..more {
             let (items, results) = (items_take.clone(), results_give.clone());
             let more_take = more_take.clone();
             scope.spawn(move || {
                 // An error: the others have done it all.
-                if more_take.recv().is_ok() {
-                    run(&items, &results, &|| {});
+                if more_take.recv().is_err() {
+                    return;
+                }
+                // Connected before it takes an item: where a slow server lets no
+                // more clients in, those that are in do its work.
+                if let Ok(link) = disk.connect(Vec::new()) {
+                    run(Some(link), &items, &results, &|| {});
                 }
             });
         }
@@ -400,13 +405,13 @@ fn map_window(
 /// server proves to be.
 fn read_items(
     disk: &Disk<'_>,
+    mut link: Option<Link>,
     items: &Receiver<Item>,
     results: &Sender<Hashed>,
     far: &dyn Fn(),
 ) -> Result<(), CopyError> {
-    // Connected at the first item: QEMU drops a client that idles in the
+    // Without a link it is made at the first item: QEMU drops a client that idles in the
     // handshake, and an empty increment needs no second connection.
-    let mut link: Option<Link> = None;
     let mut waiting: BTreeMap<u64, ByteRange> = BTreeMap::new();
     let mut waiting_bytes = 0_u64;
     let mut under_way = UnderWay::new(&disk.shared.pool);
@@ -433,7 +438,10 @@ fn read_items(
                 if let Some(limiter) = &disk.shared.limiter {
                     limiter.take(item.range.len(), &|| disk.stopped());
                 }
-                first_asked.get_or_insert_with(Instant::now);
+                // Who is held up by a limit cannot tell how far the server is.
+                if disk.shared.limiter.is_none() {
+                    first_asked.get_or_insert_with(Instant::now);
+                }
                 link.0
                     .submit_read(item.seq, item.range, buffer)
                     .map_err(|source| read_error(disk, item.range, source))?;

@@ -104,6 +104,11 @@ impl IndexSet {
         match file.load(self.store.as_ref()) {
             Ok(()) => {}
             Err(LoadError::Damaged(flaw)) => return Err(RepoError::damaged(what, flaw)),
+            // Another process has merged it already: its rows are in that file.
+            Err(LoadError::Store(error)) if error.kind() == StoreErrorKind::NotFound => {
+                self.need_repository()?;
+                return self.refresh().map(drop);
+            }
             Err(LoadError::Store(error)) => return Err(RepoError::needed(what, error)),
         }
         self.exchange(&[], Some(file));
@@ -152,12 +157,21 @@ impl IndexSet {
             if gone.is_empty() || places.len() >= max {
                 return Ok(places);
             }
+            self.need_repository()?;
             // Merged into another file, which must be listed by now.
             self.exchange(&gone, None);
             self.refresh()?;
         }
         let error = RepoError::new(RepoErrorKind::Store, READ_INDEX);
         Err(error.because("its files change without end"))
+    }
+
+    /// Fails if the repository as a whole is gone, unmounted perhaps: nothing
+    /// in it is damaged then.
+    fn need_repository(&self) -> Result<(), RepoError> {
+        let there = self.store.size(&ObjectKey::config());
+        there.map_err(|error| RepoError::store(READ_INDEX, error))?;
+        Ok(())
     }
 
     /// Searches the files that are known; returns those that are gone.
@@ -270,7 +284,7 @@ impl IndexSet {
     }
 
     /// Shows the rows of at most about `blocks_max` blocks, evenly spread over
-    /// all files. Returns whether those are all rows.
+    /// all files that can be read. Returns whether those are all rows.
     pub(crate) fn sample(
         &self,
         blocks_max: u64,
@@ -279,8 +293,10 @@ impl IndexSet {
         let store = self.store.as_ref();
         let files = self.files();
         let mut usable = Vec::new();
+        let mut is_all = true;
         for file in files.iter() {
             let blocks = self.usable(file, file.blocks(store))?;
+            is_all &= blocks.is_some();
             usable.extend(blocks.map(|blocks| (file, blocks)));
         }
         let all = usable.iter().map(|(_, blocks)| *blocks);
@@ -295,6 +311,7 @@ impl IndexSet {
                     continue;
                 }
                 let Some(rows) = self.usable(file, file.rows(store, block))? else {
+                    is_all = false;
                     continue;
                 };
                 let Some(packs) = self.usable(file, file.packs(store))? else {
@@ -308,7 +325,7 @@ impl IndexSet {
                 }
             }
         }
-        Ok(step == 1)
+        Ok(is_all && step == 1)
     }
 
     /// Takes what was read of a file, or `None` where it is damaged or has been

@@ -132,7 +132,7 @@ impl Job<'_> {
             let read = self.read(id, *len);
             let mut outcome = self.outcome.lock().unwrap_or_else(PoisonError::into_inner);
             match read {
-                Ok(Some(read)) => {
+                Ok(read) => {
                     outcome.packs = outcome.packs.saturating_add(1);
                     outcome.bytes = outcome.bytes.saturating_add(read.bytes);
                     outcome.records = outcome.records.saturating_add(read.records);
@@ -141,7 +141,6 @@ impl Job<'_> {
                     }
                 }
                 // Deleted since it was listed.
-                Ok(None) => {}
                 Err(error) => {
                     outcome.failure.get_or_insert(error);
                     self.stop.store(true, Ordering::Relaxed);
@@ -150,7 +149,7 @@ impl Job<'_> {
         }
     }
 
-    fn read(&self, id: &[u8; 32], len: u64) -> Result<Option<Read>, VerifyError> {
+    fn read(&self, id: &[u8; 32], len: u64) -> Result<Read, VerifyError> {
         let mut pack = PackStream::new(self, id, len);
         let (key, store) = (pack_key(id), self.verification.store);
         let mut hasher = blake3::Hasher::new();
@@ -163,13 +162,14 @@ impl Job<'_> {
             let into = pack.buffer.get_mut(kept..).unwrap_or_default();
             match store.get_range(&key, pack.next, into) {
                 Ok(()) => {}
-                Err(error) if error.kind() == StoreErrorKind::NotFound => return Ok(None),
+                // One that has gone since it was listed is an error, too: the
+                // whole repository may have been unmounted.
                 Err(error) => {
                     let Some(flaw) = flaw_of(&error) else {
                         return Err(RepoError::store(format!("read `{key}`"), error).into());
                     };
                     read.flaw = Some(flaw);
-                    return Ok(Some(read));
+                    return Ok(read);
                 }
             }
             hasher.update(into);
@@ -197,7 +197,7 @@ impl Job<'_> {
                 }
             }
         }
-        Ok(Some(read))
+        Ok(read)
     }
 
     /// Returns how many rows of an index file show something that does not lie

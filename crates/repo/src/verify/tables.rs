@@ -1,9 +1,9 @@
 //! Index files and the packs they show: is each file what was written, and is
 //! each pack there with its length?
 
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 
-use highwater_store::{Listed, ObjectKind, StoreErrorKind};
+use highwater_store::{Listed, ObjectKey, ObjectKind, StoreErrorKind};
 
 use crate::error::RepoError;
 use crate::index::{IndexPack, pack_key};
@@ -79,7 +79,9 @@ impl Verification<'_> {
             .fold(0, |sum: u64, it| sum.saturating_add(it.len));
         let mut superseded: HashSet<String> = HashSet::new();
         let mut tables = Tables::default();
-        for file in listed {
+        let mut seen: HashSet<ObjectKey> = listed.iter().map(|file| file.key.clone()).collect();
+        let mut waiting = VecDeque::from(listed);
+        while let Some(file) = waiting.pop_front() {
             self.tell(VerifyPhase::Index, self.checked.index_bytes, total)?;
             let mut sums: Vec<(u64, u128)> = Vec::new();
             let scanned = index_scan::scan(self.store, &file, &mut |number, _, row| {
@@ -94,7 +96,15 @@ impl Verification<'_> {
             let scanned = match scanned {
                 Ok(scanned) => scanned,
                 // Merged into another one and deleted since it was listed.
-                Err(error) if error.kind() == StoreErrorKind::NotFound => continue,
+                Err(error) if error.kind() == StoreErrorKind::NotFound => {
+                    let config = self.store.size(&ObjectKey::config());
+                    config.map_err(|error| RepoError::store(what, error))?;
+                    let listed = self.store.list(ObjectKind::Index, "");
+                    let listed = listed.map_err(|error| RepoError::store(what, error))?;
+                    let new = listed.into_iter().filter(|it| seen.insert(it.key.clone()));
+                    waiting.extend(new);
+                    continue;
+                }
                 Err(error) => return Err(RepoError::store(what, error).into()),
             };
             self.checked.index_files = self.checked.index_files.saturating_add(1);
