@@ -20,7 +20,7 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use highwater_hypervisor::{ErrorKind, Export, HypervisorError};
 use highwater_model::{ByteRange, ObjectId};
 use highwater_nbd::{Canceller, NbdError};
-use highwater_repo::{ImageRoot, RepoError, Writer};
+use highwater_repo::{ImageRoot, RepoError, RepoErrorKind, Writer};
 
 use super::disk_copy::run_disk;
 use super::pool::Pool;
@@ -362,12 +362,24 @@ pub(super) fn copy_disks(
             source: Box::new(source),
         });
     }
+    // A disk may be the first to learn that a pack could not be stored, and that
+    // is no fault of the disk. Damage in its parent's tree is its own trouble.
+    let is_of_all = |copied: &DiskCopied| {
+        matches!(&copied.result, Err(CopyError::Store { source })
+            if source.kind() != RepoErrorKind::Damaged)
+    };
+    let mut results: Vec<DiskCopied> = results.into_iter().flatten().collect();
+    if let Some(at) = results.iter().position(is_of_all)
+        && let Err(error) = results.swap_remove(at).result
+    {
+        return Err(error);
+    }
     // The guard may have noticed a lost session in the same moment in which
     // the last byte arrived; then the bytes are good.
     if let Some(why) = why_stopped {
         return Err(why);
     }
-    Ok(results.into_iter().flatten().collect())
+    Ok(results)
 }
 
 fn reason_to_stop(watch: &CopyWatch<'_>) -> Option<CopyError> {
