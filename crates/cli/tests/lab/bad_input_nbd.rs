@@ -45,6 +45,8 @@ enum Lie {
     Size(u64),
     /// No lie: passes everything on, each piece so much later.
     Late(Duration),
+    /// The same, and hangs up on all clients after so many.
+    LateAndFull(Duration, usize),
 }
 
 /// The driver, but the export of one disk is the liar's.
@@ -101,7 +103,11 @@ fn listen(lie: Lie, socket: &Path, real: PathBuf) {
     drop(fs::remove_file(socket));
     let listener = UnixListener::bind(socket).unwrap();
     std::thread::spawn(move || {
-        for client in listener.incoming() {
+        for (number, client) in listener.incoming().enumerate() {
+            if matches!(lie, Lie::LateAndFull(_, clients) if number >= clients) {
+                drop(client);
+                continue;
+            }
             let (client, real) = (client.unwrap(), UnixStream::connect(&real).unwrap());
             std::thread::spawn(move || talk(lie, client, &real));
         }
@@ -127,7 +133,7 @@ fn talk(lie: Lie, mut client: UnixStream, real: &UnixStream) {
                 .iter_mut()
                 .for_each(|byte| *byte = !*byte),
             Lie::Size(size) => teller.tell(&mut bytes, size),
-            Lie::Late(by) => std::thread::sleep(by),
+            Lie::Late(by) | Lie::LateAndFull(by, _) => std::thread::sleep(by),
         }
         let is_over = bytes.len() < len;
         said += len;
@@ -255,17 +261,23 @@ fn check(bed: &Bed, vm: &Vm, lie: Lie) -> Result<()> {
     Ok(())
 }
 
+/// Both disks of the latest point are what the guest wrote.
+fn latest_is_right(bed: &Bed, vm: &Vm) -> Result<()> {
+    let dir = bed.restore("web01", "whole", &["--format", "raw"])?;
+    for target in ["vda", VICTIM] {
+        let raw = reference(bed, vm, target, &format!("{target}.ref"))?;
+        assert_same(&raw, &dir.join(format!("{target}.raw")))?;
+    }
+    Ok(())
+}
+
 fn the_next_is_right(bed: &Bed, vm: &Vm) -> Result<()> {
     let report = bed.backup(vm, &[])?;
     for target in ["vda", VICTIM] {
         ensure!(mode(&report, target) == "incremental", "{report}");
     }
     ensure!(disk(&report, VICTIM)["dirty_bytes"] == 12 * MIB, "{report}");
-    let dir = bed.restore("web01", "whole", &["--format", "raw"])?;
-    for target in ["vda", VICTIM] {
-        let raw = reference(bed, vm, target, &format!("{target}.ref"))?;
-        assert_same(&raw, &dir.join(format!("{target}.raw")))?;
-    }
+    latest_is_right(bed, vm)?;
     bed.assert_tidy(vm, 1)
 }
 
@@ -300,19 +312,27 @@ fn a_peer_that_lies_about_the_size_costs_its_own_disk_only() -> Result<()> {
     the_next_is_right(&bed, &vm)
 }
 
+/// The disk behind this peer is in the point, and right.
+fn check_right(bed: &Bed, vm: &Vm, lie: Lie) -> Result<()> {
+    let report = back_up(bed, lie)?;
+    ensure!(report.status == Status::Ok, "{report:?}");
+    bed.assert_tidy(vm, 1)?;
+    latest_is_right(bed, vm)
+}
+
 /// A server that is far is read over more connections, which begin in mid-run.
 #[test]
 fn a_peer_that_is_far_away_is_read_right() -> Result<()> {
     let (bed, vm) = two_disks()?;
-    let report = back_up(&bed, Lie::Late(Duration::from_millis(15)))?;
-    ensure!(report.status == Status::Ok, "{report:?}");
-    bed.assert_tidy(&vm, 1)?;
-    let dir = bed.restore("web01", "whole", &["--format", "raw"])?;
-    for target in ["vda", VICTIM] {
-        let raw = reference(&bed, &vm, target, &format!("{target}.ref"))?;
-        assert_same(&raw, &dir.join(format!("{target}.raw")))?;
-    }
-    Ok(())
+    check_right(&bed, &vm, Lie::Late(Duration::from_millis(15)))
+}
+
+/// Two connections for maps and two to read are what a near server gets; where
+/// no more are let in, these do the work.
+#[test]
+fn a_peer_far_away_that_lets_few_clients_in_is_read_right() -> Result<()> {
+    let (bed, vm) = two_disks()?;
+    check_right(&bed, &vm, Lie::LateAndFull(Duration::from_millis(15), 4))
 }
 
 #[test]
