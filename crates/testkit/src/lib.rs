@@ -25,6 +25,7 @@
 
 mod cache;
 mod command;
+mod corpus;
 mod disk;
 pub mod guest;
 mod images;
@@ -35,6 +36,7 @@ pub mod workload;
 mod xml;
 
 pub use command::{Tool, tool};
+pub use corpus::replay;
 pub use disk::{DiskSpec, ErrorPolicy};
 pub use guest::{Guest, NumberedWriter, Numbering};
 pub use images::{compare_images, raw_hash};
