@@ -11,4 +11,4 @@ pub(crate) use format::{
     BLOCK_LEN, HEADER_LEN, Header, IndexPack, IndexRow, encode, prefix_of, prove_block, rows_in,
     rows_in_block,
 };
-pub(crate) use set::{IndexSet, Place};
+pub(crate) use set::{IndexSet, Place, need_repository};

@@ -37,6 +37,14 @@ pub(crate) struct DamagedFile {
     pub(crate) flaw: Flaw,
 }
 
+/// Fails if the repository as a whole is gone, unmounted perhaps: nothing in it
+/// is damaged then. To be asked where an index file is gone.
+pub(crate) fn need_repository(store: &dyn Store) -> Result<(), RepoError> {
+    let there = store.size(&ObjectKey::config());
+    there.map_err(|error| RepoError::store(READ_INDEX, error))?;
+    Ok(())
+}
+
 /// Searches all index files.
 ///
 /// In memory are only the tables of those that were searched: 1.35 bytes per
@@ -106,7 +114,7 @@ impl IndexSet {
             Err(LoadError::Damaged(flaw)) => return Err(RepoError::damaged(what, flaw)),
             // Another process has merged it already: its rows are in that file.
             Err(LoadError::Store(error)) if error.kind() == StoreErrorKind::NotFound => {
-                self.need_repository()?;
+                need_repository(self.store.as_ref())?;
                 return self.refresh().map(drop);
             }
             Err(LoadError::Store(error)) => return Err(RepoError::needed(what, error)),
@@ -157,21 +165,13 @@ impl IndexSet {
             if gone.is_empty() || places.len() >= max {
                 return Ok(places);
             }
-            self.need_repository()?;
+            need_repository(self.store.as_ref())?;
             // Merged into another file, which must be listed by now.
             self.exchange(&gone, None);
             self.refresh()?;
         }
         let error = RepoError::new(RepoErrorKind::Store, READ_INDEX);
         Err(error.because("its files change without end"))
-    }
-
-    /// Fails if the repository as a whole is gone, unmounted perhaps: nothing
-    /// in it is damaged then.
-    fn need_repository(&self) -> Result<(), RepoError> {
-        let there = self.store.size(&ObjectKey::config());
-        there.map_err(|error| RepoError::store(READ_INDEX, error))?;
-        Ok(())
     }
 
     /// Searches the files that are known; returns those that are gone.

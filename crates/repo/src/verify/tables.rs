@@ -6,7 +6,7 @@ use std::collections::{HashSet, VecDeque};
 use highwater_store::{Listed, ObjectKey, ObjectKind, StoreErrorKind};
 
 use crate::error::RepoError;
-use crate::index::{IndexPack, pack_key};
+use crate::index::{IndexPack, need_repository, pack_key};
 use crate::pack::RecordPlace;
 use crate::verify::Verification;
 use crate::verify::findings::FindingNo;
@@ -97,8 +97,7 @@ impl Verification<'_> {
                 Ok(scanned) => scanned,
                 // Merged into another one and deleted since it was listed.
                 Err(error) if error.kind() == StoreErrorKind::NotFound => {
-                    let config = self.store.size(&ObjectKey::config());
-                    config.map_err(|error| RepoError::store(what, error))?;
+                    need_repository(self.store)?;
                     let listed = self.store.list(ObjectKind::Index, "");
                     let listed = listed.map_err(|error| RepoError::store(what, error))?;
                     let new = listed.into_iter().filter(|it| seen.insert(it.key.clone()));
