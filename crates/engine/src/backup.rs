@@ -16,6 +16,7 @@ mod disk_copy;
 mod error;
 mod estimate;
 mod files;
+#[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod observe;
 mod pool;
