@@ -19,6 +19,7 @@ mod disks;
 mod golden;
 mod healing;
 mod interruption;
+mod late;
 mod levels;
 mod matrix;
 mod matrix_changes;
