@@ -20,6 +20,7 @@ mod golden;
 mod healing;
 mod interruption;
 mod levels;
+mod losses;
 mod matrix;
 mod matrix_changes;
 mod matrix_history;
