@@ -21,6 +21,7 @@ mod healing;
 mod interruption;
 mod late;
 mod levels;
+mod losses;
 mod matrix;
 mod matrix_changes;
 mod matrix_history;
