@@ -7,6 +7,7 @@
 
 mod disk;
 mod marks;
+mod rows;
 mod vm;
 mod why;
 
@@ -15,5 +16,6 @@ pub use disk::{
     Place, Record, RootView, plan_disk,
 };
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
+pub use rows::{ROWS, Row};
 pub use vm::{JobView, VmGate, VmState, gate};
 pub use why::{Refusal, Why};
