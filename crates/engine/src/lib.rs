@@ -7,6 +7,7 @@ mod backup;
 mod cancel;
 mod events;
 #[doc(hidden)]
+#[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod guard;
 mod limiter;

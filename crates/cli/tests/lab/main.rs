@@ -32,6 +32,7 @@ mod saved;
 mod scale;
 mod scene;
 mod shells;
+mod steps;
 mod stress;
 mod support;
 mod verify;

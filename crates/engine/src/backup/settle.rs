@@ -2,7 +2,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{DiskFacts, MarkOrder, Redefinition, VmFacts};
+use highwater_hypervisor::{BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, VmFacts};
+use highwater_model::step::{Step, pass};
 use highwater_model::{MarkName, RepoId, SessionId};
 use highwater_plan::{BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks};
 use highwater_repo::{Manifest, MarkRecord};
@@ -56,7 +57,10 @@ impl Job<'_> {
         for mark in tidying.unfinished {
             changed = true;
             match self.remove_mark(&mark) {
-                Ok(()) => self.healed(format!("removed unfinished mark {mark}")),
+                Ok(()) => {
+                    pass(Step::MarkTidied);
+                    self.healed(format!("removed unfinished mark {mark}"));
+                }
                 Err(error) => self.warn(format!(
                     "cannot remove unfinished mark {mark}: {}",
                     one_line(&error)
@@ -67,7 +71,10 @@ impl Job<'_> {
             changed = true;
             let name = mark.name.clone();
             match self.context.guard.mark(self.vm, &MarkOrder::Redefine(mark)) {
-                Ok(()) => self.healed(format!("told the hypervisor again about mark {name}")),
+                Ok(()) => {
+                    pass(Step::MarkTidied);
+                    self.healed(format!("told the hypervisor again about mark {name}"));
+                }
                 // Not an error: the plan sees that the record is still missing
                 // and rescans.
                 Err(error) => self.warn(format!(
@@ -85,7 +92,7 @@ impl Job<'_> {
         let finished = self.context.guard.finish(outcome);
         let warnings = match finished {
             Ok(ended) => ended.warnings,
-            Err(error) => match self.settle_with_another_guard(session, outcome) {
+            Err(error) => match self.settle_with_another_guard(&session.order, outcome) {
                 Ok(warnings) => warnings,
                 Err(second) => vec![
                     format!("cannot end the session at the VM: {}", one_line(&error)),
@@ -99,17 +106,30 @@ impl Job<'_> {
         }
     }
 
+    /// Takes back a start call that failed because the guard died in it: job
+    /// and mark may be there. A guard that lives has taken it back itself.
+    pub(super) fn undo_begin(&mut self, order: &BeginOrder, error: &GuardError) {
+        if error.kind != ErrorKind::Unreachable {
+            return;
+        }
+        match self.settle_with_another_guard(order, Outcome::Failed) {
+            Ok(warnings) => warnings.into_iter().for_each(|warning| self.warn(warning)),
+            Err(error) => self.warn(format!(
+                "cannot look after what the start call left at the VM: {}; the next backup of \
+                 this VM repairs it",
+                one_line(&error)
+            )),
+        }
+    }
+
     fn settle_with_another_guard(
         &self,
-        session: &Begin,
+        order: &BeginOrder,
         outcome: Outcome,
     ) -> Result<Vec<String>, GuardError> {
         let guard: Guard = (self.context.restart_guard)()?;
         guard.lock(self.vm)?;
-        let ended = guard.end_leftover(self.vm, session.order.session)?;
-        if let (Outcome::Failed, Some(mark)) = (outcome, &session.order.new_mark) {
-            guard.mark(self.vm, &MarkOrder::Remove(mark.name.clone()))?;
-        }
+        let ended = guard.settle(order, outcome)?;
         Ok(ended.warnings)
     }
 
@@ -130,7 +150,9 @@ impl Job<'_> {
         };
         let parents = parents_after(&facts, history, manifest, planned);
         for mark in superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents) {
-            if let Err(error) = self.remove_mark(&mark) {
+            let removed = self.remove_mark(&mark);
+            pass(Step::MarkGivenUp);
+            if let Err(error) = removed {
                 self.warn(format!(
                     "cannot give up old mark {mark}: {}",
                     one_line(&error)
