@@ -8,6 +8,7 @@
 mod disk;
 mod marks;
 mod origin;
+mod rows;
 mod vm;
 mod why;
 
@@ -17,5 +18,6 @@ pub use disk::{
 };
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
 pub use origin::{Process, is_original};
+pub use rows::{ROWS, Row};
 pub use vm::{JobView, VmGate, VmState, gate};
 pub use why::{Refusal, Why};
