@@ -155,6 +155,13 @@ pub fn backup(
     ))
 }
 
+impl BackupOptions {
+    /// Where directories of dead sessions are looked for.
+    pub(crate) fn session_places(&self) -> [PathBuf; 2] {
+        [self.socket_dir.clone(), self.scratch_dir.clone()]
+    }
+}
+
 struct Job<'a> {
     context: &'a BackupContext<'a>,
     options: &'a BackupOptions,
@@ -181,6 +188,9 @@ impl Job<'_> {
         {
             self.end_leftover(session)?;
             pass(Step::LeftoverEnded);
+            facts = self.observe()?;
+        }
+        if self.sweep()? {
             facts = self.observe()?;
         }
         match gate(observe::vm_state(&facts), observe::job_view(&facts)) {

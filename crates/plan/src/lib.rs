@@ -5,19 +5,25 @@
 //! A missing or surprising fact never becomes a guess; it becomes a named
 //! reason, which is printed and stored in the manifest.
 
+mod diagnosis;
 mod disk;
 mod marks;
 mod origin;
+mod programs;
 mod rows;
 mod vm;
 mod why;
 
+pub use diagnosis::{
+    Finding, MarkOnDisk, MarkView, Problem, Remedy, Scene, Strange, Verdict, diagnose, judge_marks,
+};
 pub use disk::{
     BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
     Place, Record, RootView, plan_disk,
 };
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
 pub use origin::{Process, is_original};
+pub use programs::known_program;
 pub use rows::{ROWS, Row};
 pub use vm::{JobView, VmGate, VmState, gate};
 pub use why::{Refusal, Why};

@@ -201,3 +201,8 @@ fn a_guard_that_dies_at_any_step_loses_nothing() -> Result<()> {
 fn both_dying_at_any_step_of_the_mover_lose_nothing() -> Result<()> {
     dies_at_each(Process::Mover, Death::Both)
 }
+
+#[test]
+fn both_dying_at_any_step_of_the_guard_lose_nothing() -> Result<()> {
+    dies_at_each(Process::Guard, Death::Both)
+}

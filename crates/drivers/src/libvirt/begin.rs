@@ -76,7 +76,7 @@ impl LibvirtDriver {
             .as_deref()
             .and_then(host::qemu_process)
             .map(|found| found.user);
-        paths.create(qemu.as_ref())?;
+        paths.create(&order.vm, qemu.as_ref())?;
         pass(Step::DirectoriesMade);
         let begun = self.begin_prepared(order, state, &domain, &ordered, &paths, qemu.as_ref());
         begun.map_err(|error| self.undo(order, &domain, &paths, error))
@@ -123,6 +123,7 @@ impl LibvirtDriver {
                 &self.dialer,
                 order.quiesce,
                 &order.freeze_mountpoints,
+                &|| paths.note_freezing(),
             )? {
                 Outcome::Frozen(frozen) => Some(frozen),
                 Outcome::Not(because) => {
@@ -140,6 +141,7 @@ impl LibvirtDriver {
         pass(Step::Started);
         let (consistency, frozen_ms) =
             settle_freeze(frozen, started.is_ok(), state, &mut warnings)?;
+        paths.note_thawed();
         started.map_err(|error| explain(cannot_begin(&order.vm), &error))?;
         if order.quiesce == Quiesce::Require && consistency != Consistency::Filesystem {
             return Err(
