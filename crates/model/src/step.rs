@@ -63,6 +63,8 @@ steps! {
     DirectoriesMade Guard "directories-made"
     /// The scratch files are there.
     ScratchMade Guard "scratch-made"
+    /// The guest's file systems are frozen; passed where there is an agent.
+    Frozen Guard "frozen"
     /// The job runs and the new mark records; nobody has been told.
     Started Guard "started"
     /// The mover knows the exports.

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_model::step::{Process, Step};
-use highwater_testkit::{DiskSpec, KIB, MIB, Vm, tool};
+use highwater_testkit::{DiskSpec, KIB, MIB, Vm, guest, tool};
 use serde_json::Value;
 
 use crate::support::{Bed, assert_same, mode, point, reference};
@@ -180,7 +180,9 @@ fn wait(mut done: impl FnMut() -> Result<bool>) -> Result<()> {
 
 fn dies_at_each(process: Process, death: Death) -> Result<()> {
     let mut life = Life::start()?;
-    for step in Step::ALL.iter().filter(|step| step.process() == process) {
+    let steps = Step::ALL.iter().filter(|step| step.process() == process);
+    // It takes a guest of its own, see below.
+    for step in steps.filter(|step| **step != Step::Frozen) {
         let died = life.die(*step, death);
         died.with_context(|| format!("at step `{}`", step.word()))?;
     }
@@ -205,4 +207,47 @@ fn both_dying_at_any_step_of_the_mover_lose_nothing() -> Result<()> {
 #[test]
 fn both_dying_at_any_step_of_the_guard_lose_nothing() -> Result<()> {
     dies_at_each(Process::Guard, Death::Both)
+}
+
+/// Has somebody die while the guest is frozen.
+fn dies_frozen(death: Death) -> Result<()> {
+    let bed = Bed::start()?;
+    let files = bed.lab.path("files.raw");
+    guest::make_ext4(&files, 16 * MIB)?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::existing("vda", &files, "raw"))
+        .disk(DiskSpec::qcow2("vdb", 16 * MIB))
+        .guest()
+        .start()?;
+    let inside = vm.guest()?;
+    inside.wait_for_agent()?;
+    bed.backup(&vm, &[])?;
+    inside.run("echo one > /data/one; sync")?;
+    let life = Life { bed, vm, writes: 0 };
+    life.kill(Step::Frozen, death)?;
+    match death {
+        Death::One => {
+            life.wait_until_calm()?;
+            ensure!(!inside.is_frozen()?, "nobody thawed the guest");
+        }
+        Death::Both => ensure!(inside.is_frozen()?, "nobody was left to thaw it"),
+    }
+    let report = life.bed.backup(&life.vm, &[])?;
+    ensure!(!inside.is_frozen()?, "nobody thawed the guest: {report}");
+    ensure!(report["consistency"] == "filesystem", "{report}");
+    ensure!(mode(&report, "vdb") == "incremental", "{report}");
+    inside.run("echo two > /data/two; sync")?;
+    life.bed.assert_tidy(&life.vm, 1)
+}
+
+#[test]
+fn a_guest_that_a_dying_guard_left_frozen_is_thawed_at_once() -> Result<()> {
+    dies_frozen(Death::One)
+}
+
+#[test]
+fn a_guest_that_both_left_frozen_is_thawed_by_the_next_backup() -> Result<()> {
+    dies_frozen(Death::Both)
 }

@@ -125,7 +125,10 @@ impl LibvirtDriver {
                 &order.freeze_mountpoints,
                 &|| paths.note_freezing(),
             )? {
-                Outcome::Frozen(frozen) => Some(frozen),
+                Outcome::Frozen(frozen) => {
+                    pass(Step::Frozen);
+                    Some(frozen)
+                }
                 Outcome::Not(because) => {
                     warnings.extend(
                         because.map(|because| format!("the guest was not frozen: {because}")),
