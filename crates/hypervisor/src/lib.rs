@@ -20,6 +20,6 @@ pub use facts::{
     SkipReason, SkippedDisk, VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
 };
 pub use order::{
-    BeginOrder, Begun, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder, NewMark,
-    Quiesce, ReadMode, Redefinition,
+    BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder,
+    NewMark, Quiesce, ReadMode, Redefinition,
 };

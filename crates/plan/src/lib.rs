@@ -5,15 +5,25 @@
 //! A missing or surprising fact never becomes a guess; it becomes a named
 //! reason, which is printed and stored in the manifest.
 
+mod audit;
 mod disk;
+mod hot;
+mod identity;
 mod marks;
+mod partitions;
 mod vm;
 mod why;
 
-pub use disk::{
-    BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
-    Place, Record, RootView, plan_disk,
+pub use audit::{
+    AuditChoice, AuditDuty, AuditView, AuditWish, MOUNTED_BYTES, Strata, choose_audit,
 };
+pub use disk::{
+    BitmapView, Counted, DiskPlan, DiskView, History, Level, MarkSupport, ParentView, Place,
+    Record, RootView, WritesSince, plan_disk,
+};
+pub use hot::{DirtySample, HOT_MAX, HotChunk, next_hot};
+pub use identity::{Identity, ImageLink};
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
+pub use partitions::mounted_places;
 pub use vm::{JobView, VmGate, VmState, gate};
 pub use why::{Refusal, Why};

@@ -94,6 +94,7 @@ fn options(bed: &Bed) -> BackupOptions {
         compression: Compression::Zstd(1),
         tuning: Tuning::default(),
         threshold: None,
+        audit: None,
         tags: Vec::new(),
         group: None,
         host: "test".to_owned(),
