@@ -3,7 +3,7 @@
 use highwater_model::{MarkName, PointId};
 
 use crate::audit::AuditDuty;
-use crate::identity::{Identity, has_moved, identity_doubt, unseen};
+use crate::identity::{Difference, Identity, Place, difference, has_moved, unseen};
 use crate::why::{Refusal, Why};
 
 /// What the user asked for.
@@ -128,20 +128,6 @@ impl WritesSince {
     const fn prove_a_lie(self) -> bool {
         self.bytes > 0 && self.dirty_bytes == 0
     }
-}
-
-/// Where the topmost image of a disk is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place {
-    /// A file or device of this host: its inode number must be known.
-    Host,
-    /// Behind a server, which tells nothing that identifies it.
-    ///
-    /// What makes a mark safe there is where it lies: in the image, with the
-    /// data it speaks of, under a name that is used once. Whatever the server
-    /// gives out under the same address (another image, an older copy) has
-    /// either no such bitmap or one that was kept together with its data.
-    Network,
 }
 
 /// Whether a mark can live on a disk.
@@ -292,7 +278,7 @@ pub fn plan_disk(
 }
 
 /// Why an increment is not safe.
-pub(crate) enum Doubt {
+enum Doubt {
     /// There is no tracking to go on with: a new beginning for this disk.
     Untracked(Why),
     /// There was tracking, and it cannot be trusted.
@@ -322,13 +308,15 @@ fn why_no_marks(disk: &DiskView) -> Option<Why> {
 /// Identity comes before the bitmap: a perfect bitmap on another disk proves
 /// nothing about this one.
 fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
-    if let Some(why) = identity_doubt(&disk.identity, &parent.identity) {
-        return Some(why);
+    match difference(&disk.identity, &parent.identity) {
+        Some(Difference::Another(why)) => return Some(Doubt::Untracked(why)),
+        Some(Difference::Changed(why)) => return Some(Doubt::Tracked(why)),
+        None => {}
     }
     if disk.size_bytes < parent.size_bytes {
         return Some(Doubt::Untracked(Why::DiskShrank));
     }
-    if let Some(why) = why_no_marks(disk).or_else(|| unseen(disk)) {
+    if let Some(why) = why_no_marks(disk).or_else(|| unseen(&disk.identity, disk.place)) {
         return Some(Doubt::Tracked(why));
     }
     let tracked = |why| Some(Doubt::Tracked(why));

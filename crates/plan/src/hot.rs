@@ -6,6 +6,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::strata::mixed;
+
 /// Blocks that are remembered.
 pub const HOT_MAX: usize = 64;
 /// What a block gains by being dirty in an increment; the score of one that
@@ -84,7 +86,7 @@ impl DirtySample {
             self.sample.push(first);
             return;
         }
-        self.random = crate::audit::mixed(self.random ^ first);
+        self.random = mixed(self.random ^ first);
         let slot = usize::try_from(self.random % self.runs).unwrap_or(usize::MAX);
         if let Some(slot) = self.sample.get_mut(slot) {
             *slot = first;

@@ -2,7 +2,6 @@
 
 use highwater_model::DATA_FILE_FORMAT;
 
-use crate::disk::{DiskView, Doubt, Place};
 use crate::why::Why;
 
 /// What identifies a disk: its serial or device name, and its image chain.
@@ -30,12 +29,34 @@ pub struct ImageLink {
     pub stamp: Option<(u64, i64, i64)>,
 }
 
+/// Where the topmost image of a disk is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// A file or device of this host: its inode number must be known.
+    Host,
+    /// Behind a server, which tells nothing that identifies it.
+    ///
+    /// What makes a mark safe there is where it lies: in the image, with the
+    /// data it speaks of, under a name that is used once. Whatever the server
+    /// gives out under the same address (another image, an older copy) has
+    /// either no such bitmap or one that was kept together with its data.
+    Network,
+}
+
+/// How a disk differs from what it was.
+pub(crate) enum Difference {
+    /// It is another disk, or consists of other images.
+    Another(Why),
+    /// It is the same, and something was exchanged below it.
+    Changed(Why),
+}
+
 /// Returns what of the chain nobody can compare. Two unknowns are equal, and
 /// prove nothing.
-pub(crate) fn unseen(disk: &DiskView) -> Option<Why> {
-    let chain = &disk.identity.chain;
+pub(crate) fn unseen(identity: &Identity, place: Place) -> Option<Why> {
+    let chain = &identity.chain;
     let top_is_unseen = chain.first().is_none_or(|top| top.inode.is_none());
-    if disk.place == Place::Host && top_is_unseen {
+    if place == Place::Host && top_is_unseen {
         return Some(Why::ImageUnseen);
     }
     let (written, below) = chain.split_at(written_links(chain));
@@ -61,15 +82,15 @@ fn written_links(chain: &[ImageLink]) -> usize {
 }
 
 /// Returns what says that it is another disk, or holds something else.
-pub(crate) fn identity_doubt(now: &Identity, then: &Identity) -> Option<Doubt> {
+pub(crate) fn difference(now: &Identity, then: &Identity) -> Option<Difference> {
     let differs = |now: &Option<String>, then: &Option<String>| now != then;
     if differs(&now.serial, &then.serial) {
-        return Some(Doubt::Untracked(Why::DiskSwapped));
+        return Some(Difference::Another(Why::DiskSwapped));
     }
     // A device name is positional (`virtio-disk0`); it only speaks where no
     // serial number does.
     if now.serial.is_none() && differs(&now.device, &then.device) {
-        return Some(Doubt::Untracked(Why::DiskSwapped));
+        return Some(Difference::Another(Why::DiskSwapped));
     }
     let same_names = now.chain.len() == then.chain.len()
         && now
@@ -78,17 +99,17 @@ pub(crate) fn identity_doubt(now: &Identity, then: &Identity) -> Option<Doubt> {
             .zip(&then.chain)
             .all(|(now, then)| now.name == then.name && now.format == then.format);
     if !same_names {
-        return Some(Doubt::Untracked(Why::ChainChanged));
+        return Some(Difference::Another(Why::ChainChanged));
     }
     let written = written_links(&now.chain);
     for (depth, (now, then)) in now.chain.iter().zip(&then.chain).enumerate() {
         // A bitmap that does not lie beside its data goes on being right in its
         // own file while the other is exchanged: only the same file is believed.
         if written > 1 && depth < written && now.inode != then.inode {
-            return Some(Doubt::Tracked(Why::ImageReplaced));
+            return Some(Difference::Changed(Why::ImageReplaced));
         }
         if depth >= written && now.stamp != then.stamp {
-            return Some(Doubt::Tracked(Why::BackingChanged));
+            return Some(Difference::Changed(Why::BackingChanged));
         }
     }
     None

@@ -11,19 +11,19 @@ mod hot;
 mod identity;
 mod marks;
 mod partitions;
+mod strata;
 mod vm;
 mod why;
 
-pub use audit::{
-    AuditChoice, AuditDuty, AuditView, AuditWish, MOUNTED_BYTES, Strata, choose_audit,
-};
+pub use audit::{AuditChoice, AuditDuty, AuditView, AuditWish, MOUNTED_BYTES, choose_audit};
 pub use disk::{
-    BitmapView, Counted, DiskPlan, DiskView, History, Level, MarkSupport, ParentView, Place,
-    Record, RootView, WritesSince, plan_disk,
+    BitmapView, Counted, DiskPlan, DiskView, History, Level, MarkSupport, ParentView, Record,
+    RootView, WritesSince, plan_disk,
 };
 pub use hot::{DirtySample, HOT_MAX, HotChunk, next_hot};
-pub use identity::{Identity, ImageLink};
+pub use identity::{Identity, ImageLink, Place};
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
 pub use partitions::mounted_places;
+pub use strata::Strata;
 pub use vm::{JobView, VmGate, VmState, gate};
 pub use why::{Refusal, Why};

@@ -221,7 +221,8 @@ fn the_last_chunk_before_a_place_is_found_wherever_it_is() {
     let mut lane = writer.lane();
     let mut tree = writer.tree(None, size).unwrap();
     for place in places {
-        tree.set(place, lane.add(&[1; CHUNK]).unwrap().id).unwrap();
+        tree.set(place, lane.add(&vec![1; CHUNK]).unwrap().id)
+            .unwrap();
     }
     let root = tree.finish().unwrap();
     drop(lane);

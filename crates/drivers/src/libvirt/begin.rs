@@ -420,25 +420,13 @@ fn begun_disks(
         if !mark.disks.iter().any(|marked| marked == target) {
             return Ok(None);
         }
-        let name = mark.name.to_string();
         let disk = definition.disks.iter().find(|disk| disk.target == *target);
-        let bitmap = disk
-            .and_then(|disk| disk.chain.first()?.index)
-            .and_then(|index| blocks.libvirt_node(index))
-            .and_then(|node| blocks.nodes.get(node))
-            .and_then(|node| node.bitmaps.iter().find(|bitmap| bitmap.name == name));
-        let missing = |what: &str| {
+        let index = disk.and_then(|disk| disk.chain.first()?.index);
+        let found = blocks.new_bitmap(index, &mark.name.to_string());
+        found.map(Some).map_err(|what| {
             HypervisorError::new(ErrorKind::BadMark, cannot_begin(&order.vm))
                 .because(format!("the new bitmap of disk `{target}` {what}"))
-        };
-        match bitmap {
-            None => Err(missing("is not there")),
-            Some(bitmap) if !bitmap.recording || bitmap.inconsistent => {
-                Err(missing("does not record"))
-            }
-            Some(bitmap) if !bitmap.persistent => Err(missing("is not persistent")),
-            Some(bitmap) => Ok(Some(bitmap.granularity)),
-        }
+        })
     };
     order
         .disks

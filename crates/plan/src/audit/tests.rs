@@ -1,6 +1,7 @@
 //! What is chosen, in which order, and how likely it is to meet a lie.
 
 use super::*;
+use crate::strata::scaled;
 
 const CHUNK: u64 = 64 << 10;
 

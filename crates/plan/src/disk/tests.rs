@@ -3,7 +3,7 @@
 use highwater_model::{DATA_FILE_FORMAT, RepoId, Timestamp};
 
 use super::*;
-use crate::ImageLink;
+use crate::{ImageLink, Place};
 
 fn link(name: &str, inode: u64) -> ImageLink {
     ImageLink {
