@@ -10,6 +10,7 @@
 //! settle   end the job, give up old marks; trouble here is a warning
 //! ```
 
+mod audit;
 mod chunk_map;
 mod copy;
 mod disk_copy;
@@ -33,7 +34,7 @@ use highwater_hypervisor::{
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
-use highwater_plan::{DiskPlan, Level, VmGate, gate};
+use highwater_plan::{AuditDuty, AuditWish, DiskPlan, Level, VmGate, Why, gate};
 use highwater_repo::{Compression, Manifest, RepoErrorKind, Repository, VmIdentity, WriterOptions};
 
 use crate::guard::{Guard, GuardError, Outcome};
@@ -44,6 +45,7 @@ pub use error::BackupError;
 pub use estimate::{DiskEstimate, Estimate, estimate};
 pub use report::{DiskReport, Report, Status};
 
+use audit::AuditOrder;
 use copy::{CopyJob, CopyWatch, DiskCopied, ReadPlan, copy_disks};
 use observe::{History, PlannedDisk};
 
@@ -70,6 +72,8 @@ pub struct BackupOptions {
     pub tuning: Tuning,
     /// Make no point if less than this is dirty, bytes.
     pub threshold: Option<u64>,
+    /// How much of what a bitmap calls clean is read again; `None`: a few blocks.
+    pub audit: Option<AuditWish>,
     /// Tags to keep with the point.
     pub tags: Vec<String>,
     /// Group to keep with the point.
@@ -207,6 +211,7 @@ impl Job<'_> {
         self.check_wanted_disks(&facts)?;
         let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
         self.tell_plan(&facts, &planned)?;
+        self.warn_of_lies(&history, &planned);
         pass(Step::Planned);
         Ok((facts, history, planned))
     }
@@ -404,16 +409,26 @@ impl Job<'_> {
             self.warn(warning);
         }
         let files = files.map_err(store)?;
-        let jobs = copy_jobs(planned, session)?;
+        let jobs = copy_jobs(planned, session, self.options.audit)?;
         let watch = CopyWatch {
             cancel: self.context.cancel,
             lost: &|| self.context.guard.lost(),
             entrust: &|socket| self.context.guard.entrust(&socket),
             observer: self.context.observer,
         };
-        let copied = copy_disks(&writer, &jobs, &self.options.tuning, &watch)
-            .map_err(|source| BackupError::copy(vm, source))?;
+        let copied = copy_disks(
+            self.context.repo,
+            &writer,
+            &jobs,
+            &self.options.tuning,
+            &watch,
+        )
+        .map_err(|source| BackupError::copy(vm, source))?;
         pass(Step::Copied);
+        self.tell_audits(planned, &copied);
+        let (vm, store) = (&self.vm.name, |source| {
+            BackupError::repository(&self.vm.name, source)
+        });
         if copied.iter().all(|disk| disk.result.is_err()) {
             return Err(BackupError::AllDisksFailed {
                 vm: vm.clone(),
@@ -464,6 +479,42 @@ impl Job<'_> {
             .observer
             .event(&Event::Committed { point: self.point });
         Ok((manifest, copied))
+    }
+
+    /// Says of which disks the bitmap is known to lie before anything is read.
+    fn warn_of_lies(&mut self, history: &History, planned: &[PlannedDisk]) {
+        for disk in planned {
+            if disk.plan != DiskPlan::Rescan(Why::BitmapLied) {
+                continue;
+            }
+            let target = &disk.facts.target;
+            let how = if history.lied.contains(target) {
+                "an earlier backup found blocks that it calls clean and that were written to"
+            } else {
+                "the guest has written since the last backup, and it calls nothing dirty"
+            };
+            self.warn(format!("bitmap lied: disk {target}: {how}"));
+        }
+    }
+
+    /// Says what the audits found.
+    fn tell_audits(&mut self, planned: &[PlannedDisk], copied: &[DiskCopied]) {
+        for disk in planned {
+            let target = &disk.facts.target;
+            let done = copied.iter().find(|copied| copied.target == *target);
+            let Some(done) = done.and_then(|copied| copied.result.as_ref().ok()) else {
+                continue;
+            };
+            if let Some(rescan) = &done.audited.rescan {
+                self.warn(rescan.warning.clone());
+            } else if let Some(AuditDuty::Mandatory(_)) = disk.plan.audit() {
+                self.healed(format!(
+                    "believed the mark of disk {target}, whose image was moved or copied: {} blocks \
+                     that it calls clean are as they were stored",
+                    done.audited.blocks
+                ));
+            }
+        }
     }
 
     /// Keeps the index small. Last: the point exists and the VM is free.
@@ -517,7 +568,11 @@ fn read_mode(plan: &DiskPlan) -> ReadMode {
     }
 }
 
-fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, BackupError> {
+fn copy_jobs(
+    planned: &[PlannedDisk],
+    session: &Begin,
+    wish: Option<AuditWish>,
+) -> Result<Vec<CopyJob>, BackupError> {
     planned
         .iter()
         .map(|disk| {
@@ -532,8 +587,18 @@ fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, B
                 disk: target.clone(),
             })?;
             let read = match &disk.plan {
-                DiskPlan::Incremental { tail_from, .. }
-                | DiskPlan::Differential { tail_from, .. } => {
+                DiskPlan::Incremental {
+                    tail_from,
+                    since,
+                    audit,
+                    ..
+                }
+                | DiskPlan::Differential {
+                    tail_from,
+                    since,
+                    audit,
+                    ..
+                } => {
                     let context =
                         export
                             .dirty_context
@@ -545,6 +610,13 @@ fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, B
                     ReadPlan::Dirty {
                         context,
                         tail_from: *tail_from,
+                        audit: AuditOrder {
+                            mark: since.to_string(),
+                            hot: disk.hot.clone(),
+                            smallest_bytes: disk.smallest_bytes,
+                            duty: *audit,
+                            wish,
+                        },
                     }
                 }
                 DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => {

@@ -30,7 +30,7 @@ pub use restore::{
 
 pub use verify::{Subject, VerifyJob, verify};
 
-pub use highwater_plan::{Level, Refusal};
+pub use highwater_plan::{AuditWish, Level, Refusal};
 
 /// The repository, as far as whoever wires the jobs up needs it.
 pub mod repository {

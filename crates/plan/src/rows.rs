@@ -92,7 +92,8 @@ macro_rules! with_rows {
                 "the guest writes to another node than libvirt would export (a snapshot over QMP)"
                 => "refused until that is merged, or the VM was started anew from what it writes to";
             older_copy_moved_into_place:
-                "the image, or the raw data file of a qcow2, has another inode number" => "`rescan: image-replaced`";
+                "the image has another inode number; or the raw data file of a qcow2, or that qcow2, has"
+                => "as its bitmap says, and at most `incremental` with a mandatory audit; with a data file `rescan: image-replaced`";
             older_copy_written_into_place:
                 "the image file has the content of an older copy" => "`rescan: bitmap-missing`";
             older_copy_with_its_mark_in_place:

@@ -8,6 +8,7 @@
     reason = "a test may stop at the first surprise"
 )]
 
+mod audit;
 mod bad_input;
 mod bad_input_names;
 mod bad_input_nbd;

@@ -7,8 +7,8 @@ use super::view::{
     plan_untracked, refused, rescan,
 };
 use crate::{
-    BitmapView, DiskPlan, History, JobView, Level, MarkSupport, Place, Record, Refusal, RootView,
-    VmGate, VmState, Why, gate, plan_disk, superseded_marks, unfinished_marks,
+    AuditDuty, BitmapView, DiskPlan, History, JobView, Level, MarkSupport, Place, Record, Refusal,
+    RootView, VmGate, VmState, Why, gate, plan_disk, superseded_marks, unfinished_marks,
 };
 
 macro_rules! pure {
@@ -269,8 +269,14 @@ fn snapshot_behind_libvirt() {
 }
 
 fn older_copy_moved_into_place() {
-    let image = plan(|disk, _| disk.identity.chain[0].inode = Some((1, 8)));
-    assert_eq!(image, rescan(Why::ImageReplaced));
+    let image = plan(|disk, _| {
+        disk.identity.chain[0].inode = Some((1, 8));
+        disk.bitmap = BitmapView::Missing;
+    });
+    assert_eq!(image, rescan(Why::BitmapMissing));
+    let whole = plan(|disk, _| disk.identity.chain[0].inode = Some((1, 8)));
+    let must = Some(AuditDuty::Mandatory(Why::ImageReplaced));
+    assert_eq!(whole.audit(), must);
     let data = plan(|disk, parent| {
         let data = link("/a.data", highwater_model::DATA_FILE_FORMAT);
         parent.identity.chain.push(data.clone());
