@@ -237,6 +237,7 @@ fn of_doctor(error: &DoctorError) -> Advice {
     match error {
         DoctorError::Observe { source, .. } if source.kind == ErrorKind::NoSuchVm => {
             of_hypervisor(source)
+                .state(UNCHANGED)
                 .hint("see `virsh list --all` for its name, or choose another connection with -c")
         }
         DoctorError::Observe { source, .. } => of_hypervisor(source),

@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use highwater_engine::{Checkup, DiskEstimate, Finding, MarkReport, NextBackup, Verdict};
+use highwater_engine::{Checkup, DiskEstimate, Finding, MarkReport, NextBackup, Remedy, Verdict};
 use highwater_hypervisor::RunState;
 use highwater_model::format_size;
 
@@ -23,8 +23,16 @@ pub(super) fn report(seen: &Seen) -> String {
         .findings
         .iter()
         .partition(|finding| finding.needs_something());
-    for finding in urgent {
+    for finding in &urgent {
         tell(&mut text, "!", finding, checkup);
+    }
+    if urgent.iter().any(|finding| finding.remedy == Remedy::Fix) {
+        let vm = &checkup.vm.name;
+        line(
+            &mut text,
+            6,
+            &format!("do: highwater doctor {vm} --fix; the next backup does the same"),
+        );
     }
     for finding in notes {
         tell(&mut text, "-", finding, checkup);
@@ -65,7 +73,9 @@ fn headline(seen: &Seen) -> String {
 fn tell(text: &mut String, sign: &str, finding: &Finding, checkup: &Checkup) {
     let said = words::say(finding, checkup);
     line(text, 2, &format!("{sign} {}", said.what));
-    for (number, todo) in said.todo.iter().enumerate() {
+    // One line for all of them.
+    let todo = said.todo.iter().filter(|_| finding.remedy != Remedy::Fix);
+    for (number, todo) in todo.enumerate() {
         let label = if number == 0 { "do: " } else { "    " };
         line(text, 6, &format!("{label}{todo}"));
     }

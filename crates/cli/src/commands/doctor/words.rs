@@ -54,7 +54,7 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
     };
     let todo = match finding.remedy {
         Remedy::Hand | Remedy::Nothing => hand,
-        Remedy::Fix => vec![format!("highwater doctor {vm} --fix, or the next backup")],
+        Remedy::Fix => vec![format!("highwater doctor {vm} --fix")],
         Remedy::NextBackup if checkup.held_by.is_some() => {
             vec!["nothing: the running backup or the next one repairs it".to_owned()]
         }
