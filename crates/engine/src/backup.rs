@@ -20,6 +20,7 @@ mod files;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod observe;
+mod outlook;
 mod pool;
 mod record;
 mod report;
@@ -43,7 +44,9 @@ use crate::{Cancel, Event, Observer};
 pub use copy::{CopyError, Tuning};
 pub use error::BackupError;
 pub use estimate::{DiskEstimate, Estimate, estimate};
+pub(crate) use outlook::{Outlook, outlook, unreadable_point};
 pub use report::{DiskReport, Report, Status};
+pub(crate) use settle::words;
 
 use audit::AuditOrder;
 use copy::{CopyJob, CopyWatch, DiskCopied, ReadPlan, copy_disks};
@@ -220,11 +223,8 @@ impl Job<'_> {
         let is_wanted = |target: &str| observe::is_wanted(self.options, target);
         let history = History::load(self.context.repo, &self.identity(), facts, &is_wanted)
             .map_err(|source| BackupError::repository(&self.vm.name, source))?;
-        for (point, error) in &history.unreadable {
-            self.warn(format!(
-                "cannot use restore point {point}: {}",
-                report::chain(error).join(": ")
-            ));
+        for unreadable in &history.unreadable {
+            self.warn(unreadable_point(unreadable));
         }
         Ok(history)
     }

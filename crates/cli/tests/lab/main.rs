@@ -16,6 +16,8 @@ mod bad_input_places;
 mod bad_input_space;
 mod correctness;
 mod disks;
+mod doctor;
+mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
 mod healing;
