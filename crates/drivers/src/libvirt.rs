@@ -6,6 +6,8 @@
 //! check     does the job stand, does the guest run, is there room for scratch
 //! end       ours? -> abort -> gone -> resume what I/O errors stopped -> directories
 //! mark      remove: record and bitmaps;  redefine: record, validated
+//! survey    what else is there (jobs, exports, nodes), for people
+//! sweep     directories that sessions of this VM left, of which no job tells
 //! ```
 //!
 //! libvirt's library is loaded when a connection is opened (see [`sys`]), so a
@@ -26,12 +28,14 @@ mod error;
 pub mod fuzzing;
 mod host;
 mod jobs;
+mod leftovers;
 mod marks;
 mod observe;
 mod quiesce;
 mod record_xml;
 mod scratch;
 mod scratch_image;
+mod survey;
 mod sys;
 mod xml;
 

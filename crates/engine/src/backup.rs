@@ -17,6 +17,7 @@ mod disk_copy;
 mod error;
 mod estimate;
 mod files;
+#[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod observe;
 mod pool;
@@ -31,6 +32,7 @@ use std::time::Instant;
 use highwater_hypervisor::{
     Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef,
 };
+use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
 use highwater_plan::{AuditDuty, AuditWish, DiskPlan, Level, VmGate, Why, gate};
 use highwater_repo::{Compression, Manifest, RepoErrorKind, Repository, VmIdentity, WriterOptions};
@@ -117,6 +119,7 @@ pub fn backup(
         .guard
         .lock(&vm)
         .map_err(|source| BackupError::observe(&vm.name, source))?;
+    pass(Step::Locked);
 
     let mut job = Job {
         context,
@@ -142,8 +145,10 @@ pub fn backup(
             }
         };
     job.finish_session(&session, Outcome::Committed);
+    pass(Step::SessionEnded);
     job.give_up_superseded_marks(&history, &manifest, &planned);
     job.merge_index();
+    pass(Step::IndexMerged);
     Ok(report::report(
         &vm,
         &manifest,
@@ -152,6 +157,13 @@ pub fn backup(
         job.warnings,
         started.elapsed(),
     ))
+}
+
+impl BackupOptions {
+    /// Where directories of dead sessions are looked for.
+    pub(crate) fn session_places(&self) -> [PathBuf; 2] {
+        [self.socket_dir.clone(), self.scratch_dir.clone()]
+    }
 }
 
 struct Job<'a> {
@@ -174,10 +186,15 @@ impl Job<'_> {
     /// Observes, tidies and plans; nothing of this run is at the VM yet.
     fn prepare(&mut self) -> Result<(VmFacts, History, Vec<PlannedDisk>), BackupError> {
         let mut facts = self.observe()?;
+        pass(Step::Observed);
         if let VmGate::EndLeftoverFirst(session) =
             gate(observe::vm_state(&facts), observe::job_view(&facts))
         {
             self.end_leftover(session)?;
+            pass(Step::LeftoverEnded);
+            facts = self.observe()?;
+        }
+        if self.sweep()? {
             facts = self.observe()?;
         }
         match gate(observe::vm_state(&facts), observe::job_view(&facts)) {
@@ -195,6 +212,7 @@ impl Job<'_> {
         let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
         self.tell_plan(&facts, &planned)?;
         self.warn_of_lies(&history, &planned);
+        pass(Step::Planned);
         Ok((facts, history, planned))
     }
 
@@ -346,14 +364,17 @@ impl Job<'_> {
             scratch_dir: self.options.scratch_dir.join(session.to_string()),
         };
         self.context.observer.event(&Event::Beginning);
-        let begun = self
-            .context
-            .guard
-            .begin(&order)
-            .map_err(|source| BackupError::Begin {
-                vm: self.vm.name.clone(),
-                source,
-            })?;
+        let begun = match self.context.guard.begin(&order) {
+            Ok(begun) => begun,
+            Err(source) => {
+                self.undo_begin(&order, &source);
+                return Err(BackupError::Begin {
+                    vm: self.vm.name.clone(),
+                    source,
+                });
+            }
+        };
+        pass(Step::Begun);
         self.context.observer.event(&Event::Begun {
             consistency: begun.consistency,
             frozen_ms: begun.frozen_ms,
@@ -403,6 +424,7 @@ impl Job<'_> {
             &watch,
         )
         .map_err(|source| BackupError::copy(vm, source))?;
+        pass(Step::Copied);
         self.tell_audits(planned, &copied);
         let (vm, store) = (&self.vm.name, |source| {
             BackupError::repository(&self.vm.name, source)
@@ -430,6 +452,7 @@ impl Job<'_> {
                 vm: vm.clone(),
                 source,
             })?;
+        pass(Step::Committing);
         self.context.observer.event(&Event::Committing);
         let manifest = record::manifest(&record::Parts {
             job: self,
@@ -451,6 +474,7 @@ impl Job<'_> {
                 store(source)
             }
         })?;
+        pass(Step::Committed);
         self.context
             .observer
             .event(&Event::Committed { point: self.point });

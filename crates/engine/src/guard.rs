@@ -28,5 +28,5 @@ pub use client::{Guard, GuardError};
 pub(crate) use host::one_line;
 pub use host::{Connect, serve};
 pub(crate) use lifeline::end_connection;
-pub use lock::lock_path;
+pub use lock::{LockHolder, lock_path};
 pub use wire::Outcome;

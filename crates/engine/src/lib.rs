@@ -7,6 +7,7 @@ mod backup;
 mod cancel;
 mod events;
 #[doc(hidden)]
+#[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod guard;
 mod limiter;
@@ -20,7 +21,7 @@ pub use backup::{
 };
 pub use cancel::Cancel;
 pub use events::{DiskDone, DiskProgress, Event, Observer};
-pub use guard::{Connect, Guard, GuardError, Outcome, lock_path, serve};
+pub use guard::{Connect, Guard, GuardError, LockHolder, Outcome, lock_path, serve};
 pub use limiter::Limiter;
 pub use points::{PointError, PointRef, resolve, select_vm};
 pub use restore::{

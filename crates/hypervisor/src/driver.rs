@@ -1,9 +1,14 @@
 //! The contract of a driver.
 
+use std::path::PathBuf;
+
 use highwater_model::SessionId;
 use serde::{Deserialize, Serialize};
 
-use crate::{BeginOrder, Begun, Ended, MarkOrder, RunState, VmFacts, VmRef};
+use crate::{
+    BeginOrder, Begun, Ended, LeftDirectory, MarkOrder, RunState, Surroundings, Swept, VmFacts,
+    VmRef,
+};
 
 /// Talks to what runs the VMs.
 ///
@@ -46,6 +51,24 @@ pub trait Driver {
 
     /// Changes one mark. Removing one that is not there is no error.
     fn mark(&mut self, vm: &VmRef, order: &MarkOrder) -> Result<(), HypervisorError>;
+
+    /// Reports what lies around a VM, for people. Changes nothing.
+    fn survey(&mut self, vm: &VmRef) -> Result<Surroundings, HypervisorError>;
+
+    /// Returns the directories that sessions of this VM made, below `places`
+    /// or where their twin says, and that no running job of it uses. Changes
+    /// nothing.
+    fn leftovers(
+        &mut self,
+        vm: &VmRef,
+        places: &[PathBuf],
+    ) -> Result<Vec<LeftDirectory>, HypervisorError>;
+
+    /// Removes them, and lets a guest run again that such a session left
+    /// frozen or stopped. The caller holds the VM's lock, so whoever made them
+    /// is dead. Nothing of another VM, and nothing that a session did not make
+    /// itself, is touched.
+    fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError>;
 }
 
 /// What kind of trouble a driver met; callers branch on it.

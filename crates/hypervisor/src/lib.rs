@@ -12,6 +12,7 @@
 mod driver;
 mod facts;
 mod order;
+mod surroundings;
 
 pub use driver::{Driver, ErrorKind, HypervisorError};
 pub use facts::{
@@ -22,4 +23,7 @@ pub use facts::{
 pub use order::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder,
     NewMark, Quiesce, ReadMode, Redefinition,
+};
+pub use surroundings::{
+    ExportFacts, InnerJob, JobDetails, LeftDirectory, LooseNode, Surroundings, Swept,
 };

@@ -6,16 +6,23 @@
 //! reason, which is printed and stored in the manifest.
 
 mod audit;
+mod diagnosis;
 mod disk;
 mod hot;
 mod identity;
 mod marks;
+mod origin;
 mod partitions;
+mod programs;
+mod rows;
 mod strata;
 mod vm;
 mod why;
 
 pub use audit::{AuditChoice, AuditDuty, AuditView, AuditWish, MOUNTED_BYTES, choose_audit};
+pub use diagnosis::{
+    Finding, MarkOnDisk, MarkView, Problem, Remedy, Scene, Strange, Verdict, diagnose, judge_marks,
+};
 pub use disk::{
     BitmapView, Counted, DiskPlan, DiskView, History, Level, MarkSupport, ParentView, Record,
     RootView, WritesSince, plan_disk,
@@ -23,7 +30,10 @@ pub use disk::{
 pub use hot::{DirtySample, HOT_MAX, HotChunk, next_hot};
 pub use identity::{Identity, ImageLink, Place};
 pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
+pub use origin::{Process, is_original};
 pub use partitions::mounted_places;
+pub use programs::known_program;
+pub use rows::{ROWS, Row};
 pub use strata::Strata;
 pub use vm::{JobView, VmGate, VmState, gate};
 pub use why::{Refusal, Why};

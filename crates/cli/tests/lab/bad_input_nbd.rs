@@ -19,8 +19,8 @@ use highwater_engine::{
     backup, serve,
 };
 use highwater_hypervisor::{
-    BeginOrder, Begun, Driver, Ended, ErrorKind, ExportAddress, HypervisorError, MarkOrder,
-    Quiesce, RunState, VmFacts, VmRef,
+    BeginOrder, Begun, Driver, Ended, ErrorKind, ExportAddress, HypervisorError, LeftDirectory,
+    MarkOrder, Quiesce, RunState, Surroundings, Swept, VmFacts, VmRef,
 };
 use highwater_model::{SessionId, SystemClock};
 use highwater_testkit::{DiskSpec, Vm};
@@ -96,6 +96,22 @@ impl Driver for Lying {
 
     fn mark(&mut self, vm: &VmRef, order: &MarkOrder) -> Result<(), HypervisorError> {
         self.driver.mark(vm, order)
+    }
+
+    fn survey(&mut self, vm: &VmRef) -> Result<Surroundings, HypervisorError> {
+        self.driver.survey(vm)
+    }
+
+    fn leftovers(
+        &mut self,
+        vm: &VmRef,
+        places: &[PathBuf],
+    ) -> Result<Vec<LeftDirectory>, HypervisorError> {
+        self.driver.leftovers(vm, places)
+    }
+
+    fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
+        self.driver.sweep(vm, places)
     }
 }
 

@@ -6,6 +6,7 @@ use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
     HypervisorError, Quiesce, ReadMode, RunState, VmRef,
 };
+use highwater_model::step::{Step, pass};
 use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
@@ -76,7 +77,8 @@ impl LibvirtDriver {
             .as_deref()
             .and_then(host::qemu_process)
             .map(|found| found.user);
-        paths.create(qemu.as_ref())?;
+        paths.create(&order.vm, qemu.as_ref())?;
+        pass(Step::DirectoriesMade);
         let begun = self.begin_prepared(order, state, &domain, &ordered, &paths, qemu.as_ref());
         begun.map_err(|error| self.undo(order, &domain, &paths, error))
     }
@@ -96,6 +98,7 @@ impl LibvirtDriver {
             paths.note_stopped_before()?;
         }
         let scratch = scratch::prepare(order.session, domain, ordered, paths, qemu)?;
+        pass(Step::ScratchMade);
         // Before the job: nothing that happens to it may go unheard.
         let listener = EventListener::open(domain)
             .map_err(|error| explain(format!("cannot watch VM `{}`", order.vm.name), &error))?;
@@ -121,8 +124,12 @@ impl LibvirtDriver {
                 &self.dialer,
                 order.quiesce,
                 &order.freeze_mountpoints,
+                &|| paths.note_freezing(),
             )? {
-                Outcome::Frozen(frozen) => Some(frozen),
+                Outcome::Frozen(frozen) => {
+                    pass(Step::Frozen);
+                    Some(frozen)
+                }
                 Outcome::Not(because) => {
                     warnings.extend(
                         because.map(|because| format!("the guest was not frozen: {because}")),
@@ -135,8 +142,10 @@ impl LibvirtDriver {
         };
         let taken_at = self.clock.now();
         let started = domain.backup_begin(&backup_xml, checkpoint_xml.as_deref(), flags);
+        pass(Step::Started);
         let (consistency, frozen_ms) =
             settle_freeze(frozen, started.is_ok(), state, &mut warnings)?;
+        paths.note_thawed();
         started.map_err(|error| explain(cannot_begin(&order.vm), &error))?;
         if order.quiesce == Quiesce::Require && consistency != Consistency::Filesystem {
             return Err(

@@ -300,6 +300,14 @@ struct WireFormat {
 #[derive(Deserialize)]
 struct WireFormatData {
     compat: Option<String>,
+    /// What the image itself holds, as it was opened.
+    #[serde(default)]
+    bitmaps: Vec<WireStored>,
+}
+
+#[derive(Deserialize)]
+struct WireStored {
+    name: String,
 }
 
 /// Filters of a backup job hold bitmaps without a name.
@@ -357,22 +365,24 @@ impl WireNode {
     fn into_facts(self) -> Option<BlockNode> {
         let node = self.node_name?;
         let image = self.image;
+        let size_bytes = image.as_ref().and_then(|image| image.virtual_size);
+        let format = image
+            .and_then(|image| image.format_specific)
+            .and_then(|format| format.data);
+        let (compat, stored) =
+            format.map_or((None, Vec::new()), |data| (data.compat, data.bitmaps));
         Some(BlockNode {
             driver: self.drv.unwrap_or_default(),
-            size_bytes: image
-                .as_ref()
-                .and_then(|image| image.virtual_size)
-                .unwrap_or_default(),
-            compat: image
-                .and_then(|image| image.format_specific)
-                .and_then(|format| format.data)
-                .and_then(|data| data.compat),
+            size_bytes: size_bytes.unwrap_or_default(),
+            compat,
             bitmaps: self
                 .dirty_bitmaps
                 .into_iter()
                 .filter_map(|bitmap| {
+                    let name = bitmap.name?;
                     Some(BitmapFacts {
-                        name: bitmap.name?,
+                        in_image: stored.iter().any(|one| one.name == name),
+                        name,
                         node: node.clone(),
                         granularity: bitmap.granularity,
                         recording: bitmap.recording,
@@ -397,7 +407,7 @@ mod tests {
             {{"node-name":"#block7","drv":"{filter}","image":{{"virtual-size":64}},
               "dirty-bitmaps":[{{"recording":false,"persistent":false,"busy":false,"granularity":65536,"count":64}}]}},
             {{"node-name":"libvirt-1-format","drv":"qcow2","image":{{"virtual-size":64,
-              "format-specific":{{"type":"qcow2","data":{{"compat":"1.1"}}}}}},
+              "format-specific":{{"type":"qcow2","data":{{"compat":"1.1","bitmaps":[{{"name":"broken","granularity":65536,"flags":["in-use"]}}]}}}}}},
               "dirty-bitmaps":[{{"name":"m","recording":true,"persistent":true,"busy":false,"granularity":65536,"count":3}},
                 {{"name":"broken","recording":false,"persistent":true,"inconsistent":true,"busy":false,"granularity":65536,"count":0}}]}},
             {{"node-name":"libvirt-1-storage","drv":"file","image":{{"virtual-size":99}}}},
@@ -421,6 +431,7 @@ mod tests {
         assert_eq!(node.bitmaps.len(), 2);
         assert!(node.bitmaps[0].recording && !node.bitmaps[0].inconsistent);
         assert!(!node.bitmaps[1].recording && node.bitmaps[1].inconsistent);
+        assert!(!node.bitmaps[0].in_image && node.bitmaps[1].in_image);
         assert!(blocks.nodes["#block7"].bitmaps.is_empty());
         assert_eq!(blocks.holders("m"), ["libvirt-1-format"]);
     }

@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, RunState, VmFacts,
-    VmRef,
+    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, LeftDirectory, MarkOrder,
+    RunState, Surroundings, Swept, VmFacts, VmRef,
 };
 use highwater_model::{Clock, SessionId, SystemClock};
 
@@ -300,6 +300,22 @@ impl Driver for LibvirtDriver {
 
     fn mark(&mut self, vm: &VmRef, order: &MarkOrder) -> Result<(), HypervisorError> {
         self.change_mark(vm, order)
+    }
+
+    fn survey(&mut self, vm: &VmRef) -> Result<Surroundings, HypervisorError> {
+        self.survey_vm(vm)
+    }
+
+    fn leftovers(
+        &mut self,
+        vm: &VmRef,
+        places: &[PathBuf],
+    ) -> Result<Vec<LeftDirectory>, HypervisorError> {
+        self.find_leftovers(vm, places)
+    }
+
+    fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
+        self.sweep_leftovers(vm, places)
     }
 }
 

@@ -4,23 +4,25 @@
 //! The socket has no password and the scratch files hold the guest's old data,
 //! so both lie in directories that nobody but us and QEMU's group can enter.
 //!
-//! A directory that we made holds a file that names the session. Only a
-//! directory with that file is ever cleared, and only files that carry the
-//! session's name are removed from it: a wrong path in an order, or a directory
-//! that somebody shares, costs nobody a file.
+//! A directory that we made holds a file that names the session in its name,
+//! and the VM and both directories inside. Only a directory with that file is
+//! ever cleared, and only files that carry the session's name are removed from
+//! it: a wrong path in an order, or a directory that somebody shares, costs
+//! nobody a file.
 
 use std::fs::{self, DirBuilder, OpenOptions, Permissions};
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{
     DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _,
 };
 use std::path::{Path, PathBuf};
 
-use highwater_hypervisor::{BeginOrder, ErrorKind, HypervisorError};
+use highwater_hypervisor::{BeginOrder, ErrorKind, HypervisorError, VmRef};
 use highwater_model::{SessionId, format_size};
 
 use super::host::User;
+use super::leftovers::Label;
 
 /// `sun_path` of a unix socket has 108 bytes, one of them the final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -66,6 +68,10 @@ impl SessionPaths {
         }
     }
 
+    pub(super) const fn session(&self) -> SessionId {
+        self.session
+    }
+
     pub(super) fn socket(&self) -> PathBuf {
         self.socket_dir.join(format!("hw-{}.sock", self.session))
     }
@@ -85,7 +91,7 @@ impl SessionPaths {
     }
 
     fn made_by_us(&self, dir: &Path) -> PathBuf {
-        dir.join(format!("hw-{}.session", self.session))
+        dir.join(label_name(self.session))
     }
 
     /// Present if the guest was already stopped by an I/O error when the session
@@ -95,8 +101,14 @@ impl SessionPaths {
             .join(format!("hw-{}.was-stopped", self.session))
     }
 
+    /// Present while the guest is frozen by the session: whoever ends a dead one
+    /// has to thaw it, and must not thaw what somebody else froze.
+    fn froze(&self) -> PathBuf {
+        self.socket_dir.join(format!("hw-{}.froze", self.session))
+    }
+
     /// Makes both directories for QEMU's user, or neither.
-    pub(super) fn create(&self, qemu: Option<&User>) -> Result<(), HypervisorError> {
+    pub(super) fn create(&self, vm: &VmRef, qemu: Option<&User>) -> Result<(), HypervisorError> {
         if self.socket().as_os_str().len() > SOCKET_PATH_BYTES_MAX {
             return Err(
                 trouble("cannot use socket directory", &self.socket_dir).because(format!(
@@ -111,7 +123,7 @@ impl SessionPaths {
                     .because("its path is not absolute, or not UTF-8"));
             }
         }
-        let made = self.create_both(qemu);
+        let made = self.create_both(vm, qemu);
         if made.is_err() {
             // Its warnings would only repeat the error.
             drop(self.remove());
@@ -119,15 +131,21 @@ impl SessionPaths {
         made
     }
 
-    fn create_both(&self, qemu: Option<&User>) -> Result<(), HypervisorError> {
-        self.create_one(&self.socket_dir, qemu)?;
+    fn create_both(&self, vm: &VmRef, qemu: Option<&User>) -> Result<(), HypervisorError> {
+        let label = Label::new(vm, &self.socket_dir, &self.scratch_dir).to_text();
+        self.create_one(&self.socket_dir, &label, qemu)?;
         if self.scratch_dir != self.socket_dir {
-            self.create_one(&self.scratch_dir, qemu)?;
+            self.create_one(&self.scratch_dir, &label, qemu)?;
         }
         refuse_network_file_system(&self.scratch_dir)
     }
 
-    fn create_one(&self, dir: &Path, qemu: Option<&User>) -> Result<(), HypervisorError> {
+    fn create_one(
+        &self,
+        dir: &Path,
+        label: &str,
+        qemu: Option<&User>,
+    ) -> Result<(), HypervisorError> {
         let failed =
             |error: &io::Error| trouble("cannot create directory", dir).because(error.to_string());
         if let Some(parent) = dir.parent() {
@@ -142,8 +160,9 @@ impl SessionPaths {
             .mode(0o700)
             .create(dir)
             .map_err(|error| failed(&error))?;
-        if let Err(error) = create_private(&self.made_by_us(dir)) {
-            // Not marked yet, so nobody else would remove it.
+        if let Err(error) = create_private(&self.made_by_us(dir), label) {
+            // Not labelled yet, so nobody else would remove it.
+            drop(fs::remove_file(self.made_by_us(dir)));
             drop(fs::remove_dir(dir));
             return Err(failed(&error));
         }
@@ -158,7 +177,27 @@ impl SessionPaths {
 
     /// Remembers that the guest was stopped before the session began.
     pub(super) fn note_stopped_before(&self) -> Result<(), HypervisorError> {
-        create_private(&self.was_stopped()).map_err(|error| {
+        self.note(&self.was_stopped())
+    }
+
+    /// Remembers that the session is about to freeze the guest.
+    pub(super) fn note_freezing(&self) -> Result<(), HypervisorError> {
+        self.note(&self.froze())
+    }
+
+    /// Forgets it: the guest is thawed.
+    pub(super) fn note_thawed(&self) {
+        // A note that stays makes somebody ask the guest once more, and no harm.
+        drop(fs::remove_file(self.froze()));
+    }
+
+    /// Returns whether the session froze the guest and nobody knows of a thaw.
+    pub(super) fn froze_guest(&self) -> bool {
+        self.froze().exists()
+    }
+
+    fn note(&self, path: &Path) -> Result<(), HypervisorError> {
+        create_private(path, "").map_err(|error| {
             trouble("cannot write into directory", &self.socket_dir).because(error.to_string())
         })
     }
@@ -175,7 +214,12 @@ impl SessionPaths {
 
     /// Removes what the session left, and the directories. What cannot be
     /// removed is returned as warnings; what is not there is no error.
+    ///
+    /// A session that left the guest frozen keeps them: they say so.
     pub(super) fn remove(&self) -> Vec<String> {
+        if self.froze_guest() {
+            return Vec::new();
+        }
         // The inner one first, if one lies in the other.
         let mut dirs = [&self.scratch_dir, &self.socket_dir];
         dirs.sort_by_key(|dir| std::cmp::Reverse(dir.components().count()));
@@ -192,14 +236,19 @@ impl SessionPaths {
     }
 
     fn remove_one(&self, dir: &Path) -> io::Result<()> {
-        if !self.made_by_us(dir).exists() {
-            return Ok(());
+        let last = self.made_by_us(dir);
+        // A link of that name is nobody's label.
+        match fs::symlink_metadata(&last) {
+            Ok(found) if found.is_file() => {}
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error),
         }
         let (own, own_disk) = (
             format!("hw-{}.", self.session),
             format!("hw-{}-", self.session),
         );
-        let last = self.made_by_us(dir);
+        let mut strange = None;
         for entry in fs::read_dir(dir)? {
             let path = entry?.path();
             let name = path
@@ -207,9 +256,21 @@ impl SessionPaths {
                 .unwrap_or_default()
                 .to_string_lossy()
                 .into_owned();
-            if path != last && (name.starts_with(&own) || name.starts_with(&own_disk)) {
-                fs::remove_file(&path)?;
+            if path == last {
+                continue;
             }
+            if name.starts_with(&own) || name.starts_with(&own_disk) {
+                // Removes a link, and not what it leads to.
+                fs::remove_file(&path)?;
+            } else {
+                strange = Some(name);
+            }
+        }
+        // With its label it stays known as ours, and is tried again.
+        if let Some(name) = strange {
+            return Err(io::Error::other(format!(
+                "it holds `{name}`, which is not ours"
+            )));
         }
         fs::remove_file(&last)?;
         fs::remove_dir(dir)
@@ -292,13 +353,18 @@ fn may_enter(mode: u32, uid: u32, gid: u32, user: &User) -> bool {
     mode & needed != 0
 }
 
-fn create_private(path: &Path) -> io::Result<()> {
+/// Returns the name of the file that makes a directory a session's.
+pub(super) fn label_name(session: SessionId) -> String {
+    format!("hw-{session}.session")
+}
+
+fn create_private(path: &Path, text: &str) -> io::Result<()> {
     OpenOptions::new()
         .write(true)
         .create_new(true)
         .mode(0o600)
-        .open(path)
-        .map(drop)
+        .open(path)?
+        .write_all(text.as_bytes())
 }
 
 fn trouble(what: &str, dir: &Path) -> HypervisorError {
@@ -308,6 +374,13 @@ fn trouble(what: &str, dir: &Path) -> HypervisorError {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn vm() -> VmRef {
+        VmRef {
+            name: "web01".to_owned(),
+            uuid: None,
+        }
+    }
 
     fn paths(dir: &Path) -> SessionPaths {
         SessionPaths::of_leftover(
@@ -321,13 +394,13 @@ mod tests {
     fn directories_are_private_and_vanish_with_everything_of_the_session() {
         let dir = tempfile::tempdir().unwrap();
         let paths = paths(dir.path());
-        paths.create(None).unwrap();
+        paths.create(&vm(), None).unwrap();
         for made in ["run/session", "run/session/scratch"] {
             let mode = fs::metadata(dir.path().join(made)).unwrap().mode();
             assert_eq!(mode & 0o777, 0o700, "{made}");
         }
-        create_private(&paths.scratch("vda")).unwrap();
-        create_private(&paths.socket()).unwrap();
+        create_private(&paths.scratch("vda"), "").unwrap();
+        create_private(&paths.socket(), "").unwrap();
         paths.note_stopped_before().unwrap();
         assert!(paths.was_stopped_before());
         assert_eq!(paths.remove(), Vec::<String>::new());
@@ -341,8 +414,11 @@ mod tests {
         let paths = paths(dir.path());
         fs::create_dir_all(dir.path().join("run/session/scratch")).unwrap();
         let file = paths.scratch("vda");
-        create_private(&file).unwrap();
-        assert_eq!(paths.create(None).unwrap_err().kind, ErrorKind::Scratch);
+        create_private(&file, "").unwrap();
+        assert_eq!(
+            paths.create(&vm(), None).unwrap_err().kind,
+            ErrorKind::Scratch
+        );
         assert_eq!(paths.remove(), Vec::<String>::new());
         assert!(file.exists());
     }
@@ -351,9 +427,9 @@ mod tests {
     fn a_strangers_file_keeps_the_directory_and_is_not_removed() {
         let dir = tempfile::tempdir().unwrap();
         let paths = paths(dir.path());
-        paths.create(None).unwrap();
+        paths.create(&vm(), None).unwrap();
         let strange = dir.path().join("run/session/scratch/other.scratch");
-        create_private(&strange).unwrap();
+        create_private(&strange, "").unwrap();
         assert!(!paths.remove().is_empty());
         assert!(strange.exists());
     }
@@ -378,7 +454,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let long = dir.path().join("x".repeat(100));
         let paths = SessionPaths::of_leftover(SessionId::from_bytes([1; 8]), &long, &long);
-        assert_eq!(paths.create(None).unwrap_err().kind, ErrorKind::Scratch);
+        assert_eq!(
+            paths.create(&vm(), None).unwrap_err().kind,
+            ErrorKind::Scratch
+        );
         assert!(!long.exists());
     }
 }

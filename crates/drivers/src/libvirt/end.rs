@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{BeginOrder, Ended, ErrorKind, HypervisorError, RunState, VmRef};
+use highwater_model::step::{Step, pass};
 use highwater_model::{SessionId, format_size};
 
 use super::begin::{Watch, lost};
@@ -15,6 +16,7 @@ use super::connection::LibvirtDriver;
 use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
 use super::jobs::{backup_job, run_state};
+use super::quiesce;
 use super::scratch::forget_secret;
 use super::sys::handles::DomainHandle;
 
@@ -58,6 +60,7 @@ impl LibvirtDriver {
             // A VM that is gone has no job; its files still are ours to remove.
             Err(error) if error.kind == ErrorKind::NoSuchVm => {
                 self.watches.remove(&order.session);
+                paths.note_thawed();
                 return Ok(Ended {
                     ended_job: false,
                     warnings: paths.remove(),
@@ -66,8 +69,10 @@ impl LibvirtDriver {
             Err(error) => return Err(error),
         };
         let mut ended = stop_job(&order.vm, &domain, order.session, &paths)?;
+        pass(Step::JobEnded);
         self.watches.remove(&order.session);
         ended.warnings.extend(paths.remove());
+        pass(Step::FilesRemoved);
         Ok(ended)
     }
 
@@ -129,6 +134,9 @@ pub(super) fn stop_job(
         }
     }
     ended.warnings.extend(forget_secret(session, domain));
+    if paths.froze_guest() {
+        ended.warnings.extend(thaw(vm, domain, paths)?);
+    }
     let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
     let had_session = ended.ended_job || paths.exist();
     if is_stopped && had_session && !paths.was_stopped_before() {
@@ -144,6 +152,34 @@ pub(super) fn stop_job(
         );
     }
     Ok(ended)
+}
+
+/// Thaws a guest that the session froze and, being killed, never thawed.
+fn thaw(
+    vm: &VmRef,
+    domain: &DomainHandle,
+    paths: &SessionPaths,
+) -> Result<Option<String>, HypervisorError> {
+    if run_state(vm, domain)? == RunState::Off {
+        paths.note_thawed();
+        return Ok(None);
+    }
+    let warning = match quiesce::thaw_after(domain) {
+        Ok(false) => None,
+        Ok(true) => Some("the guest was left frozen by the session and is thawed".to_owned()),
+        // No error: an agent that is gone for good must not keep the VM from
+        // being backed up. The note stays, and the next run asks again.
+        Err(because) => {
+            return Ok(Some(format!(
+                "cannot tell whether the guest is still frozen by session {}: {because}; \
+                 `virsh domfsthaw {}` thaws it",
+                paths.session(),
+                vm.name
+            )));
+        }
+    };
+    paths.note_thawed();
+    Ok(warning)
 }
 
 /// Looks at everything that was watched.

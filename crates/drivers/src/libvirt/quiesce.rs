@@ -56,14 +56,15 @@ pub(super) enum Outcome<'a> {
     Not(Option<String>),
 }
 
-/// Freezes the guest as ordered. When this fails, nothing is frozen, or the
-/// error says that it may be.
+/// Freezes the guest as ordered; `note` is called right before it is. When this
+/// fails, nothing is frozen, or the error says that it may be.
 pub(super) fn freeze<'a>(
     vm: &'a VmRef,
     domain: &'a DomainHandle,
     dialer: &Dialer,
     wish: Quiesce,
     mountpoints: &[String],
+    note: &dyn Fn() -> Result<(), HypervisorError>,
 ) -> Result<Outcome<'a>, HypervisorError> {
     if wish == Quiesce::Off {
         return Ok(Outcome::Not(None));
@@ -79,7 +80,7 @@ pub(super) fn freeze<'a>(
                 watchdog: None,
             }));
         }
-        Ok(Status::Thawed) => match freeze_now(vm, domain, dialer, mountpoints)? {
+        Ok(Status::Thawed) => match freeze_now(vm, domain, dialer, mountpoints, note)? {
             Ok(frozen) => return Ok(Outcome::Frozen(frozen)),
             Err(because) => because,
         },
@@ -103,9 +104,12 @@ fn freeze_now<'a>(
     domain: &'a DomainHandle,
     dialer: &Dialer,
     mountpoints: &[String],
+    note: &dyn Fn() -> Result<(), HypervisorError>,
 ) -> Result<Result<Frozen<'a>, String>, HypervisorError> {
     // The second connection is opened while there is time.
     let watchdog = Watchdog::start(vm, dialer)?;
+    // Before the guest is: a session killed in between is known to have meant it.
+    note()?;
     let frozen = Frozen {
         vm,
         domain,
@@ -219,6 +223,14 @@ impl Watchdog {
     }
 }
 
+/// Thaws a guest that a dead session froze. Returns whether it was frozen.
+pub(super) fn thaw_after(domain: &DomainHandle) -> Result<bool, String> {
+    match status(domain)? {
+        Status::Thawed => Ok(false),
+        Status::Frozen => thaw_until_sure(domain).map(|()| true),
+    }
+}
+
 /// Thaws until the agent says that nothing is frozen, or the VM is gone.
 fn thaw_until_sure(domain: &DomainHandle) -> Result<(), String> {
     let since = Instant::now();
@@ -295,9 +307,15 @@ mod with_a_real_guest {
         let found = driver.find("web01").unwrap();
         let domain = driver.domain(&found).unwrap();
 
-        let Outcome::Frozen(frozen) =
-            freeze(&found, &domain, &driver.dialer, Quiesce::Require, &[]).unwrap()
-        else {
+        let Outcome::Frozen(frozen) = freeze(
+            &found,
+            &domain,
+            &driver.dialer,
+            Quiesce::Require,
+            &[],
+            &|| Ok(()),
+        )
+        .unwrap() else {
             panic!("not frozen")
         };
         assert!(frozen.holds());

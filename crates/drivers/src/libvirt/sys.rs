@@ -68,6 +68,8 @@ union RawValue {
 
 /// `VIR_TYPED_PARAM_INT`.
 const PARAMETER_IS_INT: c_int = 1;
+/// `VIR_TYPED_PARAM_ULLONG`.
+const PARAMETER_IS_ULLONG: c_int = 4;
 
 macro_rules! api {
     ($($library:ident { $($name:ident = $symbol:literal: fn($($argument:ty),*) $(-> $result:ty)?;)* })*) => {

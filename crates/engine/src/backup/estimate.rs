@@ -8,7 +8,7 @@ use highwater_model::PointId;
 use highwater_plan::{DiskPlan, VmGate, gate};
 
 use super::observe::{self, PlannedDisk};
-use super::settle::Tidying;
+use super::settle::{Tidying, words};
 use super::{BackupContext, BackupError, BackupOptions, Job, record};
 use crate::Event;
 
@@ -88,6 +88,7 @@ pub fn estimate(
     if let VmGate::WrongState = gate(observe::vm_state(&facts), observe::job_view(&facts)) {
         return Err(job.wrong_state(&facts));
     }
+    would_heal.extend(job.left_directories()?);
     let history = job.history(&facts)?;
     let tidying = Tidying::of(context.repo.id(), &facts, &history);
     foresee(tidying, &mut facts, &mut would_heal);
@@ -106,13 +107,10 @@ pub fn estimate(
 /// Shows the facts as they would be after the tidying.
 fn foresee(tidying: Tidying, facts: &mut VmFacts, would_heal: &mut Vec<String>) {
     for mark in tidying.unfinished {
-        would_heal.push(format!("remove unfinished mark {mark}"));
+        would_heal.push(words::remove_unfinished(&mark));
     }
     for mark in tidying.forgotten {
-        would_heal.push(format!(
-            "tell the hypervisor again about mark {}",
-            mark.name
-        ));
+        would_heal.push(words::tell_again(&mark.name));
         facts.checkpoints.push(CheckpointFacts {
             name: mark.name.to_string(),
             mark: Some(mark.name),

@@ -96,6 +96,7 @@ fn disk_facts(disk: &DiskRecord, mark: Option<&MarkRecord>) -> DiskFacts {
         granularity: disk.evidence.granularity.unwrap_or(65536),
         recording: true,
         persistent: true,
+        in_image: true,
         busy: false,
         inconsistent: false,
         dirty_bytes: 0,

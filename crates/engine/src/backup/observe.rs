@@ -226,7 +226,12 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
         bitmap: parent.map_or(BitmapView::Missing, |parent| {
             bitmap_view(disk, &parent.mark.name)
         }),
-        record: parent.map_or(Record::Forgotten, |parent| record_view(vm, &parent.mark)),
+        record: parent.map_or(Record::Forgotten, |parent| {
+            match record_view(vm, &parent.mark) {
+                Record::Proven if !is_original(disk, vm, parent) => Record::Remade,
+                found => found,
+            }
+        }),
         root: match &disk.root_node {
             RootNode::Same => RootView::Same,
             RootNode::Differs { .. } => RootView::Differs,
@@ -316,6 +321,18 @@ pub(super) fn bitmap_view(disk: &DiskFacts, mark: &MarkName) -> BitmapView {
     }
 }
 
+/// Says whether the bitmap of a mark is the one that was made with it.
+fn is_original(disk: &DiskFacts, vm: &VmFacts, parent: &ParentRecord) -> bool {
+    let name = parent.mark.name.to_string();
+    let held_by = vm
+        .process
+        .as_ref()
+        .map(|process| (process.pid, process.start_ticks, process.boot_id.clone()));
+    let made_by = parent.disk.evidence.process.as_ref();
+    let mut bitmaps = disk.bitmaps.iter().filter(|it| it.name == name);
+    bitmaps.all(|it| plan::is_original(made_by, held_by.as_ref(), it.in_image))
+}
+
 /// Compares the hypervisor's record of a mark with the manifest's.
 pub(super) fn record_view(vm: &VmFacts, mark: &MarkRecord) -> Record {
     let found = vm
@@ -379,6 +396,6 @@ pub(super) const fn job_view(facts: &VmFacts) -> JobView {
     match &facts.job {
         None => JobView::None,
         Some(JobFacts::Ours(session)) => JobView::Ours(*session),
-        Some(JobFacts::ForeignBackup | JobFacts::Other(_)) => JobView::Foreign,
+        Some(JobFacts::ForeignBackup(_) | JobFacts::Other(_)) => JobView::Foreign,
     }
 }

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{DiskFacts, MarkOrder, Redefinition, VmFacts};
+use highwater_hypervisor::{
+    BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, Swept, VmFacts,
+};
+use highwater_model::step::{Step, pass};
 use highwater_model::{MarkName, RepoId, SessionId};
 use highwater_plan::{BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks};
 use highwater_repo::{Manifest, MarkRecord};
@@ -40,12 +43,51 @@ impl Job<'_> {
                 source,
             })?;
         if ended.ended_job {
-            self.healed(format!("ended the backup job of dead session {session}"));
+            self.healed(words::done(&words::end_job(session)));
         }
         for warning in ended.warnings {
             self.warn(warning);
         }
         Ok(())
+    }
+
+    /// Removes what sessions left of which no job tells any more: QEMU was
+    /// killed too. Returns whether there was any, so that facts are stale.
+    pub(super) fn sweep(&mut self) -> Result<bool, BackupError> {
+        let places = self.options.session_places();
+        let swept = self
+            .context
+            .guard
+            .sweep(self.vm, &places)
+            .map_err(|source| BackupError::Tidy {
+                vm: self.vm.name.clone(),
+                source,
+            })?;
+        let any = swept != Swept::default();
+        for session in swept.sessions {
+            self.healed(words::done(&words::remove_directories(session)));
+        }
+        for warning in swept.warnings {
+            self.warn(warning);
+        }
+        Ok(any)
+    }
+
+    /// Foretells what [`sweep`](Self::sweep) would do, in words.
+    pub(super) fn left_directories(&self) -> Result<Vec<String>, BackupError> {
+        let observe = |source| BackupError::observe(&self.vm.name, source);
+        let guard = self.context.guard;
+        // Those of a backup that is about to begin are nobody's leftovers.
+        if guard.lock_holder(self.vm).map_err(observe)?.is_some() {
+            return Ok(Vec::new());
+        }
+        let places = self.options.session_places();
+        let left = guard.leftovers(self.vm, &places).map_err(observe)?;
+        let sessions: BTreeSet<SessionId> = left.iter().map(|dir| dir.session).collect();
+        Ok(sessions
+            .into_iter()
+            .map(words::remove_directories)
+            .collect())
     }
 
     /// Removes unfinished marks and tells the hypervisor about marks it
@@ -56,9 +98,13 @@ impl Job<'_> {
         for mark in tidying.unfinished {
             changed = true;
             match self.remove_mark(&mark) {
-                Ok(()) => self.healed(format!("removed unfinished mark {mark}")),
+                Ok(()) => {
+                    pass(Step::MarkTidied);
+                    self.healed(words::done(&words::remove_unfinished(&mark)));
+                }
                 Err(error) => self.warn(format!(
-                    "cannot remove unfinished mark {mark}: {}",
+                    "cannot {}: {}",
+                    words::remove_unfinished(&mark),
                     one_line(&error)
                 )),
             }
@@ -67,11 +113,15 @@ impl Job<'_> {
             changed = true;
             let name = mark.name.clone();
             match self.context.guard.mark(self.vm, &MarkOrder::Redefine(mark)) {
-                Ok(()) => self.healed(format!("told the hypervisor again about mark {name}")),
+                Ok(()) => {
+                    pass(Step::MarkTidied);
+                    self.healed(words::done(&words::tell_again(&name)));
+                }
                 // Not an error: the plan sees that the record is still missing
                 // and rescans.
                 Err(error) => self.warn(format!(
-                    "cannot tell the hypervisor about mark {name}: {}",
+                    "cannot {}: {}",
+                    words::tell_again(&name),
                     one_line(&error)
                 )),
             }
@@ -85,7 +135,7 @@ impl Job<'_> {
         let finished = self.context.guard.finish(outcome);
         let warnings = match finished {
             Ok(ended) => ended.warnings,
-            Err(error) => match self.settle_with_another_guard(session, outcome) {
+            Err(error) => match self.settle_with_another_guard(&session.order, outcome) {
                 Ok(warnings) => warnings,
                 Err(second) => vec![
                     format!("cannot end the session at the VM: {}", one_line(&error)),
@@ -99,17 +149,33 @@ impl Job<'_> {
         }
     }
 
+    /// Takes back a start call that failed because the guard died in it: job
+    /// and mark may be there. A guard that lives has taken it back itself.
+    pub(super) fn undo_begin(&mut self, order: &BeginOrder, error: &GuardError) {
+        if error.kind != ErrorKind::Unreachable {
+            return;
+        }
+        match self.settle_with_another_guard(order, Outcome::Failed) {
+            Ok(warnings) => warnings.into_iter().for_each(|warning| self.warn(warning)),
+            Err(error) => self.warn(format!(
+                "cannot look after what the start call left at the VM: {}; the next backup of \
+                 this VM repairs it",
+                one_line(&error)
+            )),
+        }
+    }
+
     fn settle_with_another_guard(
         &self,
-        session: &Begin,
+        order: &BeginOrder,
         outcome: Outcome,
     ) -> Result<Vec<String>, GuardError> {
         let guard: Guard = (self.context.restart_guard)()?;
         guard.lock(self.vm)?;
-        let ended = guard.end_leftover(self.vm, session.order.session)?;
-        if let (Outcome::Failed, Some(mark)) = (outcome, &session.order.new_mark) {
-            guard.mark(self.vm, &MarkOrder::Remove(mark.name.clone()))?;
-        }
+        let mut ended = guard.settle(order, outcome)?;
+        // What is left when the job had ended before.
+        let swept = guard.sweep(self.vm, &self.options.session_places())?;
+        ended.warnings.extend(swept.warnings);
         Ok(ended.warnings)
     }
 
@@ -130,7 +196,9 @@ impl Job<'_> {
         };
         let parents = parents_after(&facts, history, manifest, planned);
         for mark in superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents) {
-            if let Err(error) = self.remove_mark(&mark) {
+            let removed = self.remove_mark(&mark);
+            pass(Step::MarkGivenUp);
+            if let Err(error) = removed {
                 self.warn(format!(
                     "cannot give up old mark {mark}: {}",
                     one_line(&error)
@@ -143,6 +211,39 @@ impl Job<'_> {
         self.context
             .guard
             .mark(self.vm, &MarkOrder::Remove(mark.clone()))
+    }
+}
+
+/// What is done to tidy up, in the words of everybody who does or foretells it.
+pub(crate) mod words {
+    use highwater_model::{MarkName, SessionId};
+
+    pub(crate) fn end_job(session: SessionId) -> String {
+        format!("end the backup job of dead session {session}")
+    }
+
+    pub(crate) fn remove_directories(session: SessionId) -> String {
+        format!("remove the directories of dead session {session}")
+    }
+
+    pub(crate) fn remove_unfinished(mark: &MarkName) -> String {
+        format!("remove unfinished mark {mark}")
+    }
+
+    pub(crate) fn tell_again(mark: &MarkName) -> String {
+        format!("tell the hypervisor again about mark {mark}")
+    }
+
+    /// Turns `remove ...` into `removed ...`.
+    pub(crate) fn done(what: &str) -> String {
+        let (verb, rest) = what.split_once(' ').unwrap_or((what, ""));
+        let past = match verb {
+            "end" => "ended",
+            "remove" => "removed",
+            "tell" => "told",
+            other => other,
+        };
+        format!("{past} {rest}")
     }
 }
 

@@ -3,17 +3,19 @@
 use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Ended, ErrorKind, HypervisorError, MarkOrder, RunState, VmFacts, VmRef,
+    BeginOrder, Begun, Ended, ErrorKind, HypervisorError, LeftDirectory, MarkOrder, RunState,
+    Surroundings, Swept, VmFacts, VmRef,
 };
 use highwater_model::SessionId;
 
 use super::lifeline::Giver;
+use super::lock::LockHolder;
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 
 /// The guard allows ten times this.
@@ -121,6 +123,52 @@ impl Guard {
         })
     }
 
+    /// Returns who holds the VM's lock, without taking it.
+    pub fn lock_holder(&self, vm: &VmRef) -> Result<Option<LockHolder>, GuardError> {
+        match self.ask(Request::LockHolder { vm: vm.clone() })? {
+            Reply::Holder(holder) => Ok(holder),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Takes the VM's lock if nobody holds it now.
+    pub fn try_lock(&self, vm: &VmRef) -> Result<(), GuardError> {
+        self.done(Request::Lock {
+            vm: vm.clone(),
+            wait_ms: 0,
+        })
+    }
+
+    /// Reports what lies around a VM.
+    pub fn survey(&self, vm: &VmRef) -> Result<Surroundings, GuardError> {
+        match self.ask(Request::Survey { vm: vm.clone() })? {
+            Reply::Surroundings(found) => Ok(found),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Returns the directories that dead sessions of this VM left.
+    pub fn leftovers(
+        &self,
+        vm: &VmRef,
+        places: &[PathBuf],
+    ) -> Result<Vec<LeftDirectory>, GuardError> {
+        let (vm, places) = (vm.clone(), places.to_vec());
+        match self.ask(Request::Leftovers { vm, places })? {
+            Reply::Leftovers(found) => Ok(found),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Removes them; the VM's lock must have been taken.
+    pub fn sweep(&self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, GuardError> {
+        let (vm, places) = (vm.clone(), places.to_vec());
+        match self.ask(Request::Sweep { vm, places })? {
+            Reply::Swept(swept) => Ok(swept),
+            _ => Err(wrong_reply()),
+        }
+    }
+
     /// Reports everything about a VM.
     pub fn observe(&self, vm: &VmRef) -> Result<VmFacts, GuardError> {
         match self.ask(Request::Observe { vm: vm.clone() })? {
@@ -148,6 +196,15 @@ impl Guard {
     /// Ends the session at the VM.
     pub fn finish(&self, outcome: Outcome) -> Result<Ended, GuardError> {
         self.ended(Request::Finish { outcome })
+    }
+
+    /// Ends the session of another guard, which has died; what could not be
+    /// done is in the warnings.
+    pub fn settle(&self, order: &BeginOrder, outcome: Outcome) -> Result<Ended, GuardError> {
+        self.ended(Request::Settle {
+            order: Box::new(order.clone()),
+            outcome,
+        })
     }
 
     /// Ends what a dead session left behind.

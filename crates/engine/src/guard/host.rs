@@ -15,7 +15,11 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
-use highwater_hypervisor::{BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder};
+use highwater_hypervisor::{
+    BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
+};
+
+use highwater_model::step::{Step, pass};
 
 use super::lifeline::Cutter;
 use super::lock::{self, VmLock};
@@ -70,7 +74,8 @@ struct Host {
     cutter: Cutter,
     driver: Option<Box<dyn Driver>>,
     lock_dir: PathBuf,
-    lock: Option<VmLock>,
+    /// Which VM is locked.
+    lock: Option<(VmRef, VmLock)>,
     session: Option<Session>,
 }
 
@@ -136,7 +141,8 @@ impl Host {
             Request::Lock { vm, wait_ms } => {
                 self.lock = None;
                 let wait = Duration::from_millis(wait_ms);
-                self.lock = Some(lock::take(&self.lock_dir, &vm, wait)?);
+                let taken = lock::take(&self.lock_dir, &vm, wait)?;
+                self.lock = Some((vm, taken));
                 Ok(Reply::Done)
             }
             Request::Observe { vm } => self
@@ -155,16 +161,34 @@ impl Host {
             Request::Committing => {
                 let session = self.session.as_mut().ok_or_else(no_session)?;
                 session.committing = true;
+                pass(Step::CommitTold);
                 Ok(Reply::Done)
             }
             Request::Finish { outcome } => {
                 let session = self.session.take().ok_or_else(no_session)?;
                 Ok(Reply::Ended(self.finish(&session.order, outcome)))
             }
+            Request::Settle { order, outcome } => Ok(Reply::Ended(self.finish(&order, outcome))),
             Request::EndLeftover { vm, session } => {
                 self.driver()?.end_leftover(&vm, session).map(Reply::Ended)
             }
             Request::Mark { vm, order } => self.driver()?.mark(&vm, &order).map(|()| Reply::Done),
+            Request::LockHolder { vm } => lock::holder(&self.lock_dir, &vm).map(Reply::Holder),
+            Request::Survey { vm } => self.driver()?.survey(&vm).map(Reply::Surroundings),
+            Request::Leftovers { vm, places } => {
+                self.driver()?.leftovers(&vm, &places).map(Reply::Leftovers)
+            }
+            Request::Sweep { vm, places } => {
+                // Who does not hold the lock cannot know that a session is dead.
+                if self.lock.as_ref().is_none_or(|(locked, _)| *locked != vm) {
+                    return Err(HypervisorError::new(
+                        ErrorKind::Other,
+                        format!("cannot tidy up after sessions of VM `{}`", vm.name),
+                    )
+                    .because("its lock was not taken"));
+                }
+                self.driver()?.sweep(&vm, &places).map(Reply::Swept)
+            }
             Request::Beat => Ok(Reply::Done),
         }
     }
@@ -253,7 +277,9 @@ pub(crate) fn one_line(error: &HypervisorError) -> String {
 mod tests {
     use std::sync::{Arc, Mutex};
 
-    use highwater_hypervisor::{Begun, Consistency, Quiesce, RunState, VmFacts, VmRef};
+    use highwater_hypervisor::{
+        Begun, Consistency, LeftDirectory, Quiesce, RunState, Surroundings, Swept, VmFacts,
+    };
     use highwater_model::{MarkName, Nonce, PointId, RepoId, SessionId, Timestamp};
 
     use super::*;
@@ -308,6 +334,19 @@ mod tests {
         fn mark(&mut self, _: &VmRef, _: &MarkOrder) -> Result<(), HypervisorError> {
             self.note("mark", ())
         }
+        fn survey(&mut self, _: &VmRef) -> Result<Surroundings, HypervisorError> {
+            self.note("survey", Surroundings::default())
+        }
+        fn leftovers(
+            &mut self,
+            _: &VmRef,
+            _: &[PathBuf],
+        ) -> Result<Vec<LeftDirectory>, HypervisorError> {
+            self.note("leftovers", Vec::new())
+        }
+        fn sweep(&mut self, _: &VmRef, _: &[PathBuf]) -> Result<Swept, HypervisorError> {
+            self.note("sweep", Swept::default())
+        }
     }
 
     /// The mover lives and beats, and yet does nothing about a session it was
@@ -347,5 +386,31 @@ mod tests {
             guard.committing().is_err(),
             "a session that was ended must not commit"
         );
+    }
+
+    /// Whoever does not hold the lock cannot know that a session is dead.
+    #[test]
+    fn directories_are_cleared_only_under_the_lock_of_their_vm() {
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let dir = tempfile::tempdir().unwrap();
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let (lifeline, cutter) = UnixStream::pair().unwrap();
+        let noted = Arc::clone(&asked);
+        std::thread::spawn(move || {
+            serve(theirs, cutter, &move |_| {
+                Ok(Box::new(Broken(Arc::clone(&noted))))
+            });
+        });
+        let guard = Guard::connect(ours, lifeline, "test:///", dir.path()).unwrap();
+        let (web01, web02) = (guard.find("web01").unwrap(), guard.find("web02").unwrap());
+        assert!(guard.sweep(&web01, &[]).is_err());
+        guard.lock(&web02).unwrap();
+        assert!(guard.sweep(&web01, &[]).is_err());
+        guard.lock(&web01).unwrap();
+        guard.sweep(&web01, &[]).unwrap();
+        assert_eq!(*asked.lock().unwrap(), ["find", "find", "sweep"]);
+        let holder = guard.lock_holder(&web01).unwrap();
+        assert_eq!(holder.unwrap().process, Some(std::process::id()));
+        assert_eq!(guard.lock_holder(&web02).unwrap(), None);
     }
 }

@@ -11,11 +11,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, VmRef};
-use highwater_model::{Clock, SystemClock};
+use highwater_model::{Clock, SystemClock, Timestamp};
 use rustix::fs::FlockOperation;
+use serde::{Deserialize, Serialize};
 
 /// How long between two tries; a dying holder needs a second or two.
 const RETRY: Duration = Duration::from_millis(100);
+/// A note is far shorter.
+const NOTE_BYTES_MAX: u64 = 200;
 
 /// Returns the lock file of a VM.
 pub fn lock_path(dir: &Path, vm: &VmRef) -> PathBuf {
@@ -31,6 +34,68 @@ pub fn lock_path(dir: &Path, vm: &VmRef) -> PathBuf {
         })
         .collect();
     dir.join(format!("vm-{safe}.lock"))
+}
+
+/// Who holds a lock, as far as its note tells.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LockHolder {
+    /// The guard's process.
+    pub process: Option<u32>,
+    /// Since when.
+    pub since: Option<Timestamp>,
+}
+
+impl LockHolder {
+    fn read(file: &mut File) -> Self {
+        let mut note = String::new();
+        // The note is for people; a lock without one is held as well.
+        let read = file.take(NOTE_BYTES_MAX).read_to_string(&mut note);
+        let mut words = note.split_whitespace().filter(|_| read.is_ok());
+        let process = words.nth(1).and_then(|word| word.parse().ok());
+        let since = words.nth(1).and_then(|word| word.parse().ok());
+        Self {
+            process,
+            since: since.map(Timestamp::from_unix_ms),
+        }
+    }
+
+    /// Says who it is, with an age, which needs no time zone.
+    pub fn words(&self, now: Timestamp) -> String {
+        let Some(process) = self.process else {
+            return "another process".to_owned();
+        };
+        match self.since {
+            Some(since) => {
+                let seconds = now.unix_ms().saturating_sub(since.unix_ms()) / 1000;
+                format!("process {process}, for {seconds} s")
+            }
+            None => format!("process {process}"),
+        }
+    }
+}
+
+/// Returns who holds the VM's lock now. Takes nothing and makes no file.
+pub(super) fn holder(dir: &Path, vm: &VmRef) -> Result<Option<LockHolder>, HypervisorError> {
+    let path = lock_path(dir, vm);
+    let cannot = |cause: &dyn std::fmt::Display| {
+        HypervisorError::new(
+            ErrorKind::Other,
+            format!("cannot tell whether VM `{}` is locked", vm.name),
+        )
+        .because(format!("cannot use {}", path.display()))
+        .because(cause.to_string())
+    };
+    let mut file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(cannot(&error)),
+    };
+    // Shared, and given back at once: whoever wants the lock tries again.
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => Ok(None),
+        Err(rustix::io::Errno::WOULDBLOCK) => Ok(Some(LockHolder::read(&mut file))),
+        Err(source) => Err(cannot(&source)),
+    }
 }
 
 /// A held lock; dropping it lets go.
@@ -86,29 +151,10 @@ pub(super) fn take(dir: &Path, vm: &VmRef, wait: Duration) -> Result<VmLock, Hyp
 }
 
 fn held(file: &mut File, vm: &VmRef) -> HypervisorError {
-    let mut note = String::new();
-    let read = file.take(200).read_to_string(&mut note);
-    let who = match read {
-        Ok(_) if !note.trim().is_empty() => describe(note.trim()),
-        _ => "another process".to_owned(),
-    };
+    let who = LockHolder::read(file).words(SystemClock.now());
     HypervisorError::new(ErrorKind::Busy, format!("cannot lock VM `{}`", vm.name))
         .because(format!("another backup of it runs: {who}"))
         .hint("wait until it has ended, or end that process: the VM is tidied up then")
-}
-
-/// Turns the note into words with an age, which needs no time zone.
-fn describe(note: &str) -> String {
-    let mut words = note.split_whitespace();
-    let pid = words.nth(1);
-    let since = words.nth(1).and_then(|ms| ms.parse::<i64>().ok());
-    match (pid, since) {
-        (Some(pid), Some(since)) => {
-            let seconds = SystemClock.now().unix_ms().saturating_sub(since) / 1000;
-            format!("process {pid}, for {seconds} s")
-        }
-        _ => note.to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -6,11 +6,14 @@ use std::io::{self, BufRead, Write};
 use std::path::PathBuf;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Ended, HypervisorError, MarkOrder, RunState, VmFacts, VmRef,
+    BeginOrder, Begun, Ended, HypervisorError, LeftDirectory, MarkOrder, RunState, Surroundings,
+    Swept, VmFacts, VmRef,
 };
 use highwater_model::SessionId;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use super::lock::LockHolder;
 
 /// Longest line accepted, bytes. The longest real one holds a domain XML
 /// (libvirt refuses definitions far below this).
@@ -44,10 +47,23 @@ pub(super) enum Request {
     Committing,
     /// End the session.
     Finish { outcome: Outcome },
+    /// End the session of a guard that died, which made this order of it.
+    Settle {
+        order: Box<BeginOrder>,
+        outcome: Outcome,
+    },
     /// End what a dead session left.
     EndLeftover { vm: VmRef, session: SessionId },
     /// Change a mark.
     Mark { vm: VmRef, order: MarkOrder },
+    /// Say who holds the VM's lock.
+    LockHolder { vm: VmRef },
+    /// Report what lies around.
+    Survey { vm: VmRef },
+    /// Report directories that dead sessions left.
+    Leftovers { vm: VmRef, places: Vec<PathBuf> },
+    /// Remove them. Only under the VM's lock.
+    Sweep { vm: VmRef, places: Vec<PathBuf> },
     /// "I live." No reply.
     Beat,
 }
@@ -84,6 +100,10 @@ pub(super) enum Reply {
     Facts(Box<VmFacts>),
     Begun(Box<Begun>),
     Ended(Ended),
+    Holder(Option<LockHolder>),
+    Surroundings(Surroundings),
+    Leftovers(Vec<LeftDirectory>),
+    Swept(Swept),
 }
 
 /// Writes one message and its line end in one call.

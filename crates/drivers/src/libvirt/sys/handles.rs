@@ -6,8 +6,8 @@ use std::ptr;
 use std::sync::Arc;
 
 use super::{
-    Api, CallError, Opaque, PARAMETER_IS_INT, RawBlockInfo, RawBlockStats, RawParameter, copy_text,
-    free,
+    Api, CallError, Opaque, PARAMETER_IS_INT, PARAMETER_IS_ULLONG, RawBlockInfo, RawBlockStats,
+    RawParameter, copy_text, free,
 };
 
 /// libvirt's code for "invalid argument", used where a text holds a zero byte.
@@ -224,6 +224,8 @@ pub(crate) struct JobStats {
     pub(crate) kind: i32,
     /// `virDomainJobOperation`.
     pub(crate) operation: i32,
+    /// How long it has run, milliseconds, if libvirt tells.
+    pub(crate) elapsed_ms: Option<u64>,
 }
 
 impl DomainHandle {
@@ -357,6 +359,7 @@ impl DomainHandle {
         };
         self.api().checked(outcome)?;
         let mut operation = 0;
+        let mut elapsed_ms = None;
         if !list.is_null() {
             // SAFETY: libvirt returned `count` parameters for us to free; the
             // field is a string that ends within its 80 bytes, and the union is
@@ -368,11 +371,20 @@ impl DomainHandle {
                     if parameter.kind == PARAMETER_IS_INT && name.as_deref() == Some("operation") {
                         operation = parameter.value.int;
                     }
+                    if parameter.kind == PARAMETER_IS_ULLONG
+                        && name.as_deref() == Some("time_elapsed")
+                    {
+                        elapsed_ms = Some(parameter.value.ulonglong);
+                    }
                 }
                 (self.api().typed_params_free)(list, count);
             }
         }
-        Ok(JobStats { kind, operation })
+        Ok(JobStats {
+            kind,
+            operation,
+            elapsed_ms,
+        })
     }
 
     /// Aborts the domain's job, whoever began it.

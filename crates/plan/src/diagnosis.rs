@@ -1,0 +1,703 @@
+//! What is wrong at a VM, how bad it is, and who has to do something about it.
+//!
+//! A finding is repaired only if it is ours beyond doubt: a name of our own
+//! making, of this repository. Whatever else lies around is told and left alone.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use highwater_model::{MarkName, PointId, RepoId, SessionId};
+
+use crate::disk::{BitmapView, DiskPlan};
+use crate::marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
+use crate::vm::{JobView, VmState};
+use crate::why::{Refusal, Why};
+
+/// Everything that is known when a VM is looked at.
+#[derive(Debug, Clone)]
+pub struct Scene<'a> {
+    /// The repository on whose behalf it is looked at.
+    pub repo: RepoId,
+    /// Whether and how the VM runs.
+    pub state: VmState,
+    /// What job runs on it.
+    pub job: JobView,
+    /// Whether a living backup of ours holds the VM.
+    pub is_held: bool,
+    /// All points of the VM.
+    pub committed: &'a BTreeSet<PointId>,
+    /// Those whose manifest cannot be read.
+    pub unreadable: &'a BTreeSet<PointId>,
+    /// The parent of each disk.
+    pub parents: &'a [Parent],
+    /// Needed marks that the hypervisor forgot and can be told again.
+    pub forgotten: &'a BTreeSet<MarkName>,
+    /// All marks of any Highwater.
+    pub marks: &'a [MarkView],
+    /// What the next backup would do with each disk.
+    pub disks: &'a [(String, DiskPlan)],
+    /// Sessions that left directories.
+    pub left: &'a [SessionId],
+    /// What is not ours.
+    pub strange: &'a [Strange],
+}
+
+/// A mark as it is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MarkView {
+    /// Its name.
+    pub name: MarkName,
+    /// Whether the hypervisor has a record of it.
+    pub has_record: bool,
+    /// Its bitmap on each disk that has one, or that the record names.
+    pub disks: Vec<MarkOnDisk>,
+}
+
+/// A mark on one disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MarkOnDisk {
+    /// Target name.
+    pub target: String,
+    /// State of its bitmap.
+    pub bitmap: BitmapView,
+    /// What it calls dirty, bytes.
+    pub dirty_bytes: u64,
+}
+
+/// Something at the VM that is not ours.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Strange {
+    /// A record of the hypervisor.
+    Checkpoint {
+        /// Its name.
+        name: String,
+        /// Targets of its disks.
+        disks: Vec<String>,
+    },
+    /// A bitmap without such a record.
+    Bitmap {
+        /// Its name.
+        name: String,
+        /// Target of the disk it is on.
+        disk: String,
+        /// Whether it records.
+        recording: bool,
+    },
+    /// A job inside the hypervisor's process.
+    InnerJob {
+        /// Its name.
+        id: String,
+        /// Its kind.
+        kind: String,
+    },
+    /// An export.
+    Export {
+        /// Its name.
+        id: String,
+        /// The node that it shows.
+        node: String,
+    },
+    /// A block node.
+    Node {
+        /// Its name.
+        node: String,
+        /// Its driver.
+        driver: String,
+        /// The disk whose guest device writes to it.
+        root_of: Option<String>,
+    },
+    /// What the guest's disk does when a write fails.
+    WriteErrors {
+        /// Target name.
+        disk: String,
+        /// Whether the guest is not even told.
+        is_ignored: bool,
+    },
+}
+
+/// What a mark is good for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// The next backup builds on it, on these disks.
+    Needed(Vec<String>),
+    /// The same, once the hypervisor is told about it again.
+    Forgotten(Vec<String>),
+    /// The running backup made it.
+    InFlight,
+    /// Its backup never committed.
+    Unfinished,
+    /// A newer mark took its place on every disk.
+    Superseded,
+    /// No disk needs it, and there is none newer.
+    Unneeded,
+    /// The next backup would build on it, and cannot.
+    Useless(Why),
+    /// The manifest of its point cannot be read, so nobody knows.
+    Unreadable,
+    /// Another repository's.
+    OtherRepository,
+}
+
+impl Verdict {
+    /// Returns the word of JSON.
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::Needed(_) => "needed",
+            Self::Forgotten(_) => "forgotten",
+            Self::InFlight => "in-flight",
+            Self::Unfinished => "unfinished",
+            Self::Superseded => "superseded",
+            Self::Unneeded => "unneeded",
+            Self::Useless(_) => "useless",
+            Self::Unreadable => "unreadable",
+            Self::OtherRepository => "other-repository",
+        }
+    }
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Problem {
+    /// The job of a session whose owner is dead.
+    DeadSession(SessionId),
+    /// Somebody else's job, which keeps a backup from starting.
+    ForeignJob,
+    /// The VM stands still because a write of it failed.
+    Stuck,
+    /// The guest writes to another node than a backup would read.
+    GraphChanged {
+        /// Target name.
+        disk: String,
+    },
+    /// Whether it does cannot be learned.
+    GraphUnknown {
+        /// Target name.
+        disk: String,
+    },
+    /// Somebody uses the bitmap that a backup needs.
+    BitmapBusy {
+        /// Target name.
+        disk: String,
+    },
+    /// Directories of a dead session.
+    LeftDirectories(SessionId),
+    /// A mark that should not be there, or not so.
+    Mark {
+        /// Its name.
+        name: MarkName,
+        /// What is wrong.
+        verdict: Verdict,
+    },
+    /// A point whose manifest cannot be read.
+    UnreadablePoint(PointId),
+    /// Marks of another repository.
+    OtherRepository {
+        /// The beginning of its id.
+        repo: String,
+        /// Its marks.
+        marks: Vec<MarkName>,
+    },
+    /// Something that is not ours.
+    Strange(Strange),
+}
+
+impl Problem {
+    /// Returns the word of JSON.
+    pub const fn word(&self) -> &'static str {
+        match self {
+            Self::DeadSession(_) => "dead-session",
+            Self::ForeignJob => "foreign-job",
+            Self::Stuck => "paused-on-error",
+            Self::GraphChanged { .. } => "graph-changed",
+            Self::GraphUnknown { .. } => "graph-unknown",
+            Self::BitmapBusy { .. } => "bitmap-busy",
+            Self::LeftDirectories(_) => "left-directories",
+            Self::Mark { verdict, .. } => match verdict {
+                Verdict::Forgotten(_) => "forgotten-mark",
+                Verdict::Unfinished => "unfinished-mark",
+                Verdict::Superseded => "superseded-mark",
+                Verdict::Useless(_) => "useless-mark",
+                Verdict::Unneeded
+                | Verdict::Needed(_)
+                | Verdict::InFlight
+                | Verdict::Unreadable
+                | Verdict::OtherRepository => "unneeded-mark",
+            },
+            Self::UnreadablePoint(_) => "unreadable-point",
+            Self::OtherRepository { .. } => "other-repository",
+            Self::Strange(strange) => match strange {
+                Strange::Checkpoint { .. } => "foreign-checkpoint",
+                Strange::Bitmap { .. } => "foreign-bitmap",
+                Strange::InnerJob { .. } => "foreign-inner-job",
+                Strange::Export { .. } => "foreign-export",
+                Strange::Node { .. } => "foreign-node",
+                Strange::WriteErrors { .. } => "write-errors",
+            },
+        }
+    }
+}
+
+/// Who has to do something.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Remedy {
+    /// A person: no program of ours can or may.
+    Hand,
+    /// The doctor, and likewise the next backup.
+    Fix,
+    /// The next backup, when it can: not now.
+    NextBackup,
+    /// Nobody.
+    Nothing,
+}
+
+impl Remedy {
+    /// Returns the word of JSON.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Hand => "hand",
+            Self::Fix => "fix",
+            Self::NextBackup => "next-backup",
+            Self::Nothing => "nothing",
+        }
+    }
+}
+
+/// Something that was found, and who has to do something about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Finding {
+    /// What it is.
+    pub problem: Problem,
+    /// Who.
+    pub remedy: Remedy,
+}
+
+impl Finding {
+    /// Returns whether the VM is not healthy because of it.
+    pub const fn needs_something(&self) -> bool {
+        matches!(self.remedy, Remedy::Hand | Remedy::Fix)
+    }
+}
+
+/// Says of each mark what it is good for.
+pub fn judge_marks(scene: &Scene<'_>) -> Vec<Verdict> {
+    let found: Vec<FoundMark> = scene
+        .marks
+        .iter()
+        .map(|mark| FoundMark {
+            name: mark.name.clone(),
+        })
+        .collect();
+    let unfinished = unfinished_marks(scene.repo, &found, scene.committed);
+    let superseded = superseded_marks(scene.repo, &found, scene.parents);
+    let newest = scene.parents.iter().map(|parent| parent.mark.point()).max();
+    let judge = |mark: &MarkView| {
+        let name = &mark.name;
+        if !name.is_of(scene.repo) {
+            return Verdict::OtherRepository;
+        }
+        if unfinished.contains(name) {
+            return if scene.is_held {
+                Verdict::InFlight
+            } else {
+                Verdict::Unfinished
+            };
+        }
+        if scene.unreadable.contains(&name.point()) {
+            return Verdict::Unreadable;
+        }
+        if superseded.contains(name) {
+            return if newest.is_some_and(|newest| newest > name.point()) {
+                Verdict::Superseded
+            } else {
+                Verdict::Unneeded
+            };
+        }
+        of_a_parent(scene, name)
+    };
+    scene.marks.iter().map(judge).collect()
+}
+
+/// A mark that some disk's next increment would build on: useless only if it is
+/// the mark's own fault that none of them can.
+fn of_a_parent(scene: &Scene<'_>, name: &MarkName) -> Verdict {
+    let disks: Vec<String> = scene
+        .parents
+        .iter()
+        .filter(|parent| parent.mark == *name)
+        .map(|parent| parent.target.clone())
+        .collect();
+    if scene.forgotten.contains(name) {
+        return Verdict::Forgotten(disks);
+    }
+    let faults: Option<Vec<Why>> = disks
+        .iter()
+        .map(|target| {
+            let plan = scene.disks.iter().find(|(disk, _)| disk == target);
+            plan.and_then(|(_, plan)| fault_of_mark(plan))
+        })
+        .collect();
+    match faults.as_deref() {
+        Some([first, ..]) => Verdict::Useless(*first),
+        Some([]) | None => Verdict::Needed(disks),
+    }
+}
+
+/// Returns why the mark itself is no good, if that is why the disk is read as a
+/// whole. What may still change (a busy bitmap, an image that cannot be seen)
+/// is no fault of it.
+const fn fault_of_mark(plan: &DiskPlan) -> Option<Why> {
+    match plan {
+        DiskPlan::Rescan(
+            why @ (Why::BitmapMissing
+            | Why::BitmapInconsistent
+            | Why::BitmapNotRecording
+            | Why::BitmapNotPersistent
+            | Why::BitmapGranularity
+            | Why::MarkRemade
+            | Why::MarkRefused),
+        ) => Some(*why),
+        _ => None,
+    }
+}
+
+/// Returns what is to be told, the worst first; `verdicts` are of
+/// [`judge_marks`].
+pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    let mut tell = |problem, remedy| findings.push(Finding { problem, remedy });
+    // Whoever holds the VM tidies up himself.
+    let now = |remedy| {
+        if scene.is_held {
+            Remedy::NextBackup
+        } else {
+            remedy
+        }
+    };
+    let runs = matches!(scene.state, VmState::Alive | VmState::Stuck);
+    match scene.job {
+        JobView::Ours(session) if !scene.is_held => {
+            tell(Problem::DeadSession(session), Remedy::Fix);
+        }
+        JobView::Foreign => tell(Problem::ForeignJob, Remedy::Hand),
+        JobView::Ours(_) | JobView::None => {
+            if scene.state == VmState::Stuck && !scene.is_held {
+                tell(Problem::Stuck, Remedy::Hand);
+            }
+        }
+    }
+    for (disk, plan) in scene.disks.iter().filter(|_| runs) {
+        let disk = disk.clone();
+        match plan {
+            DiskPlan::Refuse(Refusal::GraphChanged) => {
+                tell(Problem::GraphChanged { disk }, Remedy::Hand);
+            }
+            DiskPlan::Refuse(Refusal::GraphUnknown) => {
+                tell(Problem::GraphUnknown { disk }, Remedy::Hand);
+            }
+            // The job that uses it is told of.
+            DiskPlan::Refuse(Refusal::BitmapBusy) if scene.job == JobView::None => {
+                tell(Problem::BitmapBusy { disk }, now(Remedy::Hand));
+            }
+            _ => {}
+        }
+    }
+    for session in scene.left.iter().filter(|_| !scene.is_held) {
+        tell(Problem::LeftDirectories(*session), Remedy::Fix);
+    }
+    let mut others: BTreeMap<String, Vec<MarkName>> = BTreeMap::new();
+    for (mark, verdict) in scene.marks.iter().zip(verdicts) {
+        let name = mark.name.clone();
+        match verdict {
+            Verdict::Needed(_) | Verdict::InFlight | Verdict::Unreadable => {}
+            Verdict::OtherRepository => others.entry(repo_of(&name)).or_default().push(name),
+            Verdict::Forgotten(_)
+            | Verdict::Unfinished
+            | Verdict::Superseded
+            | Verdict::Unneeded
+            | Verdict::Useless(_) => {
+                // Only a hypervisor that runs the VM can change its marks.
+                let remedy = if runs {
+                    Remedy::Fix
+                } else {
+                    Remedy::NextBackup
+                };
+                let verdict = verdict.clone();
+                tell(Problem::Mark { name, verdict }, now(remedy));
+            }
+        }
+    }
+    for point in scene.unreadable {
+        tell(Problem::UnreadablePoint(*point), Remedy::Nothing);
+    }
+    for (repo, marks) in others {
+        tell(Problem::OtherRepository { repo, marks }, Remedy::Nothing);
+    }
+    for strange in scene.strange {
+        tell(Problem::Strange(strange.clone()), Remedy::Nothing);
+    }
+    findings.sort_by_key(|finding| finding.remedy);
+    findings
+}
+
+/// Returns the digits of the repository in a mark's name.
+fn repo_of(mark: &MarkName) -> String {
+    let name = mark.to_string();
+    name.split('-').nth(1).unwrap_or_default().to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use highwater_model::Timestamp;
+
+    use super::*;
+    use crate::audit::AuditDuty;
+
+    fn repo(n: u8) -> RepoId {
+        RepoId::from_bytes([n; 16])
+    }
+
+    fn mark(repo_number: u8, ms: i64) -> MarkName {
+        MarkName::new(repo(repo_number), PointId::new(Timestamp::from_unix_ms(ms)))
+    }
+
+    fn view(name: &MarkName) -> MarkView {
+        MarkView {
+            name: name.clone(),
+            has_record: true,
+            disks: Vec::new(),
+        }
+    }
+
+    fn parent(target: &str, mark: &MarkName) -> Parent {
+        Parent {
+            target: target.to_owned(),
+            mark: mark.clone(),
+        }
+    }
+
+    fn since(mark: &MarkName) -> DiskPlan {
+        DiskPlan::Incremental {
+            parent: mark.point(),
+            since: mark.clone(),
+            tail_from: None,
+            audit: AuditDuty::Sampled,
+        }
+    }
+
+    /// A VM whose disks have the newest of the marks as parent.
+    struct Case {
+        state: VmState,
+        job: JobView,
+        is_held: bool,
+        committed: BTreeSet<PointId>,
+        unreadable: BTreeSet<PointId>,
+        parents: Vec<Parent>,
+        forgotten: BTreeSet<MarkName>,
+        marks: Vec<MarkView>,
+        disks: Vec<(String, DiskPlan)>,
+        left: Vec<SessionId>,
+        strange: Vec<Strange>,
+    }
+
+    impl Case {
+        fn healthy(mark: &MarkName) -> Self {
+            Self {
+                state: VmState::Alive,
+                job: JobView::None,
+                is_held: false,
+                committed: BTreeSet::from([mark.point()]),
+                unreadable: BTreeSet::new(),
+                parents: vec![parent("vda", mark)],
+                forgotten: BTreeSet::new(),
+                marks: vec![view(mark)],
+                disks: vec![("vda".to_owned(), since(mark))],
+                left: Vec::new(),
+                strange: Vec::new(),
+            }
+        }
+
+        fn told(&self) -> Vec<String> {
+            let scene = Scene {
+                repo: repo(1),
+                state: self.state,
+                job: self.job,
+                is_held: self.is_held,
+                committed: &self.committed,
+                unreadable: &self.unreadable,
+                parents: &self.parents,
+                forgotten: &self.forgotten,
+                marks: &self.marks,
+                disks: &self.disks,
+                left: &self.left,
+                strange: &self.strange,
+            };
+            diagnose(&scene, &judge_marks(&scene))
+                .iter()
+                .map(|it| format!("{}: {}", it.remedy.word(), it.problem.word()))
+                .collect()
+        }
+    }
+
+    /// Changes a healthy VM and says what must be told of it.
+    fn check(expected: &[&str], change: impl FnOnce(&mut Case, &MarkName)) {
+        let newest = mark(1, 5);
+        let mut case = Case::healthy(&newest);
+        change(&mut case, &newest);
+        assert_eq!(case.told(), expected);
+    }
+
+    fn session() -> SessionId {
+        SessionId::from_bytes([7; 8])
+    }
+
+    #[test]
+    fn a_healthy_vm_has_no_findings() {
+        check(&[], |_, _| {});
+    }
+
+    #[test]
+    fn a_job_is_a_dead_session_only_if_nobody_holds_the_vm() {
+        let ours = JobView::Ours(session());
+        check(&["fix: dead-session"], |it, _| it.job = ours);
+        check(&["fix: dead-session"], |it, _| {
+            (it.job, it.state) = (ours, VmState::Stuck);
+        });
+        check(&[], |it, _| (it.job, it.is_held) = (ours, true));
+        check(&["hand: foreign-job"], |it, _| it.job = JobView::Foreign);
+        check(&["hand: paused-on-error"], |it, _| {
+            it.state = VmState::Stuck;
+        });
+    }
+
+    #[test]
+    fn a_mark_is_removed_only_if_it_is_ours_and_nobody_needs_it() {
+        check(&["fix: unfinished-mark"], |it, _| {
+            it.marks.push(view(&mark(1, 9)));
+        });
+        let old = mark(1, 2);
+        check(&["fix: superseded-mark"], |it, _| {
+            it.marks.push(view(&old));
+            it.committed.insert(old.point());
+        });
+        check(&["fix: unneeded-mark"], |it, _| it.parents.clear());
+        check(&["nothing: other-repository"], |it, _| {
+            it.marks.push(view(&mark(2, 9)));
+            it.marks.push(view(&mark(2, 1)));
+        });
+        // One disk of two still builds on the old one.
+        check(&[], |it, _| {
+            it.marks.push(view(&old));
+            it.committed.insert(old.point());
+            it.parents.push(parent("vdb", &old));
+            it.disks.push(("vdb".to_owned(), since(&old)));
+        });
+        // Nobody knows what the newest point says of its mark.
+        check(&["nothing: unreadable-point"], |it, newest| {
+            it.parents.clear();
+            it.unreadable.insert(newest.point());
+        });
+    }
+
+    #[test]
+    fn a_mark_is_useless_only_if_it_is_its_own_fault_on_every_disk() {
+        let faults = [
+            Why::BitmapMissing,
+            Why::BitmapInconsistent,
+            Why::BitmapNotRecording,
+            Why::BitmapNotPersistent,
+            Why::BitmapGranularity,
+            Why::MarkRemade,
+            Why::MarkRefused,
+        ];
+        for why in faults {
+            check(&["fix: useless-mark"], |it, _| {
+                it.disks[0].1 = DiskPlan::Rescan(why);
+            });
+            // The other disk goes on with it.
+            check(&[], |it, newest| {
+                it.disks[0].1 = DiskPlan::Rescan(why);
+                it.parents.push(parent("vdb", newest));
+                it.disks.push(("vdb".to_owned(), since(newest)));
+            });
+        }
+        for why in [Why::ImageUnseen, Why::ParentDamaged, Why::BackingChanged] {
+            check(&[], |it, _| it.disks[0].1 = DiskPlan::Rescan(why));
+        }
+        check(&["fix: forgotten-mark"], |it, newest| {
+            it.forgotten.insert(newest.clone());
+        });
+    }
+
+    #[test]
+    fn marks_of_a_vm_that_is_off_or_held_are_left_to_the_next_backup() {
+        for (state, is_held) in [(VmState::Off, false), (VmState::Alive, true)] {
+            check(&["next-backup: superseded-mark"], |it, _| {
+                let old = mark(1, 2);
+                it.marks.push(view(&old));
+                it.committed.insert(old.point());
+                (it.state, it.is_held) = (state, is_held);
+            });
+        }
+        // The one in flight is no finding at all.
+        check(&[], |it, _| {
+            it.marks.push(view(&mark(1, 9)));
+            it.left.push(session());
+            it.is_held = true;
+        });
+        // Directories can be removed whether the VM runs or not.
+        check(&["fix: left-directories"], |it, _| {
+            it.left.push(session());
+            it.state = VmState::Off;
+        });
+    }
+
+    #[test]
+    fn a_disk_that_no_backup_can_read_needs_a_hand_while_the_vm_runs() {
+        let refused = |refusal| DiskPlan::Refuse(refusal);
+        for (refusal, word) in [
+            (Refusal::GraphChanged, "hand: graph-changed"),
+            (Refusal::GraphUnknown, "hand: graph-unknown"),
+            (Refusal::BitmapBusy, "hand: bitmap-busy"),
+        ] {
+            check(&[word], |it, _| it.disks[0].1 = refused(refusal));
+            check(&[], |it, _| {
+                (it.disks[0].1, it.state) = (refused(refusal), VmState::Off);
+            });
+        }
+        check(&["hand: foreign-job"], |it, _| {
+            (it.disks[0].1, it.job) = (refused(Refusal::BitmapBusy), JobView::Foreign);
+        });
+    }
+
+    #[test]
+    fn what_is_not_ours_is_told_last_and_left_alone() {
+        let expected = [
+            "hand: foreign-job",
+            "fix: left-directories",
+            "fix: unfinished-mark",
+            "nothing: foreign-checkpoint",
+            "nothing: foreign-bitmap",
+            "nothing: write-errors",
+        ];
+        check(&expected, |it, _| {
+            let (name, disk) = (String::from("hw-looks-like-ours"), String::from("vda"));
+            it.strange = vec![
+                Strange::Checkpoint {
+                    name: name.clone(),
+                    disks: vec![disk.clone()],
+                },
+                Strange::Bitmap {
+                    name,
+                    disk: disk.clone(),
+                    recording: true,
+                },
+                Strange::WriteErrors {
+                    disk,
+                    is_ignored: true,
+                },
+            ];
+            it.marks.push(view(&mark(1, 9)));
+            it.left.push(session());
+            it.job = JobView::Foreign;
+        });
+    }
+}
