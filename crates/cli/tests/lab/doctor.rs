@@ -2,6 +2,7 @@
 //! made for real, found without anything being changed, repaired, and the next
 //! plain backup equals the disk.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 use std::process::Child;
@@ -105,7 +106,7 @@ fn trace(bed: &Bed, vm: &Vm) -> Result<String> {
             .virsh(&["checkpoint-dumpxml", "--no-domain", "web01", &name])?;
         text.push_str(&record);
     }
-    text.push_str(&format!("{:?}\n", vm.bitmaps("vda")?));
+    writeln!(text, "{:?}", vm.bitmaps("vda")?)?;
     text.push_str(&bed.lab.virsh(&["dumpxml", "web01"])?);
     text.push_str(
         &bed.lab
@@ -113,10 +114,10 @@ fn trace(bed: &Bed, vm: &Vm) -> Result<String> {
             .replace("CPU time", "\nCPU time"),
     );
     if vm.is_active()? {
-        text.push_str(&format!("{}\n", vm.job_running()?));
+        writeln!(text, "{}", vm.job_running()?)?;
         let query = json!({"execute": "query-named-block-nodes", "arguments": {"flat": true}});
         for node in vm.monitor(&query)?.as_array().into_iter().flatten() {
-            text.push_str(&format!("{} {}\n", node["node-name"], node["drv"]));
+            writeln!(text, "{} {}", node["node-name"], node["drv"])?;
         }
     }
     for dir in [bed.runtime(), bed.repo()] {
@@ -133,11 +134,12 @@ fn files(dir: &Path, text: &mut String) -> Result<()> {
     for entry in entries {
         let about = fs::symlink_metadata(entry.path())?;
         let modified = about.modified()?;
-        text.push_str(&format!(
-            "{} {} {modified:?}\n",
+        writeln!(
+            text,
+            "{} {} {modified:?}",
             entry.path().display(),
             about.len()
-        ));
+        )?;
         if about.is_dir() {
             files(&entry.path(), text)?;
         }
