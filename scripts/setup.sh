@@ -45,15 +45,17 @@ lab=(busybox-static e2fsprogs ovmf procps swtpm swtpm-tools util-linux xz-utils 
 readers=(libnbd-bin nbdkit nbdkit-plugin-python python3-libnbd python3-venv)
 # What reads our manual pages and completions.
 shells=(groff-base zsh fish)
+# Whose wreckage we are tried with.
+wrecks=(virtnbdbackup)
 # Other programs we are compared with. Not every release has all of them.
-peers=(fio hyperfine strace virtnbdbackup restic borgbackup)
+peers=(fio hyperfine strace "${wrecks[@]}" restic borgbackup)
 
 packages=("${build[@]}")
 optional=()
 case $purpose in
 build) ;;
 fuzz) packages+=(g++) ;;
-test) packages+=("${vms[@]}" "${lab[@]}" "${readers[@]}" "${shells[@]}") ;;
+test) packages+=("${vms[@]}" "${lab[@]}" "${readers[@]}" "${shells[@]}" "${wrecks[@]}") ;;
 demo) packages+=("${vms[@]}" "${lab[@]}" libnbd-bin) ;;
 bench)
     packages+=("${vms[@]}" "${lab[@]}" "${readers[@]}")

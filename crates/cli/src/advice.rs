@@ -329,10 +329,12 @@ fn of_backup(error: &BackupError) -> Advice {
                 .hint("see `virsh list --all` for its name, or choose another connection with -c")
         }
         BackupError::Observe { source, .. } => of_hypervisor(source).state(NO_POINT),
-        BackupError::Busy { job, .. } => {
+        BackupError::Busy { vm, job } => {
             let hint = match job {
-                Some(JobFacts::ForeignBackup) => "another program backs this VM up: wait for it",
-                _ => "wait until it has ended",
+                Some(JobFacts::ForeignBackup(_)) => format!(
+                    "wait until that program is done; if it is dead, `virsh domjobabort {vm}` ends its job"
+                ),
+                _ => "wait until it has ended".to_owned(),
             };
             Advice::code(BUSY).state(NO_POINT).hint(hint)
         }
@@ -351,9 +353,15 @@ fn of_backup(error: &BackupError) -> Advice {
         BackupError::NoDisks { vm } => Advice::code(FAILED).state(NO_POINT).hint(format!(
             "see `virsh domblklist {vm}` for its disks, and what -d and -x leave of them"
         )),
-        BackupError::Refused { refusal, vm, disk } => Advice::code(FAILED)
-            .state(NO_POINT)
-            .hint(refusal_hint(*refusal, vm, disk)),
+        BackupError::Refused { refusal, vm, disk } => {
+            let code = match refusal {
+                highwater_engine::Refusal::BitmapBusy => BUSY,
+                _ => FAILED,
+            };
+            Advice::code(code)
+                .state(NO_POINT)
+                .hint(refusal_hint(*refusal, vm, disk))
+        }
         BackupError::Tidy { source, .. } => of_hypervisor(source).state(NO_POINT),
         // Whoever did not hear the answer does not know what was ended.
         BackupError::Begin { source, .. } if source.kind == ErrorKind::Unreachable => {
@@ -418,11 +426,15 @@ fn refusal_hint(refusal: highwater_engine::Refusal, vm: &str, disk: &str) -> Str
     use highwater_engine::Refusal;
     match refusal {
         Refusal::GraphChanged => format!(
-            "a snapshot was taken behind libvirt's back: shut `{vm}` down, merge it, start it again; \
-             or leave the disk out with `-x {disk}`"
+            "another program put a snapshot or a filter over it behind libvirt's back: let that \
+             program take it away, or shut `{vm}` down, merge the snapshot if it is one, and start \
+             `{vm}` again; or leave the disk out with `-x {disk}`"
         ),
         Refusal::GraphUnknown => format!("leave the disk out with `-x {disk}`"),
-        Refusal::BitmapBusy => "end the job that uses it".to_owned(),
+        Refusal::BitmapBusy => format!(
+            "a job or an NBD export of another program uses it: end that, then run \
+             `highwater backup {vm}` again"
+        ),
         Refusal::NoIncrement(_) => format!("`highwater backup {vm}` reads all of it and goes on"),
     }
 }

@@ -198,6 +198,9 @@ pub(crate) struct Backup {
     /// Read no faster than this many bytes per second, such as 50MiB
     #[arg(long, value_name = "RATE", value_parser = values::rate)]
     pub(crate) limit: Option<u64>,
+    /// Read this many random blocks again that the bitmap calls clean, or percent of all: 500 or 10% [default: 64, within half a second]
+    #[arg(long, value_name = "N|PCT", value_parser = values::audit)]
+    pub(crate) audit: Option<values::Audit>,
     /// Tell what a backup would read, and change nothing
     #[arg(long)]
     pub(crate) estimate: bool,

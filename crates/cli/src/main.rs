@@ -8,6 +8,8 @@ mod commands;
 mod config;
 mod effective;
 mod env;
+#[cfg(debug_assertions)]
+mod faults;
 mod guard_process;
 mod json;
 mod json_events;
@@ -31,6 +33,8 @@ use crate::advice::CliError;
 use crate::args::{Args, JsonStyle};
 
 fn main() -> ExitCode {
+    #[cfg(debug_assertions)]
+    faults::install();
     if guard_process::is_wanted() {
         return guard_process::run();
     }

@@ -10,12 +10,14 @@
 //! settle   end the job, give up old marks; trouble here is a warning
 //! ```
 
+mod audit;
 mod chunk_map;
 mod copy;
 mod disk_copy;
 mod error;
 mod estimate;
 mod files;
+#[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod observe;
 mod outlook;
@@ -31,8 +33,9 @@ use std::time::Instant;
 use highwater_hypervisor::{
     Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef,
 };
+use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
-use highwater_plan::{DiskPlan, Level, VmGate, gate};
+use highwater_plan::{AuditDuty, AuditWish, DiskPlan, Level, VmGate, Why, gate};
 use highwater_repo::{Compression, Manifest, RepoErrorKind, Repository, VmIdentity, WriterOptions};
 
 use crate::guard::{Guard, GuardError, Outcome};
@@ -45,6 +48,7 @@ pub(crate) use outlook::{Outlook, outlook, unreadable_point};
 pub use report::{DiskReport, Report, Status};
 pub(crate) use settle::words;
 
+use audit::AuditOrder;
 use copy::{CopyJob, CopyWatch, DiskCopied, ReadPlan, copy_disks};
 use observe::{History, PlannedDisk};
 
@@ -71,6 +75,8 @@ pub struct BackupOptions {
     pub tuning: Tuning,
     /// Make no point if less than this is dirty, bytes.
     pub threshold: Option<u64>,
+    /// How much of what a bitmap calls clean is read again; `None`: a few blocks.
+    pub audit: Option<AuditWish>,
     /// Tags to keep with the point.
     pub tags: Vec<String>,
     /// Group to keep with the point.
@@ -116,6 +122,7 @@ pub fn backup(
         .guard
         .lock(&vm)
         .map_err(|source| BackupError::observe(&vm.name, source))?;
+    pass(Step::Locked);
 
     let mut job = Job {
         context,
@@ -141,8 +148,10 @@ pub fn backup(
             }
         };
     job.finish_session(&session, Outcome::Committed);
+    pass(Step::SessionEnded);
     job.give_up_superseded_marks(&history, &manifest, &planned);
     job.merge_index();
+    pass(Step::IndexMerged);
     Ok(report::report(
         &vm,
         &manifest,
@@ -180,10 +189,12 @@ impl Job<'_> {
     /// Observes, tidies and plans; nothing of this run is at the VM yet.
     fn prepare(&mut self) -> Result<(VmFacts, History, Vec<PlannedDisk>), BackupError> {
         let mut facts = self.observe()?;
+        pass(Step::Observed);
         if let VmGate::EndLeftoverFirst(session) =
             gate(observe::vm_state(&facts), observe::job_view(&facts))
         {
             self.end_leftover(session)?;
+            pass(Step::LeftoverEnded);
             facts = self.observe()?;
         }
         if self.sweep()? {
@@ -203,6 +214,8 @@ impl Job<'_> {
         self.check_wanted_disks(&facts)?;
         let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
         self.tell_plan(&facts, &planned)?;
+        self.warn_of_lies(&history, &planned);
+        pass(Step::Planned);
         Ok((facts, history, planned))
     }
 
@@ -351,14 +364,17 @@ impl Job<'_> {
             scratch_dir: self.options.scratch_dir.join(session.to_string()),
         };
         self.context.observer.event(&Event::Beginning);
-        let begun = self
-            .context
-            .guard
-            .begin(&order)
-            .map_err(|source| BackupError::Begin {
-                vm: self.vm.name.clone(),
-                source,
-            })?;
+        let begun = match self.context.guard.begin(&order) {
+            Ok(begun) => begun,
+            Err(source) => {
+                self.undo_begin(&order, &source);
+                return Err(BackupError::Begin {
+                    vm: self.vm.name.clone(),
+                    source,
+                });
+            }
+        };
+        pass(Step::Begun);
         self.context.observer.event(&Event::Begun {
             consistency: begun.consistency,
             frozen_ms: begun.frozen_ms,
@@ -393,15 +409,26 @@ impl Job<'_> {
             self.warn(warning);
         }
         let files = files.map_err(store)?;
-        let jobs = copy_jobs(planned, session)?;
+        let jobs = copy_jobs(planned, session, self.options.audit)?;
         let watch = CopyWatch {
             cancel: self.context.cancel,
             lost: &|| self.context.guard.lost(),
             entrust: &|socket| self.context.guard.entrust(&socket),
             observer: self.context.observer,
         };
-        let copied = copy_disks(&writer, &jobs, &self.options.tuning, &watch)
-            .map_err(|source| BackupError::copy(vm, source))?;
+        let copied = copy_disks(
+            self.context.repo,
+            &writer,
+            &jobs,
+            &self.options.tuning,
+            &watch,
+        )
+        .map_err(|source| BackupError::copy(vm, source))?;
+        pass(Step::Copied);
+        self.tell_audits(planned, &copied);
+        let (vm, store) = (&self.vm.name, |source| {
+            BackupError::repository(&self.vm.name, source)
+        });
         if copied.iter().all(|disk| disk.result.is_err()) {
             return Err(BackupError::AllDisksFailed {
                 vm: vm.clone(),
@@ -425,6 +452,7 @@ impl Job<'_> {
                 vm: vm.clone(),
                 source,
             })?;
+        pass(Step::Committing);
         self.context.observer.event(&Event::Committing);
         let manifest = record::manifest(&record::Parts {
             job: self,
@@ -446,10 +474,47 @@ impl Job<'_> {
                 store(source)
             }
         })?;
+        pass(Step::Committed);
         self.context
             .observer
             .event(&Event::Committed { point: self.point });
         Ok((manifest, copied))
+    }
+
+    /// Says of which disks the bitmap is known to lie before anything is read.
+    fn warn_of_lies(&mut self, history: &History, planned: &[PlannedDisk]) {
+        for disk in planned {
+            if disk.plan != DiskPlan::Rescan(Why::BitmapLied) {
+                continue;
+            }
+            let target = &disk.facts.target;
+            let how = if history.lied.contains(target) {
+                "an earlier backup found blocks that it calls clean and that were written to"
+            } else {
+                "the guest has written since the last backup, and it calls nothing dirty"
+            };
+            self.warn(format!("bitmap lied: disk {target}: {how}"));
+        }
+    }
+
+    /// Says what the audits found.
+    fn tell_audits(&mut self, planned: &[PlannedDisk], copied: &[DiskCopied]) {
+        for disk in planned {
+            let target = &disk.facts.target;
+            let done = copied.iter().find(|copied| copied.target == *target);
+            let Some(done) = done.and_then(|copied| copied.result.as_ref().ok()) else {
+                continue;
+            };
+            if let Some(rescan) = &done.audited.rescan {
+                self.warn(rescan.warning.clone());
+            } else if let Some(AuditDuty::Mandatory(_)) = disk.plan.audit() {
+                self.healed(format!(
+                    "believed the mark of disk {target}, whose image was moved or copied: {} blocks \
+                     that it calls clean are as they were stored",
+                    done.audited.blocks
+                ));
+            }
+        }
     }
 
     /// Keeps the index small. Last: the point exists and the VM is free.
@@ -503,7 +568,11 @@ fn read_mode(plan: &DiskPlan) -> ReadMode {
     }
 }
 
-fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, BackupError> {
+fn copy_jobs(
+    planned: &[PlannedDisk],
+    session: &Begin,
+    wish: Option<AuditWish>,
+) -> Result<Vec<CopyJob>, BackupError> {
     planned
         .iter()
         .map(|disk| {
@@ -518,8 +587,18 @@ fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, B
                 disk: target.clone(),
             })?;
             let read = match &disk.plan {
-                DiskPlan::Incremental { tail_from, .. }
-                | DiskPlan::Differential { tail_from, .. } => {
+                DiskPlan::Incremental {
+                    tail_from,
+                    since,
+                    audit,
+                    ..
+                }
+                | DiskPlan::Differential {
+                    tail_from,
+                    since,
+                    audit,
+                    ..
+                } => {
                     let context =
                         export
                             .dirty_context
@@ -531,6 +610,13 @@ fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, B
                     ReadPlan::Dirty {
                         context,
                         tail_from: *tail_from,
+                        audit: AuditOrder {
+                            mark: since.to_string(),
+                            hot: disk.hot.clone(),
+                            smallest_bytes: disk.smallest_bytes,
+                            duty: *audit,
+                            wish,
+                        },
                     }
                 }
                 DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => {

@@ -8,6 +8,7 @@ mod cancel;
 mod doctor;
 mod events;
 #[doc(hidden)]
+#[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod guard;
 mod limiter;
@@ -34,7 +35,7 @@ pub use restore::{
 pub use verify::{Subject, VerifyJob, verify};
 
 pub use highwater_plan::{
-    BitmapView, Finding, Level, MarkOnDisk, Problem, Refusal, Remedy, Strange, Verdict,
+    AuditWish, BitmapView, Finding, Level, MarkOnDisk, Problem, Refusal, Remedy, Strange, Verdict,
     known_program,
 };
 

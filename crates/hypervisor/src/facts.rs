@@ -194,6 +194,9 @@ pub struct BitmapFacts {
     pub recording: bool,
     /// Whether it is kept in the image.
     pub persistent: bool,
+    /// Whether the image holds one of this name: then it was read from there
+    /// when the image was opened, and not made since.
+    pub in_image: bool,
     /// Whether a job or an export uses it.
     pub busy: bool,
     /// Whether it was not closed properly and is worthless.
@@ -286,8 +289,9 @@ pub struct CheckpointFacts {
 pub enum JobFacts {
     /// A backup job that a Highwater session began.
     Ours(SessionId),
-    /// A backup job that somebody else began.
-    ForeignBackup,
+    /// A backup job that somebody else began, and where its data go: nothing
+    /// else tells whose it is.
+    ForeignBackup(Option<String>),
     /// Another kind of job (the hypervisor's word for it).
     Other(String),
 }

@@ -14,6 +14,7 @@ mod hex;
 mod ids;
 mod range;
 mod size;
+pub mod step;
 
 pub use clock::{Clock, FixedClock, SystemClock, Timestamp};
 pub use extents::{ExtentMap, OutOfOrder};

@@ -4,8 +4,8 @@
 //! the promises checked here. Hashes that anybody can make are mended before a
 //! decoder sees the bytes: a fuzzer cannot guess them, an attacker need not.
 
+mod mend;
 mod objects;
-mod shelf;
 mod whole;
 
 pub use objects::{index, key, manifest, pack};

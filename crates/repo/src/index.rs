@@ -8,7 +8,7 @@ mod set;
 
 pub(crate) use file::pack_key;
 pub(crate) use format::{
-    BLOCK_LEN, HEADER_LEN, Header, IndexPack, IndexRow, encode, prefix_of, prove_block, rows_in,
-    rows_in_block,
+    BLOCK_LEN, HEADER_LEN, Header, IndexPack, IndexRow, decode_block, encode, prefix_of,
+    prove_block, rows_in_block,
 };
 pub(crate) use set::{IndexSet, Place, need_repository};

@@ -24,6 +24,7 @@ mod container;
 mod error;
 mod fetch;
 #[doc(hidden)]
+#[cfg(feature = "fuzzing")]
 pub mod fuzzing;
 mod hash;
 mod image;

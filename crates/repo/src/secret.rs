@@ -314,6 +314,7 @@ fn parse(body: &[u8], name: &str) -> Result<Wire, Flaw> {
 }
 
 /// Takes any bytes as a key object, for a fuzzer; tries it if that is little work.
+#[cfg(feature = "fuzzing")]
 pub(crate) fn fuzz(repository: RepoId, body: &[u8]) {
     const LITTLE_KIB: u64 = 256;
     let Ok(wire) = parse(body, blake3::hash(body).to_hex().as_str()) else {

@@ -225,6 +225,7 @@ pub(super) fn options(args: &Backup) -> BackupOptions {
         compression: args.compression.unwrap_or(Compression::Zstd(1)),
         tuning,
         threshold: args.threshold,
+        audit: args.audit.map(|audit| audit.0),
         tags: args.tags.clone(),
         group: args.group.clone(),
         host: rustix::system::uname()

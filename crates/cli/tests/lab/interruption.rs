@@ -108,7 +108,10 @@ fn a_foreign_backup_job_is_respected() -> Result<()> {
         .virsh(&["backup-begin", "web01", xml.to_str().context("text")?])?;
     let (code, stderr) = bed.fail(&["backup", "web01"])?;
     assert_eq!(code, 11, "{stderr}");
-    assert!(stderr.contains("a job runs on it"), "{stderr}");
+    let whose = format!("(its data go to `{}`)", socket.display());
+    assert!(stderr.contains(&whose), "{stderr}");
+    let way_out = "if it is dead, `virsh domjobabort web01` ends its job";
+    assert!(stderr.contains(way_out), "{stderr}");
     assert!(vm.job_running()?);
     bed.lab.virsh(&["domjobabort", "web01"])?;
     let report = bed.backup(&vm, &[])?;

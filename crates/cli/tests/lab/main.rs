@@ -8,6 +8,7 @@
     reason = "a test may stop at the first surprise"
 )]
 
+mod audit;
 mod bad_input;
 mod bad_input_names;
 mod bad_input_nbd;
@@ -21,7 +22,9 @@ mod doctor_foreign;
 mod golden;
 mod healing;
 mod interruption;
+mod late;
 mod levels;
+mod losses;
 mod matrix;
 mod matrix_changes;
 mod matrix_history;
@@ -34,6 +37,7 @@ mod saved;
 mod scale;
 mod scene;
 mod shells;
+mod steps;
 mod stress;
 mod support;
 mod verify;

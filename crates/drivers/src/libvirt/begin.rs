@@ -3,13 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Consistency, DiskOrder, ErrorKind, Export, ExportAddress, HypervisorError,
-    Quiesce, ReadMode, RunState, VmRef,
+    BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
+    HypervisorError, Quiesce, ReadMode, RunState, VmRef,
 };
+use highwater_model::step::{Step, pass};
 use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
-use super::connection::LibvirtDriver;
+use super::blocks::Blocks;
+use super::connection::{LibvirtDriver, query_blocks};
 use super::directories::{SessionPaths, free_bytes};
 use super::disks::skip_reason;
 use super::domain_xml::{DiskXml, DomainXml};
@@ -17,7 +19,7 @@ use super::end::stop_job;
 use super::error::explain;
 use super::host::{self, User};
 use super::jobs::{self, backup_job, run_state};
-use super::observe::{checkpoints, read_definition};
+use super::observe::{checkpoints, read_definition, write_counters};
 use super::quiesce::{self, Frozen, Outcome};
 use super::record_xml::BackupJob;
 use super::scratch;
@@ -76,6 +78,7 @@ impl LibvirtDriver {
             .and_then(host::qemu_process)
             .map(|found| found.user);
         paths.create(&order.vm, qemu.as_ref())?;
+        pass(Step::DirectoriesMade);
         let begun = self.begin_prepared(order, state, &domain, &ordered, &paths, qemu.as_ref());
         begun.map_err(|error| self.undo(order, &domain, &paths, error))
     }
@@ -95,6 +98,7 @@ impl LibvirtDriver {
             paths.note_stopped_before()?;
         }
         let scratch = scratch::prepare(order.session, domain, ordered, paths, qemu)?;
+        pass(Step::ScratchMade);
         // Before the job: nothing that happens to it may go unheard.
         let listener = EventListener::open(domain)
             .map_err(|error| explain(format!("cannot watch VM `{}`", order.vm.name), &error))?;
@@ -122,7 +126,10 @@ impl LibvirtDriver {
                 &order.freeze_mountpoints,
                 &|| paths.note_freezing(),
             )? {
-                Outcome::Frozen(frozen) => Some(frozen),
+                Outcome::Frozen(frozen) => {
+                    pass(Step::Frozen);
+                    Some(frozen)
+                }
                 Outcome::Not(because) => {
                     warnings.extend(
                         because.map(|because| format!("the guest was not frozen: {because}")),
@@ -135,6 +142,7 @@ impl LibvirtDriver {
         };
         let taken_at = self.clock.now();
         let started = domain.backup_begin(&backup_xml, checkpoint_xml.as_deref(), flags);
+        pass(Step::Started);
         let (consistency, frozen_ms) =
             settle_freeze(frozen, started.is_ok(), state, &mut warnings)?;
         paths.note_thawed();
@@ -374,7 +382,9 @@ fn report(
             .find(|record| record.mark.as_ref() == Some(&mark.name))
             .and_then(|record| record.created_s),
     };
+    let disks = begun_disks(order, domain)?;
     Ok(Begun {
+        disks,
         exports: order
             .disks
             .iter()
@@ -397,6 +407,47 @@ fn report(
         mark_created_s,
         warnings,
     })
+}
+
+/// Learns what proves the new mark next time, and makes sure that it is there:
+/// a mark that does not record would have the next backup read everything, and
+/// one on the wrong node would have it miss what changed.
+fn begun_disks(
+    order: &BeginOrder,
+    domain: &DomainHandle,
+) -> Result<Vec<BegunDisk>, HypervisorError> {
+    let definition = read_definition(&order.vm, domain, true)?;
+    let counters = write_counters(domain, &definition);
+    let blocks = match &order.new_mark {
+        Some(_) => query_blocks(&order.vm, domain)?,
+        None => Blocks::default(),
+    };
+    let granularity = |target: &str| {
+        let Some(mark) = &order.new_mark else {
+            return Ok(None);
+        };
+        if !mark.disks.iter().any(|marked| marked == target) {
+            return Ok(None);
+        }
+        let disk = definition.disks.iter().find(|disk| disk.target == *target);
+        let index = disk.and_then(|disk| disk.chain.first()?.index);
+        let found = blocks.new_bitmap(index, &mark.name.to_string());
+        found.map(Some).map_err(|what| {
+            HypervisorError::new(ErrorKind::BadMark, cannot_begin(&order.vm))
+                .because(format!("the new bitmap of disk `{target}` {what}"))
+        })
+    };
+    order
+        .disks
+        .iter()
+        .map(|disk| {
+            Ok(BegunDisk {
+                target: disk.target.clone(),
+                granularity: granularity(&disk.target)?,
+                counters: counters.get(&disk.target).copied(),
+            })
+        })
+        .collect()
 }
 
 /// Says which session broke, and how.

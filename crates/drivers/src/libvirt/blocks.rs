@@ -139,6 +139,21 @@ impl Blocks {
             .map(|(name, _)| name.as_str())
     }
 
+    /// Returns the granularity of a new mark's bitmap, or what is wrong with it.
+    /// Only on the node that libvirt exports does it record what the guest does.
+    pub(crate) fn new_bitmap(&self, index: Option<u32>, name: &str) -> Result<u32, &'static str> {
+        let bitmap = index
+            .and_then(|index| self.libvirt_node(index))
+            .and_then(|node| self.nodes.get(node))
+            .and_then(|node| node.bitmaps.iter().find(|bitmap| bitmap.name == name));
+        match bitmap {
+            None => Err("is not there"),
+            Some(bitmap) if !bitmap.recording || bitmap.inconsistent => Err("does not record"),
+            Some(bitmap) if !bitmap.persistent => Err("is not persistent"),
+            Some(bitmap) => Ok(bitmap.granularity),
+        }
+    }
+
     /// Returns all nodes that libvirt made for the image with this number.
     pub(crate) fn libvirt_nodes(&self, index: u32) -> impl Iterator<Item = &str> {
         let prefix = format!("libvirt-{index}-");
@@ -285,6 +300,14 @@ struct WireFormat {
 #[derive(Deserialize)]
 struct WireFormatData {
     compat: Option<String>,
+    /// What the image itself holds, as it was opened.
+    #[serde(default)]
+    bitmaps: Vec<WireStored>,
+}
+
+#[derive(Deserialize)]
+struct WireStored {
+    name: String,
 }
 
 /// Filters of a backup job hold bitmaps without a name.
@@ -342,22 +365,24 @@ impl WireNode {
     fn into_facts(self) -> Option<BlockNode> {
         let node = self.node_name?;
         let image = self.image;
+        let size_bytes = image.as_ref().and_then(|image| image.virtual_size);
+        let format = image
+            .and_then(|image| image.format_specific)
+            .and_then(|format| format.data);
+        let (compat, stored) =
+            format.map_or((None, Vec::new()), |data| (data.compat, data.bitmaps));
         Some(BlockNode {
             driver: self.drv.unwrap_or_default(),
-            size_bytes: image
-                .as_ref()
-                .and_then(|image| image.virtual_size)
-                .unwrap_or_default(),
-            compat: image
-                .and_then(|image| image.format_specific)
-                .and_then(|format| format.data)
-                .and_then(|data| data.compat),
+            size_bytes: size_bytes.unwrap_or_default(),
+            compat,
             bitmaps: self
                 .dirty_bitmaps
                 .into_iter()
                 .filter_map(|bitmap| {
+                    let name = bitmap.name?;
                     Some(BitmapFacts {
-                        name: bitmap.name?,
+                        in_image: stored.iter().any(|one| one.name == name),
+                        name,
                         node: node.clone(),
                         granularity: bitmap.granularity,
                         recording: bitmap.recording,
@@ -382,7 +407,7 @@ mod tests {
             {{"node-name":"#block7","drv":"{filter}","image":{{"virtual-size":64}},
               "dirty-bitmaps":[{{"recording":false,"persistent":false,"busy":false,"granularity":65536,"count":64}}]}},
             {{"node-name":"libvirt-1-format","drv":"qcow2","image":{{"virtual-size":64,
-              "format-specific":{{"type":"qcow2","data":{{"compat":"1.1"}}}}}},
+              "format-specific":{{"type":"qcow2","data":{{"compat":"1.1","bitmaps":[{{"name":"broken","granularity":65536,"flags":["in-use"]}}]}}}}}},
               "dirty-bitmaps":[{{"name":"m","recording":true,"persistent":true,"busy":false,"granularity":65536,"count":3}},
                 {{"name":"broken","recording":false,"persistent":true,"inconsistent":true,"busy":false,"granularity":65536,"count":0}}]}},
             {{"node-name":"libvirt-1-storage","drv":"file","image":{{"virtual-size":99}}}},
@@ -406,8 +431,23 @@ mod tests {
         assert_eq!(node.bitmaps.len(), 2);
         assert!(node.bitmaps[0].recording && !node.bitmaps[0].inconsistent);
         assert!(!node.bitmaps[1].recording && node.bitmaps[1].inconsistent);
+        assert!(!node.bitmaps[0].in_image && node.bitmaps[1].in_image);
         assert!(blocks.nodes["#block7"].bitmaps.is_empty());
         assert_eq!(blocks.holders("m"), ["libvirt-1-format"]);
+    }
+
+    #[test]
+    fn a_new_mark_is_there_only_if_its_bitmap_records_on_the_exported_node() {
+        let mut blocks = blocks("libvirt-1-format", "throttle");
+        assert_eq!(blocks.new_bitmap(Some(1), "m"), Ok(65_536));
+        assert_eq!(blocks.new_bitmap(Some(1), "broken"), Err("does not record"));
+        for (index, name) in [(Some(1), "n"), (Some(2), "m"), (Some(3), "m"), (None, "m")] {
+            assert_eq!(blocks.new_bitmap(index, name), Err("is not there"));
+        }
+        let node = blocks.nodes.get_mut("libvirt-1-format").unwrap();
+        node.bitmaps[0].persistent = false;
+        let found = blocks.new_bitmap(Some(1), "m");
+        assert_eq!(found, Err("is not persistent"));
     }
 
     #[test]

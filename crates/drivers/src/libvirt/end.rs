@@ -8,6 +8,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{BeginOrder, Ended, ErrorKind, HypervisorError, RunState, VmRef};
+use highwater_model::step::{Step, pass};
 use highwater_model::{SessionId, format_size};
 
 use super::begin::{Watch, lost};
@@ -68,8 +69,10 @@ impl LibvirtDriver {
             Err(error) => return Err(error),
         };
         let mut ended = stop_job(&order.vm, &domain, order.session, &paths)?;
+        pass(Step::JobEnded);
         self.watches.remove(&order.session);
         ended.warnings.extend(paths.remove());
+        pass(Step::FilesRemoved);
         Ok(ended)
     }
 

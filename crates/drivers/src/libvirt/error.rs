@@ -84,6 +84,12 @@ fn hint_for(kind: ErrorKind, error: &CallError) -> Option<&'static str> {
              audit log), or a parent directory may not be entered; choose another directory",
         );
     }
+    if text.contains("NBD server already running") {
+        return Some(
+            "QEMU has one NBD server at a time, and another program has started it: wait until it is \
+             done, or stop the server yourself (`virsh qemu-monitor-command VM --hmp nbd_server_stop`)",
+        );
+    }
     match error.code {
         code::OPERATION_TIMEOUT => Some(
             "another job runs on the VM (`virsh domjobinfo` names it); try again when it is done",

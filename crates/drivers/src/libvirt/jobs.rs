@@ -76,7 +76,8 @@ pub(super) fn running_job(
 ) -> Result<Option<JobFacts>, HypervisorError> {
     if let Some(job) = backup_job(vm, domain)? {
         return Ok(Some(
-            job.session.map_or(JobFacts::ForeignBackup, JobFacts::Ours),
+            job.session
+                .map_or(JobFacts::ForeignBackup(job.place), JobFacts::Ours),
         ));
     }
     let stats = match domain.job_stats() {
@@ -117,7 +118,7 @@ pub(super) fn busy(vm: &VmRef, job: &JobFacts) -> HypervisorError {
         JobFacts::Ours(session) => error.because(format!(
             "highwater's session {session} runs on it, or died there"
         )),
-        JobFacts::ForeignBackup => error
+        JobFacts::ForeignBackup(_) => error
             .because("another program's backup job runs on it")
             .hint("wait for it, or end it with `virsh domjobabort` if its program is gone"),
         JobFacts::Other(word) => error.because(format!("a {word} runs on it")),

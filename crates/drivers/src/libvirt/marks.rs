@@ -5,6 +5,7 @@
 //! a QEMU that was killed never stored its bitmaps.
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, MarkOrder, Redefinition, RunState, VmRef};
+use highwater_model::step::{Step, pass};
 
 use super::backup_xml;
 use super::blocks;
@@ -44,6 +45,7 @@ impl LibvirtDriver {
                 .because("the VM is off, and libvirt removes bitmaps only from one that runs"));
         }
         delete_record(&domain, name).map_err(|error| explain(message(), &error))?;
+        pass(Step::RecordDeleted);
         let left = query_blocks(vm, &domain)?.holders(name);
         if left.is_empty() {
             return Ok(());

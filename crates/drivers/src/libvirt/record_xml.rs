@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use highwater_hypervisor::CheckpointFacts;
 use highwater_model::SessionId;
+use roxmltree::Node;
 
 use super::backup_xml::session_of_export;
 use super::xml::{XmlError, child, child_text, document};
@@ -15,6 +16,8 @@ pub(crate) struct BackupJob {
     pub(crate) session: Option<SessionId>,
     /// Its NBD socket.
     pub(crate) socket: Option<PathBuf>,
+    /// Where its data go: a socket, an address, or the first file it writes.
+    pub(crate) place: Option<String>,
     /// Its disks.
     pub(crate) disks: Vec<BackupJobDisk>,
 }
@@ -55,8 +58,23 @@ pub(crate) fn backup_job(text: &str) -> Result<BackupJob, XmlError> {
         socket: child(root, "server")
             .and_then(|server| server.attribute("socket"))
             .map(PathBuf::from),
+        place: place(root),
         disks,
     })
+}
+
+fn place(job: Node<'_, '_>) -> Option<String> {
+    if let Some(server) = child(job, "server") {
+        if let Some(socket) = server.attribute("socket") {
+            return Some(socket.to_owned());
+        }
+        let host = server.attribute("name").unwrap_or("localhost");
+        return Some(format!("{host}:{}", server.attribute("port")?));
+    }
+    let mut disks = child(job, "disks")?.children();
+    let target = disks.find_map(|disk| child(disk, "target"))?;
+    let written = target.attribute("file").or(target.attribute("dev"))?;
+    Some(written.to_owned())
 }
 
 /// Reads `<domaincheckpoint>` as libvirt reports it.
@@ -107,6 +125,24 @@ mod tests {
         assert_eq!(job.disks.len(), 2);
         assert_eq!(job.disks[0].scratch, Some("/s/vda".into()));
         assert_eq!(job.disks[1].index, Some(17));
+    }
+
+    #[test]
+    fn a_job_tells_where_its_data_go() {
+        let place = |text: &str| {
+            let text = format!("<domainbackup>{text}</domainbackup>");
+            backup_job(&text).unwrap().place
+        };
+        assert_eq!(backup_job(JOB).unwrap().place, Some("/s/n.sock".into()));
+        assert_eq!(
+            place("<server transport='tcp' name='::1' port='10809'/>"),
+            Some("::1:10809".into())
+        );
+        assert_eq!(
+            place("<disks><disk name='vda'/><disk name='vdb'><target file='/b'/></disk></disks>"),
+            Some("/b".into())
+        );
+        assert_eq!(place(""), None);
     }
 
     #[test]

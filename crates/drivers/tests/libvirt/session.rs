@@ -211,7 +211,9 @@ fn a_foreign_job_keeps_us_out_and_is_not_touched_by_our_end() {
     rig.lab
         .virsh(&["backup-begin", "web01", xml.to_str().unwrap()])
         .unwrap();
-    assert_eq!(rig.observe(&vm).job, Some(JobFacts::ForeignBackup));
+    let socket = rig.lab.path("foreign.sock").display().to_string();
+    let job = rig.observe(&vm).job;
+    assert_eq!(job, Some(JobFacts::ForeignBackup(Some(socket))));
 
     let order = rig.order(&vm, &[("vda", None)]);
     let error = rig.driver.begin(&order).unwrap_err();

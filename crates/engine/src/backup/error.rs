@@ -17,7 +17,7 @@ use crate::guard::Outcome;
 pub enum BackupError {
     #[error("cannot look at VM `{vm}`")]
     Observe { vm: String, source: HypervisorError },
-    #[error("cannot back up VM `{vm}`: a job runs on it")]
+    #[error("cannot back up VM `{vm}`: {}", job_words(job.as_ref()))]
     Busy { vm: String, job: Option<JobFacts> },
     #[error("cannot back up VM `{vm}`: it is {}", state_words(*state))]
     WrongState { vm: String, state: RunState },
@@ -100,6 +100,18 @@ impl BackupError {
             Self::CommitUnknown { .. } => Outcome::Unknown,
             _ => Outcome::Failed,
         }
+    }
+}
+
+fn job_words(job: Option<&JobFacts>) -> String {
+    match job {
+        None => "a job runs on it".to_owned(),
+        Some(JobFacts::Ours(session)) => format!("highwater's session {session} runs on it"),
+        Some(JobFacts::ForeignBackup(None)) => "another program's backup job runs on it".to_owned(),
+        Some(JobFacts::ForeignBackup(Some(place))) => {
+            format!("another program's backup job runs on it (its data go to `{place}`)")
+        }
+        Some(JobFacts::Other(word)) => format!("a job runs on it ({word})"),
     }
 }
 

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
     BitmapFacts, DiskFacts, JobFacts, MarkSupport, NoMarks, Place, RootNode, RunState, VmFacts,
+    WriteErrorPolicy,
 };
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
-    self as plan, BitmapView, DiskPlan, DiskView, Identity, ImageLink, JobView, Level, ParentView,
-    Record, RootView, VmState, plan_disk,
+    self as plan, BitmapView, Counted, DiskPlan, DiskView, HOT_MAX, HotChunk, Identity, ImageLink,
+    JobView, Level, ParentView, Record, RootView, VmState, Why, WritesSince, plan_disk,
 };
 use highwater_repo::{
     DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, RepoErrorKind,
@@ -30,6 +31,8 @@ pub(super) struct History {
     pub(super) parents: BTreeMap<String, ParentRecord>,
     /// Smallest size each disk was ever seen with, bytes.
     pub(super) smallest: BTreeMap<String, u64>,
+    /// Disks whose parent's mark a later backup found lying.
+    pub(super) lied: BTreeSet<String>,
     /// Disks that are in some point.
     seen: BTreeSet<String>,
     /// Points whose manifest cannot be read, and why.
@@ -101,6 +104,11 @@ impl History {
                     .insert(disk.target.clone(), disk.evidence.smallest_size_bytes);
             }
             let Some(mark) = manifest.mark.as_ref().filter(|_| disk.marked) else {
+                // It could leave no mark of its own to take the liar's place.
+                let lied = disk.reason.as_deref() == Some(Why::BitmapLied.word());
+                if lied && !self.parents.contains_key(&disk.target) {
+                    self.lied.insert(disk.target.clone());
+                }
                 continue;
             };
             self.parents
@@ -131,6 +139,10 @@ pub(super) struct PlannedDisk {
     pub(super) plan: DiskPlan,
     /// The tree an increment is built on.
     pub(super) parent_image: Option<ImageRoot>,
+    /// What the guest wrote most often before.
+    pub(super) hot: Vec<HotChunk>,
+    /// The smallest size the disk was ever seen with.
+    pub(super) smallest_bytes: u64,
 }
 
 impl PlannedDisk {
@@ -167,7 +179,8 @@ pub(super) fn plan_disks(
         .map(|disk| {
             let parent = history.parents.get(&disk.target);
             let view = disk_view(disk, facts, parent);
-            let parent_view = parent.map(|parent| parent_view(repo, parent));
+            let mark_lied = history.lied.contains(&disk.target);
+            let parent_view = parent.map(|parent| parent_view(repo, parent, mark_lied));
             let plan = plan_disk(
                 options.level,
                 history.of_disk(&disk.target),
@@ -186,6 +199,12 @@ pub(super) fn plan_disks(
                 facts: disk.clone(),
                 plan,
                 parent_image,
+                hot: parent.map(hot_chunks).unwrap_or_default(),
+                smallest_bytes: history
+                    .smallest
+                    .get(&disk.target)
+                    .copied()
+                    .unwrap_or(u64::MAX),
             }
         })
         .collect()
@@ -207,13 +226,54 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
         bitmap: parent.map_or(BitmapView::Missing, |parent| {
             bitmap_view(disk, &parent.mark.name)
         }),
-        record: parent.map_or(Record::Forgotten, |parent| record_view(vm, &parent.mark)),
+        record: parent.map_or(Record::Forgotten, |parent| {
+            match record_view(vm, &parent.mark) {
+                Record::Proven if !is_original(disk, vm, parent) => Record::Remade,
+                found => found,
+            }
+        }),
         root: match &disk.root_node {
             RootNode::Same => RootView::Same,
             RootNode::Differs { .. } => RootView::Differs,
             RootNode::Unknown(_) => RootView::Unknown,
         },
+        writes: parent.and_then(|parent| writes_since(disk, vm, parent)),
     }
+}
+
+/// Compares what was counted when the parent was taken with what is now.
+fn writes_since(disk: &DiskFacts, vm: &VmFacts, parent: &ParentRecord) -> Option<WritesSince> {
+    // A write that failed in silence is counted, and may have dirtied nothing.
+    if disk.write_errors == WriteErrorPolicy::Ignore {
+        return None;
+    }
+    let evidence = &parent.disk.evidence;
+    let (bytes, operations) = evidence.counters?;
+    let then = Counted {
+        process: evidence.process.clone()?,
+        bytes,
+        operations,
+    };
+    let process = vm.process.as_ref()?;
+    let counters = disk.counters?;
+    let now = Counted {
+        process: (process.pid, process.start_ticks, process.boot_id.clone()),
+        bytes: counters.bytes,
+        operations: counters.operations,
+    };
+    let name = parent.mark.name.to_string();
+    let bitmaps = disk.bitmaps.iter().filter(|bitmap| bitmap.name == name);
+    let dirty = bitmaps.map(|bitmap| bitmap.dirty_bytes);
+    WritesSince::between(&then, &now, dirty.fold(0, u64::saturating_add))
+}
+
+fn hot_chunks(parent: &ParentRecord) -> Vec<HotChunk> {
+    let hot = parent.disk.evidence.hot.iter().take(HOT_MAX);
+    hot.map(|(chunk, score)| HotChunk {
+        chunk: *chunk,
+        score: *score,
+    })
+    .collect()
 }
 
 fn identity(disk: &DiskFacts) -> Identity {
@@ -261,6 +321,18 @@ pub(super) fn bitmap_view(disk: &DiskFacts, mark: &MarkName) -> BitmapView {
     }
 }
 
+/// Says whether the bitmap of a mark is the one that was made with it.
+fn is_original(disk: &DiskFacts, vm: &VmFacts, parent: &ParentRecord) -> bool {
+    let name = parent.mark.name.to_string();
+    let held_by = vm
+        .process
+        .as_ref()
+        .map(|process| (process.pid, process.start_ticks, process.boot_id.clone()));
+    let made_by = parent.disk.evidence.process.as_ref();
+    let mut bitmaps = disk.bitmaps.iter().filter(|it| it.name == name);
+    bitmaps.all(|it| plan::is_original(made_by, held_by.as_ref(), it.in_image))
+}
+
 /// Compares the hypervisor's record of a mark with the manifest's.
 pub(super) fn record_view(vm: &VmFacts, mark: &MarkRecord) -> Record {
     let found = vm
@@ -277,7 +349,7 @@ pub(super) fn record_view(vm: &VmFacts, mark: &MarkRecord) -> Record {
     }
 }
 
-fn parent_view(repo: &Repository, parent: &ParentRecord) -> ParentView {
+fn parent_view(repo: &Repository, parent: &ParentRecord, mark_lied: bool) -> ParentView {
     let evidence = &parent.disk.evidence;
     ParentView {
         point: parent.point,
@@ -290,6 +362,7 @@ fn parent_view(repo: &Repository, parent: &ParentRecord) -> ParentView {
         },
         granularity: evidence.granularity,
         same_chunk_size: parent.disk.image.chunk_bytes == repo.chunk_size(),
+        mark_lied,
         tree_is_readable: tree_is_readable(repo, &parent.disk.image),
     }
 }
@@ -323,6 +396,6 @@ pub(super) const fn job_view(facts: &VmFacts) -> JobView {
     match &facts.job {
         None => JobView::None,
         Some(JobFacts::Ours(session)) => JobView::Ours(*session),
-        Some(JobFacts::ForeignBackup | JobFacts::Other(_)) => JobView::Foreign,
+        Some(JobFacts::ForeignBackup(_) | JobFacts::Other(_)) => JobView::Foreign,
     }
 }

@@ -2,7 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{DiskFacts, MarkOrder, Redefinition, Swept, VmFacts};
+use highwater_hypervisor::{
+    BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, Swept, VmFacts,
+};
+use highwater_model::step::{Step, pass};
 use highwater_model::{MarkName, RepoId, SessionId};
 use highwater_plan::{BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks};
 use highwater_repo::{Manifest, MarkRecord};
@@ -95,7 +98,10 @@ impl Job<'_> {
         for mark in tidying.unfinished {
             changed = true;
             match self.remove_mark(&mark) {
-                Ok(()) => self.healed(words::done(&words::remove_unfinished(&mark))),
+                Ok(()) => {
+                    pass(Step::MarkTidied);
+                    self.healed(words::done(&words::remove_unfinished(&mark)));
+                }
                 Err(error) => self.warn(format!(
                     "cannot {}: {}",
                     words::remove_unfinished(&mark),
@@ -107,7 +113,10 @@ impl Job<'_> {
             changed = true;
             let name = mark.name.clone();
             match self.context.guard.mark(self.vm, &MarkOrder::Redefine(mark)) {
-                Ok(()) => self.healed(words::done(&words::tell_again(&name))),
+                Ok(()) => {
+                    pass(Step::MarkTidied);
+                    self.healed(words::done(&words::tell_again(&name)));
+                }
                 // Not an error: the plan sees that the record is still missing
                 // and rescans.
                 Err(error) => self.warn(format!(
@@ -126,7 +135,7 @@ impl Job<'_> {
         let finished = self.context.guard.finish(outcome);
         let warnings = match finished {
             Ok(ended) => ended.warnings,
-            Err(error) => match self.settle_with_another_guard(session, outcome) {
+            Err(error) => match self.settle_with_another_guard(&session.order, outcome) {
                 Ok(warnings) => warnings,
                 Err(second) => vec![
                     format!("cannot end the session at the VM: {}", one_line(&error)),
@@ -140,20 +149,33 @@ impl Job<'_> {
         }
     }
 
+    /// Takes back a start call that failed because the guard died in it: job
+    /// and mark may be there. A guard that lives has taken it back itself.
+    pub(super) fn undo_begin(&mut self, order: &BeginOrder, error: &GuardError) {
+        if error.kind != ErrorKind::Unreachable {
+            return;
+        }
+        match self.settle_with_another_guard(order, Outcome::Failed) {
+            Ok(warnings) => warnings.into_iter().for_each(|warning| self.warn(warning)),
+            Err(error) => self.warn(format!(
+                "cannot look after what the start call left at the VM: {}; the next backup of \
+                 this VM repairs it",
+                one_line(&error)
+            )),
+        }
+    }
+
     fn settle_with_another_guard(
         &self,
-        session: &Begin,
+        order: &BeginOrder,
         outcome: Outcome,
     ) -> Result<Vec<String>, GuardError> {
         let guard: Guard = (self.context.restart_guard)()?;
         guard.lock(self.vm)?;
-        let mut ended = guard.end_leftover(self.vm, session.order.session)?;
+        let mut ended = guard.settle(order, outcome)?;
         // What is left when the job had ended before.
         let swept = guard.sweep(self.vm, &self.options.session_places())?;
         ended.warnings.extend(swept.warnings);
-        if let (Outcome::Failed, Some(mark)) = (outcome, &session.order.new_mark) {
-            guard.mark(self.vm, &MarkOrder::Remove(mark.name.clone()))?;
-        }
         Ok(ended.warnings)
     }
 
@@ -174,7 +196,9 @@ impl Job<'_> {
         };
         let parents = parents_after(&facts, history, manifest, planned);
         for mark in superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents) {
-            if let Err(error) = self.remove_mark(&mark) {
+            let removed = self.remove_mark(&mark);
+            pass(Step::MarkGivenUp);
+            if let Err(error) = removed {
                 self.warn(format!(
                     "cannot give up old mark {mark}: {}",
                     one_line(&error)

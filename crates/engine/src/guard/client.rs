@@ -195,6 +195,15 @@ impl Guard {
         self.ended(Request::Finish { outcome })
     }
 
+    /// Ends the session of another guard, which has died; what could not be
+    /// done is in the warnings.
+    pub fn settle(&self, order: &BeginOrder, outcome: Outcome) -> Result<Ended, GuardError> {
+        self.ended(Request::Settle {
+            order: Box::new(order.clone()),
+            outcome,
+        })
+    }
+
     /// Ends what a dead session left behind.
     pub fn end_leftover(&self, vm: &VmRef, session: SessionId) -> Result<Ended, GuardError> {
         self.ended(Request::EndLeftover {

@@ -19,6 +19,8 @@ use highwater_hypervisor::{
     BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
 };
 
+use highwater_model::step::{Step, pass};
+
 use super::lifeline::Cutter;
 use super::lock::{self, VmLock};
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
@@ -159,12 +161,14 @@ impl Host {
             Request::Committing => {
                 let session = self.session.as_mut().ok_or_else(no_session)?;
                 session.committing = true;
+                pass(Step::CommitTold);
                 Ok(Reply::Done)
             }
             Request::Finish { outcome } => {
                 let session = self.session.take().ok_or_else(no_session)?;
                 Ok(Reply::Ended(self.finish(&session.order, outcome)))
             }
+            Request::Settle { order, outcome } => Ok(Reply::Ended(self.finish(&order, outcome))),
             Request::EndLeftover { vm, session } => {
                 self.driver()?.end_leftover(&vm, session).map(Reply::Ended)
             }
@@ -310,6 +314,7 @@ mod tests {
                 taken_at: Timestamp::from_unix_ms(0),
                 frozen_ms: None,
                 mark_created_s: None,
+                disks: Vec::new(),
                 warnings: Vec::new(),
             };
             self.note("begin", begun)

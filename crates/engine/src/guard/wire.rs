@@ -47,6 +47,11 @@ pub(super) enum Request {
     Committing,
     /// End the session.
     Finish { outcome: Outcome },
+    /// End the session of a guard that died, which made this order of it.
+    Settle {
+        order: Box<BeginOrder>,
+        outcome: Outcome,
+    },
     /// End what a dead session left.
     EndLeftover { vm: VmRef, session: SessionId },
     /// Change a mark.

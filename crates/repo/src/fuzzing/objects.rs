@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use highwater_model::{ObjectId, PointId, RepoId, Timestamp};
+use highwater_store::testing::MemStore;
 use highwater_store::{ObjectKey, ObjectKind, Store as _};
 use zeroize::Zeroizing;
 
-use super::shelf::{Shelf, mend_config, mend_index};
+use super::mend::{mend_config, mend_index};
 use super::whole;
 use crate::compress::Decompressor;
 use crate::config::Config;
@@ -102,12 +103,12 @@ fn page(bytes: &[u8]) {
 pub fn index(bytes: &[u8]) {
     let mut bytes = bytes.to_vec();
     mend_index(&mut bytes);
-    let shelf = Shelf::default();
+    let shelf = MemStore::of_whole_objects();
     let name = |byte: u8| to_hex(&[byte; 32]);
     let make = |kind, byte| ObjectKey::new(kind, name(byte)).expect("hexadecimal is a good name");
-    shelf.place(&make(ObjectKind::Index, 0), &bytes);
-    shelf.place(&make(ObjectKind::Pack, 0), &[0; 4096]);
-    shelf.place(&make(ObjectKind::Pack, 1), &[1; 100]);
+    shelf.damage(&make(ObjectKind::Index, 0), &bytes);
+    shelf.damage(&make(ObjectKind::Pack, 0), &[0; 4096]);
+    shelf.damage(&make(ObjectKind::Pack, 1), &[1; 100]);
     let shelf = Arc::new(shelf);
     let set = IndexSet::open(shelf.clone()).expect("a store in memory does not fail");
     let blocks = bytes.rchunks_exact(4096).take(8);
@@ -135,7 +136,7 @@ pub fn index(bytes: &[u8]) {
 /// One that is listed is written as it was read. Returns the repository, and
 /// the manifest if it was accepted.
 pub fn manifest(json: &[u8]) -> (Repository, Option<Manifest>) {
-    let shelf = whole::plain().shelf.clone();
+    let shelf = whole::plain().shelf.fork();
     let ids = IdKeys::derive(&[0; 32]);
     let parsed: Option<Manifest> = serde_json::from_slice(json).ok();
     let mend = |root: &mut ImageRoot| {
@@ -162,12 +163,12 @@ pub fn manifest(json: &[u8]) -> (Repository, Option<Manifest>) {
     let key = ObjectKey::new(ObjectKind::Point, name).expect("hexadecimal and base 32 are names");
     for old in shelf.keys() {
         if old.kind() == ObjectKind::Point {
-            shelf.remove(&old);
+            drop(shelf.delete(&old));
         }
     }
     let object = container::seal(ContainerKind::Manifest, &key, None, &json)
         .expect("a fuzzer's input is short");
-    shelf.place(&key, &object);
+    shelf.damage(&key, &object);
     let repo = Repository::open(Arc::new(shelf), None).expect("its configuration is whole");
     let mut list = repo.points().expect("a store in memory does not fail");
     assert_eq!(

@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use highwater_model::{ChunkSize, PointId, RootHash, Timestamp};
-use highwater_store::{ObjectKey, ObjectKind};
+use highwater_store::testing::MemStore;
+use highwater_store::{ObjectKey, ObjectKind, Store as _};
 
-use super::shelf::{Shelf, mend_config, mend_index, mend_tail};
+use super::mend::{mend_config, mend_index, mend_tail};
 use crate::compress::Compression;
 use crate::container::{self, ContainerKind};
 use crate::error::RepoError;
@@ -25,7 +26,7 @@ type Content = BTreeMap<u64, Vec<u8>>;
 
 /// A small repository, and what its images hold.
 pub(super) struct Base {
-    pub(super) shelf: Shelf,
+    pub(super) shelf: MemStore,
     secret: Option<Secret>,
     images: BTreeMap<RootHash, Content>,
 }
@@ -46,7 +47,7 @@ impl Base {
     /// Two points of one VM with two disks: short last chunks, zeroes, chunks
     /// that compress and some that do not, shared ones, more than one level.
     fn make(secret: Option<Secret>) -> Result<Self, RepoError> {
-        let shelf = Arc::new(Shelf::default());
+        let shelf = Arc::new(MemStore::of_whole_objects());
         let options = InitOptions {
             chunk_size: ChunkSize::DEFAULT,
             secret: secret.clone(),
@@ -75,7 +76,7 @@ impl Base {
             writer.flush()?.commit(&manifest)?;
         }
         drop(repo);
-        let shelf = Shelf::clone(&shelf);
+        let shelf = shelf.fork();
         Ok(Self {
             shelf,
             secret,
@@ -85,7 +86,7 @@ impl Base {
 
     /// Reads all that is listed. Errors are good; other bytes than those that
     /// were stored under a root are not.
-    fn look(&self, changed: Shelf) -> Result<(), RepoError> {
+    fn look(&self, changed: MemStore) -> Result<(), RepoError> {
         drop(Repository::secret_kinds(&changed)?);
         let repo = Repository::open(Arc::new(changed), self.secret.as_ref())?;
         let list = repo.points()?;
@@ -136,7 +137,7 @@ pub fn repository(bytes: &[u8]) {
         return;
     };
     let base = if choice & 1 == 0 { plain() } else { sealed() };
-    let shelf = base.shelf.clone();
+    let shelf = base.shelf.fork();
     let keys = shelf.keys();
     let mut touched = Vec::new();
     for change in changes.as_chunks::<8>().0.iter().take(16) {
@@ -144,19 +145,19 @@ pub fn repository(bytes: &[u8]) {
         let pick = |byte: u8| keys.get(usize::from(byte).checked_rem(keys.len())?);
         let Some(key) = pick(object) else { return };
         let at = usize::from(at0) | usize::from(at1) << 8 | usize::from(at2) << 16;
-        let other = pick(value[0]).map(|key| shelf.bytes(key));
+        let other = pick(value[0]).map(|key| shelf.bytes(key).unwrap_or_default());
         let opened = open(&shelf, key, choice & 3 == 2);
         let is_open = opened.is_some();
-        let mut content = opened.unwrap_or_else(|| shelf.bytes(key));
+        let mut content = opened.unwrap_or_else(|| shelf.bytes(key).unwrap_or_default());
         if !apply(&mut content, how, at, value, &other.unwrap_or_default()) {
-            shelf.remove(key);
+            drop(shelf.delete(key));
             continue;
         }
         if is_open {
             let sealed = container::seal(ContainerKind::Manifest, key, None, &content);
             content = sealed.unwrap_or_default();
         }
-        shelf.place(key, &content);
+        shelf.damage(key, &content);
         touched.push(key.clone());
     }
     if choice & 2 != 0 {
@@ -168,9 +169,9 @@ pub fn repository(bytes: &[u8]) {
 }
 
 /// The JSON of a manifest that anybody may rewrite.
-fn open(shelf: &Shelf, key: &ObjectKey, may_open: bool) -> Option<Vec<u8>> {
+fn open(shelf: &MemStore, key: &ObjectKey, may_open: bool) -> Option<Vec<u8>> {
     let is_open = may_open && key.kind() == ObjectKind::Point;
-    let object = is_open.then(|| shelf.bytes(key))?;
+    let object = is_open.then(|| shelf.bytes(key).unwrap_or_default())?;
     container::open(ContainerKind::Manifest, key, None, &object).ok()
 }
 
@@ -221,8 +222,8 @@ fn apply(content: &mut Vec<u8>, how: u8, at: usize, value: [u8; 3], other: &[u8]
     true
 }
 
-fn mend(shelf: &Shelf, key: &ObjectKey) {
-    let mut bytes = shelf.bytes(key);
+fn mend(shelf: &MemStore, key: &ObjectKey) {
+    let mut bytes = shelf.bytes(key).unwrap_or_default();
     match key.kind() {
         ObjectKind::Index => mend_index(&mut bytes),
         ObjectKind::Point => mend_tail(&mut bytes),
@@ -230,7 +231,7 @@ fn mend(shelf: &Shelf, key: &ObjectKey) {
         ObjectKind::Key => {
             let name = blake3::hash(&bytes).to_hex();
             let key = ObjectKey::new(ObjectKind::Key, name.as_str());
-            shelf.place(&key.expect("hexadecimal is a good name"), &bytes);
+            shelf.damage(&key.expect("hexadecimal is a good name"), &bytes);
             return;
         }
         ObjectKind::Pack
@@ -239,7 +240,7 @@ fn mend(shelf: &Shelf, key: &ObjectKey) {
         | ObjectKind::Proof
         | ObjectKind::Prune => return,
     }
-    shelf.place(key, &bytes);
+    shelf.damage(key, &bytes);
 }
 
 /// Two chunks, the last short.
@@ -299,6 +300,7 @@ fn manifest_of(at: i64, roots: &[ImageRoot]) -> Manifest {
         dirty_bytes: image.size_bytes,
         read_bytes: image.size_bytes,
         stored_bytes: 0,
+        audited_blocks: 0,
         marked: number == 0,
         evidence: Evidence {
             serial: Some("s".to_owned()),
@@ -313,6 +315,7 @@ fn manifest_of(at: i64, roots: &[ImageRoot]) -> Manifest {
             process: Some((1, 2, "b".to_owned())),
             counters: Some((1, 2)),
             smallest_size_bytes: 65536,
+            hot: Vec::new(),
         },
     };
     Manifest {
@@ -354,7 +357,7 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     let base = plain();
     let mut seeds = Vec::new();
     for key in base.shelf.keys() {
-        let bytes = base.shelf.bytes(&key);
+        let bytes = base.shelf.bytes(&key).unwrap_or_default();
         match key.kind() {
             ObjectKind::Pack => seeds.push(("pack", bytes.get(..4096).unwrap_or(&bytes).to_vec())),
             ObjectKind::Index => seeds.push(("index", bytes)),
@@ -372,7 +375,16 @@ pub fn seeds() -> Vec<(&'static str, Vec<u8>)> {
     }
     let keys = sealed().shelf.keys();
     let keys = keys.iter().filter(|key| key.kind() == ObjectKind::Key);
-    seeds.extend(keys.map(|key| ("key", [&[1], sealed().shelf.bytes(key).as_slice()].concat())));
+    seeds.extend(keys.map(|key| {
+        (
+            "key",
+            [
+                &[1],
+                sealed().shelf.bytes(key).unwrap_or_default().as_slice(),
+            ]
+            .concat(),
+        )
+    }));
     for choice in 0..4 {
         for how in 0..10 {
             for object in 0..12 {

@@ -267,19 +267,6 @@ pub(crate) fn rows_in_block(counts: &Counts, block: u64) -> Result<usize, Flaw> 
     narrow(counts.rows.saturating_sub(before).min(wide(ROWS_PER_BLOCK)))
 }
 
-/// Returns the first `rows` rows of a proven block.
-pub(crate) fn rows_in(
-    block: &[u8; BLOCK_LEN],
-    rows: usize,
-) -> impl Iterator<Item = Result<IndexRow, Flaw>> {
-    block
-        .as_chunks::<ROW_LEN>()
-        .0
-        .iter()
-        .take(rows)
-        .map(decode_row)
-}
-
 fn decode_row(row: &[u8; ROW_LEN]) -> Result<IndexRow, Flaw> {
     let mut reader = Reader::new(row);
     let id = ObjectId::from_bytes(reader.array()?);

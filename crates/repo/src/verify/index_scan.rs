@@ -8,7 +8,7 @@ use highwater_store::{Listed, ObjectKey, Store, StoreError};
 
 use crate::error::Flaw;
 use crate::index::{
-    BLOCK_LEN, HEADER_LEN, Header, IndexPack, IndexRow, prefix_of, prove_block, rows_in,
+    BLOCK_LEN, HEADER_LEN, Header, IndexPack, IndexRow, decode_block, prefix_of, prove_block,
     rows_in_block,
 };
 use crate::pack::{self, PackKind, RECORD_HEADER_LEN, record_len_max};
@@ -118,9 +118,8 @@ fn read(
             flaw.get_or_insert(found);
             continue;
         }
-        let rows = rows_in(&bytes, rows_in_block(&counts, block)?);
-        for (at, row) in rows.enumerate() {
-            let row = row?;
+        let rows = decode_block(&bytes, rows_in_block(&counts, block)?)?;
+        for (at, row) in rows.iter().enumerate() {
             let id = row.place.id;
             // One id may have several copies, each with its row.
             let order = (id, row.pack_no, row.place.offset);
@@ -130,9 +129,9 @@ fn read(
             last = Some(order);
             let pack_no = usize::try_from(row.pack_no).unwrap_or(usize::MAX);
             match scanned.packs.get(pack_no) {
-                Some(pack) if is_possible(pack, &row) => {
+                Some(pack) if is_possible(pack, row) => {
                     scanned.rows = scanned.rows.saturating_add(1);
-                    on_row(pack_no, pack, &row);
+                    on_row(pack_no, pack, row);
                 }
                 _ => {
                     flaw.get_or_insert(Flaw("a row shows a place that cannot be"));

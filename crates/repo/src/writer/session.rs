@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crossbeam_channel::Receiver;
 use highwater_model::ObjectId;
+use highwater_model::step::{Step, pass};
 use highwater_store::{Listed, ObjectKey, ObjectKind, StoreError, StoreErrorKind};
 
 use crate::claims::Claims;
@@ -158,6 +159,7 @@ impl Session {
         let key = key_of(ObjectKind::Pack, &id);
         let (records, stored) = pack.store(self.objects.store.as_ref(), &key);
         self.settle_create(&key, len, stored)?;
+        pass(Step::PackStored);
         self.counts.packs.fetch_add(1, Ordering::Relaxed);
         let full = {
             let mut pending = self.pending.lock().unwrap_or_else(PoisonError::into_inner);
@@ -188,6 +190,7 @@ impl Session {
         let (key, len) = (key_of(ObjectKind::Index, &name), wide(bytes.len()));
         let stored = self.objects.store.put(&key, &[&bytes]);
         self.settle_create(&key, len, stored)?;
+        pass(Step::IndexStored);
         self.counts.index_bytes.fetch_add(len, Ordering::Relaxed);
         drop(bytes);
         self.objects.index.add_own(&Listed { key, len })?;

@@ -157,7 +157,7 @@ fn job(checkup: &Checkup) -> Option<Job> {
     let details = checkup.surroundings.job.as_ref();
     let (kind, session, what) = match checkup.job.as_ref()? {
         JobFacts::Ours(session) => ("ours", Some(session.to_string()), None),
-        JobFacts::ForeignBackup => ("foreign-backup", None, None),
+        JobFacts::ForeignBackup(_) => ("foreign-backup", None, None),
         JobFacts::Other(word) => ("other", None, Some(word.clone())),
     };
     Some(Job {

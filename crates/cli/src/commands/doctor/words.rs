@@ -83,7 +83,7 @@ fn foreign_job(checkup: &Checkup) -> (String, Vec<String>) {
         .and_then(|job| job.running_s)
         .map_or_else(String::new, |seconds| format!(", since {seconds} s"));
     let blocks = "until it ends, libvirt refuses backups, migration, save and snapshots";
-    let Some(JobFacts::ForeignBackup) = &checkup.job else {
+    let Some(JobFacts::ForeignBackup(_)) = &checkup.job else {
         let word = match &checkup.job {
             Some(JobFacts::Other(word)) => word.as_str(),
             _ => "job",

@@ -1,0 +1,125 @@
+//! The steps of a backup at which a test can make something happen.
+//!
+//! A process that dies anywhere must leave what the next run can heal. To prove
+//! that for every place, and not for the moments a timer happens to hit, each
+//! place where the state of VM or repository has just changed is named here and
+//! passed in the code with [`pass`]. What happens there is up to a hook that a
+//! debug build may install; a release build has neither hook nor call.
+
+use std::sync::OnceLock;
+
+static HOOK: OnceLock<fn(Step)> = OnceLock::new();
+
+/// Which of the two processes of a backup passes a step.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Process {
+    /// The one that reads the VM's disks and writes the repository.
+    Mover,
+    /// The one that owns the session at the VM.
+    Guard,
+}
+
+macro_rules! steps {
+    ($($(#[$doc:meta])* $name:ident $process:ident $word:literal)*) => {
+        /// A step of a backup.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+        pub enum Step {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Step {
+            /// All steps, in the order in which a backup passes them.
+            pub const ALL: &[Self] = &[$(Self::$name),*];
+
+            /// Returns the word that names it in tests.
+            pub const fn word(self) -> &'static str {
+                match self {
+                    $(Self::$name => $word,)*
+                }
+            }
+
+            /// Returns who passes it.
+            pub const fn process(self) -> Process {
+                match self {
+                    $(Self::$name => Process::$process,)*
+                }
+            }
+        }
+    };
+}
+
+steps! {
+    /// The guard holds the VM's lock.
+    Locked Mover "locked"
+    /// Facts were read for the first time.
+    Observed Mover "observed"
+    /// The job of a dead session was ended.
+    LeftoverEnded Mover "leftover-ended"
+    /// A mark that nobody finished was removed, or a forgotten one told again.
+    MarkTidied Mover "mark-tidied"
+    /// It is decided how each disk is read.
+    Planned Mover "planned"
+    /// The session's directories are there.
+    DirectoriesMade Guard "directories-made"
+    /// The scratch files are there.
+    ScratchMade Guard "scratch-made"
+    /// The guest's file systems are frozen; passed where there is an agent.
+    Frozen Guard "frozen"
+    /// The job runs and the new mark records; nobody has been told.
+    Started Guard "started"
+    /// The mover knows the exports.
+    Begun Mover "begun"
+    /// A pack was stored.
+    PackStored Mover "pack-stored"
+    /// All disks were read.
+    Copied Mover "copied"
+    /// An index file was stored.
+    IndexStored Mover "index-stored"
+    /// The guard knows that a manifest may come.
+    CommitTold Guard "commit-told"
+    /// The mover knows that the guard knows.
+    Committing Mover "committing"
+    /// The manifest is durable.
+    Committed Mover "committed"
+    /// The session's job was ended, its files are there.
+    JobEnded Guard "job-ended"
+    /// The session's files are gone as well.
+    FilesRemoved Guard "files-removed"
+    /// The mover knows that the session has ended.
+    SessionEnded Mover "session-ended"
+    /// The record of a mark was deleted, and the bitmaps it knew.
+    RecordDeleted Guard "record-deleted"
+    /// An old mark is gone.
+    MarkGivenUp Mover "mark-given-up"
+    /// The index was looked after: all is done.
+    IndexMerged Mover "index-merged"
+}
+
+/// Sets what happens at each step, for the whole process. The first hook stays.
+pub fn on_step(hook: fn(Step)) {
+    // A second one is a test's mistake, and nothing waits for it.
+    let _ = HOOK.set(hook);
+}
+
+/// Says that a step was passed.
+#[inline]
+pub fn pass(step: Step) {
+    if cfg!(debug_assertions)
+        && let Some(hook) = HOOK.get()
+    {
+        hook(step);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn each_step_has_a_word_of_its_own() {
+        let words: BTreeSet<&str> = Step::ALL.iter().map(|step| step.word()).collect();
+        assert_eq!(words.len(), Step::ALL.len());
+    }
+}
