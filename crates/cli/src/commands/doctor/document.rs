@@ -1,5 +1,10 @@
 //! A look at a VM as JSON: schema 1.
 
+#![expect(
+    clippy::struct_field_names,
+    reason = "the names of fields are the schema"
+)]
+
 use highwater_engine::{Checkup, DiskEstimate, Finding, MarkReport, Problem, Verdict};
 use highwater_hypervisor::JobFacts;
 use serde::Serialize;
