@@ -8,7 +8,7 @@ use highwater_hypervisor::{
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
     self as plan, BitmapView, DiskPlan, DiskView, Identity, ImageLink, JobView, Level, ParentView,
-    Record, RootView, VmState, plan_disk,
+    Record, RootView, VmState, Why, plan_disk,
 };
 use highwater_repo::{
     DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, RepoErrorKind,
@@ -134,6 +134,11 @@ pub(super) struct PlannedDisk {
 }
 
 impl PlannedDisk {
+    /// Returns whether the tree of the point before was found damaged.
+    pub(super) fn has_damaged_parent(&self) -> bool {
+        self.plan == DiskPlan::Rescan(Why::ParentDamaged)
+    }
+
     /// Returns whether this backup leaves its mark on the disk.
     pub(super) fn takes_mark(&self, level: Level) -> bool {
         level.leaves_a_mark() && self.facts.marks == MarkSupport::Yes
