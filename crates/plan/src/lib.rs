@@ -21,7 +21,9 @@ pub use disk::{
     BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
     Place, Record, RootView, plan_disk,
 };
-pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
+pub use marks::{
+    FoundMark, MarkUse, Parent, superseded_marks, unfinished_marks, useless_marks_below,
+};
 pub use origin::{Process, is_original};
 pub use programs::known_program;
 pub use rows::{ROWS, Row};
