@@ -246,7 +246,7 @@ pub(crate) fn version(text: &str) -> Result<String, ReplyError> {
 pub(crate) fn jobs_on(graph: &str, nodes: &[String]) -> Result<Vec<String>, ReplyError> {
     let graph: WireGraph = reply(graph)?;
     let is_named = |node: &&WireGraphNode| nodes.contains(&node.name);
-    let used: Vec<u64> = graph
+    let ids: Vec<u64> = graph
         .nodes
         .iter()
         .filter(is_named)
@@ -254,7 +254,7 @@ pub(crate) fn jobs_on(graph: &str, nodes: &[String]) -> Result<Vec<String>, Repl
         .collect();
     let uses = |job: &WireGraphNode| {
         let mut edges = graph.edges.iter();
-        edges.any(|edge| edge.parent == job.id && used.contains(&edge.child))
+        edges.any(|edge| edge.parent == job.id && ids.contains(&edge.child))
     };
     let jobs = graph.nodes.iter().filter(|node| node.kind == "block-job");
     Ok(jobs
