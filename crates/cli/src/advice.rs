@@ -334,11 +334,7 @@ fn of_backup(error: &BackupError) -> Advice {
                 Some(JobFacts::ForeignBackup(_)) => format!(
                     "wait until that program is done; if it is dead, `virsh domjobabort {vm}` ends its job"
                 ),
-                Some(JobFacts::Forgotten) => format!(
-                    "until the VM is shut down, libvirtd restarted, and `{vm}` started again, in this \
-                     order, libvirt refuses to back it up, save, migrate and snapshot it; the guest \
-                     is not harmed"
-                ),
+                Some(JobFacts::Forgotten) => forgotten_job(vm),
                 _ => "wait until it has ended".to_owned(),
             };
             Advice::code(BUSY).state(NO_POINT).hint(hint)
@@ -425,6 +421,14 @@ fn what_the_store_needs(error: &RepoError) -> &'static str {
         Some(StoreErrorKind::NotFound) => "mount the repository where it was",
         _ => "check the repository and what it lies on",
     }
+}
+
+/// Says how a VM is freed that libvirt holds for a job that it has lost.
+pub(crate) fn forgotten_job(vm: &str) -> String {
+    format!(
+        "shut `{vm}` down, restart libvirtd, and start `{vm}` again, in this order; until then \
+         libvirt refuses to back it up, save, migrate and snapshot it, and its guest works on"
+    )
 }
 
 fn refusal_hint(refusal: highwater_engine::Refusal, vm: &str, disk: &str) -> String {

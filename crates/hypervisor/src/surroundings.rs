@@ -77,6 +77,9 @@ pub struct LeftDirectory {
 pub struct Swept {
     /// The sessions of which nothing is left, or less than there was.
     pub sessions: Vec<SessionId>,
+    /// Sessions that the hypervisor's process held something of, and does no
+    /// more: nodes, exports, a server.
+    pub in_process: Vec<SessionId>,
     /// What could not be removed, and what else was done for the guest.
     pub warnings: Vec<String>,
 }

@@ -84,7 +84,11 @@ impl LibvirtDriver {
     ) -> Result<Ended, HypervisorError> {
         let domain = self.domain(vm)?;
         let Some(job) = backup_job(vm, &domain)?.filter(|job| job.session == Some(session)) else {
-            return clear_forgotten(vm, &domain);
+            let cleared = remains::clear_unless_job(vm, &domain)?;
+            return Ok(Ended {
+                ended_job: !cleared.sessions.is_empty(),
+                warnings: cleared.warnings,
+            });
         };
         let scratch = job.disks.iter().find_map(|disk| disk.scratch.as_deref());
         let dir = |file: Option<&Path>| file.and_then(Path::parent).map(Path::to_path_buf);
@@ -102,18 +106,6 @@ impl LibvirtDriver {
         ended.warnings.extend(paths.remove());
         Ok(ended)
     }
-}
-
-/// Ends a job in QEMU that libvirt knows nothing of any more.
-fn clear_forgotten(vm: &VmRef, domain: &DomainHandle) -> Result<Ended, HypervisorError> {
-    if run_state(vm, domain)? == RunState::Off || backup_job(vm, domain)?.is_some() {
-        return Ok(Ended::default());
-    }
-    let cleared = remains::clear(vm, domain)?;
-    Ok(Ended {
-        ended_job: !cleared.sessions.is_empty(),
-        warnings: cleared.warnings,
-    })
 }
 
 /// Aborts the job if it is this session's, waits until it is gone, and lets

@@ -20,6 +20,7 @@ use super::connection::LibvirtDriver;
 use super::directories::{SessionPaths, label_name};
 use super::end::stop_job;
 use super::jobs::backup_job;
+use super::remains;
 
 /// A label holds three names; paths have 4096 bytes at most.
 const LABEL_BYTES_MAX: u64 = 64 << 10;
@@ -108,17 +109,20 @@ impl LibvirtDriver {
         vm: &VmRef,
         places: &[PathBuf],
     ) -> Result<Swept, HypervisorError> {
-        let found = self.dead_sessions(vm, places)?;
-        let mut swept = Swept::default();
-        if found.is_empty() {
-            return Ok(swept);
-        }
         // A VM that is gone has neither job nor frozen guest.
         let domain = match self.domain(vm) {
             Ok(domain) => Some(domain),
             Err(error) if error.kind == ErrorKind::NoSuchVm => None,
             Err(error) => return Err(error),
         };
+        let mut swept = Swept::default();
+        if let Some(domain) = &domain {
+            let cleared = remains::clear_unless_job(vm, domain)?;
+            swept.in_process.extend(cleared.sessions);
+            swept.warnings.extend(cleared.warnings);
+        }
+        // Their files last: QEMU holds them open no longer.
+        let found = self.dead_sessions(vm, places)?;
         for (session, left) in found {
             let paths =
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);

@@ -10,7 +10,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, VmRef};
+use highwater_hypervisor::{ErrorKind, HypervisorError, RunState, VmRef};
 use highwater_model::SessionId;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use super::backup_xml::session_of_export;
 use super::blocks::{QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
 use super::error::explain;
+use super::jobs::{backup_job, run_state};
 use super::sys::handles::DomainHandle;
 
 const QUERY_EXPORTS: &str = r#"{"execute":"query-block-exports"}"#;
@@ -48,12 +49,16 @@ pub(super) struct Cleared {
     pub(super) warnings: Vec<String>,
 }
 
-impl Cleared {
-    /// Tells what was removed and what could not be.
-    pub(super) fn told(self) -> impl Iterator<Item = String> {
-        let removed = |session| format!("removed what session {session} had left in QEMU");
-        self.sessions.into_iter().map(removed).chain(self.warnings)
+/// Like [`clear`], where nobody has looked for a job yet; nothing is removed
+/// while one runs.
+pub(super) fn clear_unless_job(
+    vm: &VmRef,
+    domain: &DomainHandle,
+) -> Result<Cleared, HypervisorError> {
+    if run_state(vm, domain)? == RunState::Off || backup_job(vm, domain)?.is_some() {
+        return Ok(Cleared::default());
     }
+    clear(vm, domain)
 }
 
 /// Removes what dead sessions have left in a QEMU in which no job runs.

@@ -70,6 +70,9 @@ impl Job<'_> {
         for session in swept.sessions {
             self.healed(words::done(&words::remove_directories(session)));
         }
+        for session in swept.in_process {
+            self.healed(words::done(&words::remove_remains(session)));
+        }
         for warning in swept.warnings {
             self.warn(warning);
         }
@@ -249,6 +252,10 @@ pub(crate) mod words {
 
     pub(crate) fn remove_directories(session: SessionId) -> String {
         format!("remove the directories of dead session {session}")
+    }
+
+    pub(crate) fn remove_remains(session: SessionId) -> String {
+        format!("remove what dead session {session} had left in the hypervisor")
     }
 
     pub(crate) fn remove_unfinished(mark: &MarkName) -> String {

@@ -82,6 +82,14 @@ fn foreign_job(checkup: &Checkup) -> (String, Vec<String>) {
     let since = details
         .and_then(|job| job.running_s)
         .map_or_else(String::new, |seconds| format!(", since {seconds} s"));
+    if checkup.job == Some(JobFacts::Forgotten) {
+        return (
+            "libvirt died while it started a backup job, has lost what it knew of the job, and \
+             holds the VM for it"
+                .to_owned(),
+            vec![crate::advice::forgotten_job(vm)],
+        );
+    }
     let blocks = "until it ends, libvirt refuses backups, migration, save and snapshots";
     if checkup.job == Some(JobFacts::Forgotten) {
         return (
