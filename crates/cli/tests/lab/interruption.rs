@@ -1,12 +1,11 @@
 //! Signals, locks, foreign jobs, and a repository that fails.
 
 use std::os::unix::fs::PermissionsExt as _;
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 
-use crate::support::{Bed, mode, write_noise};
+use crate::support::{Bed, mode, wait_for_job, write_noise};
 
 const MIB: u64 = 1 << 20;
 
@@ -20,15 +19,6 @@ fn busy_vm(bed: &Bed) -> Result<Vm> {
     // What cannot be compressed keeps the backup busy long enough.
     write_noise(bed, &vm, "vda", 0, 64)?;
     Ok(vm)
-}
-
-fn wait_for_job(vm: &Vm) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(20);
-    // libvirt cannot tell in the moment in which the job starts.
-    while !vm.job_running().unwrap_or_default() {
-        ensure!(Instant::now() < deadline, "no job began");
-    }
-    Ok(())
 }
 
 fn a_signal_ends_cleanly(signal: &str) -> Result<()> {

@@ -161,12 +161,6 @@ fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     Ok(())
 }
 
-/// Waits until libvirt knows of a job.
-fn wait_for_job(vm: &Vm) -> Result<()> {
-    // libvirt cannot tell in the moment in which the job starts.
-    wait("a job", || Ok(vm.job_running().unwrap_or_default()))
-}
-
 fn signal(signal: &str, pid: u32) -> Result<()> {
     let kill = tool("kill").args([signal, &pid.to_string()]);
     kill.run().map(drop)

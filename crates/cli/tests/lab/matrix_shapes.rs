@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, KIB, MIB, Vm, tool};
@@ -11,7 +10,7 @@ use serde_json::Value;
 use crate::matrix::{
     Reading, Subject, Taken, check, check_own_format, rounds_equal_the_disks, take, write_to,
 };
-use crate::support::{Bed, point};
+use crate::support::{Bed, point, wait_for_job};
 
 const INCREMENTAL: &str = "incremental";
 const NO_MARKS: &str = "rescan: no-marks-on-raw";
@@ -350,12 +349,4 @@ fn text(bed: &Bed) -> Result<PathBuf> {
     let command = "base64 -w 0 /dev/urandom | head -c 4M > \"$0\"";
     tool("bash").args(["-c", command]).arg(&file).run()?;
     Ok(file)
-}
-
-fn wait_for_job(vm: &Vm) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_mins(1);
-    while !vm.job_running().unwrap_or_default() {
-        ensure!(Instant::now() < deadline, "no job began");
-    }
-    Ok(())
 }

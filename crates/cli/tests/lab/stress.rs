@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 use serde_json::Value;
 
-use crate::support::{Bed, assert_same, mode, point, reference};
+use crate::support::{Bed, assert_same, mode, point, reference, wait_for_job};
 
 const MIB: u64 = 1 << 20;
 /// Longest time QEMU's main loop may not answer. It answers within
@@ -129,14 +129,6 @@ fn wait_for_socket(bed: &Bed) -> Result<()> {
             .flatten()
             .flatten();
         Ok(files.any(|file| file.path().extension().is_some_and(|end| end == "sock")))
-    })
-}
-
-/// Waits until libvirt knows of the job, and copying goes on.
-fn wait_for_job(vm: &Vm) -> Result<()> {
-    // libvirt cannot tell in the moment in which the job starts.
-    wait("a job", Duration::from_secs(20), || {
-        Ok(vm.job_running().unwrap_or_default())
     })
 }
 
@@ -260,19 +252,24 @@ fn a_guard_killed_in_mid_copy_is_replaced_and_the_vm_tidied_up() -> Result<()> {
     pulse.check().map(drop)
 }
 
-/// A row of the table; its test is made there.
-pub(crate) fn mover_and_guard_killed_together_are_healed_by_the_next_backup() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = busy_vm(&bed)?;
-    let pulse = Pulse::of(&bed);
-    let mut mover = begin(&bed)?;
-    wait_for_job(&vm)?;
+/// Kills both in mid copy.
+fn mover_and_guard_killed(bed: &Bed, vm: &Vm) -> Result<()> {
+    let mut mover = begin(bed)?;
+    wait_for_job(vm)?;
     let guard = guard_of(&mover)?;
     // Stopped first: neither may see the other die.
     signal("-STOP", guard)?;
     mover.kill()?;
     mover.wait()?;
-    signal("-KILL", guard)?;
+    signal("-KILL", guard)
+}
+
+/// A row of the table; its test is made there.
+pub(crate) fn mover_and_guard_killed_together_are_healed_by_the_next_backup() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let pulse = Pulse::of(&bed);
+    mover_and_guard_killed(&bed, &vm)?;
     ensure!(vm.job_running()?, "nobody was left to end the job");
     let report = heals(&bed, &vm)?;
     let healed = report["healed"].to_string();
@@ -329,14 +326,7 @@ fn ask_qemu(bed: &Bed, command: &str) -> Result<()> {
 
 /// Kills mover, guard and libvirtd in mid copy: nobody ends the job.
 fn all_but_qemu_killed(bed: &Bed, vm: &Vm) -> Result<()> {
-    let mut mover = begin(bed)?;
-    wait_for_job(vm)?;
-    let guard = guard_of(&mover)?;
-    // Stopped first: neither may see the other die.
-    signal("-STOP", guard)?;
-    mover.kill()?;
-    mover.wait()?;
-    signal("-KILL", guard)?;
+    mover_and_guard_killed(bed, vm)?;
     bed.lab.kill_libvirtd()
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{Lab, Leftovers, Vm};
@@ -198,4 +199,14 @@ pub(crate) fn write_noise(bed: &Bed, vm: &Vm, disk: &str, from: u64, mib: u64) -
         disk,
         &format!("write -s {} {from}M {mib}M", noise.display()),
     )
+}
+
+/// Waits until libvirt knows of a job.
+pub(crate) fn wait_for_job(vm: &Vm) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_mins(1);
+    // libvirt cannot tell in the moment in which the job starts.
+    while !vm.job_running().unwrap_or_default() {
+        ensure!(Instant::now() < deadline, "no job began");
+    }
+    Ok(())
 }

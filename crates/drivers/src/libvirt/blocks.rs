@@ -252,13 +252,13 @@ pub(crate) fn jobs_on(graph: &str, nodes: &[String]) -> Result<Vec<String>, Repl
         .filter(is_named)
         .map(|it| it.id)
         .collect();
-    let uses = |job: &WireGraphNode| {
+    let is_user = |job: &WireGraphNode| {
         let mut edges = graph.edges.iter();
         edges.any(|edge| edge.parent == job.id && ids.contains(&edge.child))
     };
     let jobs = graph.nodes.iter().filter(|node| node.kind == "block-job");
     Ok(jobs
-        .filter(|job| uses(job))
+        .filter(|job| is_user(job))
         .map(|job| job.name.clone())
         .collect())
 }

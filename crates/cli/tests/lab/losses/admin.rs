@@ -6,8 +6,8 @@ use std::process::{Child, Command, Stdio};
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::tool;
 
-use super::{Story, wait_for_job};
-use crate::support::{mode, write_noise};
+use super::Story;
+use crate::support::{mode, wait_for_job, write_noise};
 
 /// A VM with a point, and enough to copy since.
 fn busy() -> Result<Story> {

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::tool;
 
-use super::{Story, signal, wait_for_job};
-use crate::support::{Bed, assert_same, disk, write_noise};
+use super::{Story, signal};
+use crate::support::{Bed, assert_same, disk, wait_for_job, write_noise};
 
 const KIB: u64 = 1 << 10;
 

@@ -6,8 +6,8 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::tool;
 use serde_json::{Value, json};
 
-use super::{Story, add_bitmap, foreign_marks, qmp, root_node, wait, wait_for_job};
-use crate::support::write_noise;
+use super::{Story, add_bitmap, foreign_marks, qmp, root_node, wait};
+use crate::support::{wait_for_job, write_noise};
 
 /// Prepares to run virtnbdbackup on the lab's VM.
 fn virtnbdbackup(story: &Story, level: &str) -> Command {
