@@ -48,6 +48,9 @@ macro_rules! with_rows {
             mark_remade_by_libvirt:
                 "a checkpoint of the mark's name with another nonce or creation time"
                 => "`rescan: mark-remade`; it is removed with its bitmaps";
+            bitmap_remade_after_a_crash:
+                "QEMU was killed before it stored the bitmap, and another tool made one of that name: this QEMU has neither made it with the mark nor read it from the image"
+                => "`rescan: mark-remade`; it is removed";
             undefined_and_defined:
                 "the VM was undefined and defined again: the bitmap records, libvirt forgot the checkpoint"
                 => "told to libvirt again, which checks it; `incremental`";

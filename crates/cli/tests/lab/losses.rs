@@ -12,6 +12,8 @@ mod tracking;
 mod wreckage;
 mod zeroes;
 
+pub(crate) use tracking::v1_a_bitmap_re_made_after_a_crash_by_another_tool_is_not_believed;
+
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 

@@ -99,6 +99,15 @@ fn mark_remade_by_libvirt() {
     assert_eq!(plan, rescan(Why::MarkRemade));
 }
 
+/// The engine takes the mark for re-made where this says that it is not the
+/// original.
+fn bitmap_remade_after_a_crash() {
+    let process = |pid| (pid, 7, "boot".to_owned());
+    let (made_by, held_by) = (process(1), process(2));
+    assert!(!crate::is_original(Some(&made_by), Some(&held_by), false));
+    mark_remade_by_libvirt();
+}
+
 /// Told again, it is proven; only as long as it is not, nothing is believed.
 fn forgotten() {
     let untold = plan(|disk, _| disk.record = Record::Forgotten);

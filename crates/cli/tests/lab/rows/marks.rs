@@ -134,6 +134,10 @@ pub(super) fn bitmap_in_use() -> Result<()> {
     it.ends_well()
 }
 
+pub(super) fn bitmap_remade_after_a_crash() -> Result<()> {
+    crate::losses::v1_a_bitmap_re_made_after_a_crash_by_another_tool_is_not_believed()
+}
+
 pub(super) fn mark_remade_by_libvirt() -> Result<()> {
     let mut it = Tracked::start()?;
     let mark = it.mark()?;
