@@ -163,7 +163,7 @@ impl Estimated {
 }
 
 /// A command, or the backup of one of several VMs, that failed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Failure {
     schema: u32,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -61,6 +61,13 @@ pub(crate) fn complete(args: &mut Args) -> Result<Effective, CliError> {
             let typed = BackupSettings::take(backup);
             from.backup(typed)?.give(backup);
         }
+        Command::Doctor(doctor) => {
+            let typed = BackupSettings {
+                scratch_dir: doctor.scratch_dir.take(),
+                ..BackupSettings::default()
+            };
+            doctor.scratch_dir = from.backup(typed)?.scratch_dir;
+        }
         Command::Restore(restore) => {
             restore.limit = from.parsed("limit", restore.limit, None, &values::rate)?;
         }

@@ -20,6 +20,7 @@ mod files;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod observe;
+mod outlook;
 mod pool;
 mod record;
 mod report;
@@ -43,7 +44,9 @@ use crate::{Cancel, Event, Observer};
 pub use copy::{CopyError, Tuning};
 pub use error::BackupError;
 pub use estimate::{DiskEstimate, Estimate, estimate};
+pub(crate) use outlook::{Outlook, outlook, unreadable_point};
 pub use report::{DiskReport, Report, Status};
+pub(crate) use settle::words;
 
 use audit::AuditOrder;
 use copy::{CopyJob, CopyWatch, DiskCopied, ReadPlan, copy_disks};
@@ -209,7 +212,12 @@ impl Job<'_> {
             facts = self.observe()?;
         }
         self.check_wanted_disks(&facts)?;
-        let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
+        let mut planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
+        let is_refused = |disk: &PlannedDisk| matches!(disk.plan, DiskPlan::Refuse(_));
+        if !planned.iter().any(is_refused) && self.tidy_below(&facts, &history, &planned) {
+            facts = self.observe()?;
+            planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
+        }
         self.tell_plan(&facts, &planned)?;
         self.warn_of_lies(&history, &planned);
         pass(Step::Planned);
@@ -220,11 +228,8 @@ impl Job<'_> {
         let is_wanted = |target: &str| observe::is_wanted(self.options, target);
         let history = History::load(self.context.repo, &self.identity(), facts, &is_wanted)
             .map_err(|source| BackupError::repository(&self.vm.name, source))?;
-        for (point, error) in &history.unreadable {
-            self.warn(format!(
-                "cannot use restore point {point}: {}",
-                report::chain(error).join(": ")
-            ));
+        for unreadable in &history.unreadable {
+            self.warn(unreadable_point(unreadable));
         }
         Ok(history)
     }
@@ -400,6 +405,9 @@ impl Job<'_> {
             .repo
             .writer(WriterOptions {
                 compression: self.options.compression,
+                // Where a part of the tree is damaged, so may be its neighbours:
+                // to count them as stored would be to build upon them.
+                believe_stored: !planned.iter().any(PlannedDisk::has_damaged_parent),
                 ..WriterOptions::default()
             })
             .map_err(store)?;

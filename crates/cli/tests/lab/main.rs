@@ -16,6 +16,8 @@ mod bad_input_places;
 mod bad_input_space;
 mod correctness;
 mod disks;
+mod doctor;
+mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
 mod healing;
@@ -31,6 +33,7 @@ mod matrix_sources;
 mod output;
 mod people;
 mod restore;
+mod rows;
 mod saved;
 mod scale;
 mod scene;

@@ -215,6 +215,7 @@ fn occupied_bytes(dir: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -224,6 +225,11 @@ mod tests {
             name: name.to_owned(),
             uuid: None,
         }
+    }
+
+    fn put(path: &Path, bytes: &[u8]) {
+        let mut file = fs::File::create(path).unwrap();
+        file.write_all(bytes).unwrap();
     }
 
     fn session(n: u8) -> SessionId {
@@ -298,8 +304,8 @@ mod tests {
             fs::create_dir(&dir).unwrap();
             match kind {
                 "link" => symlink(real.join(&label), own).unwrap(),
-                "garbage" => fs::write(own, "{\"vm\":").unwrap(),
-                "copy" => fs::write(own, &good).unwrap(),
+                "garbage" => put(&own, b"{\"vm\":"),
+                "copy" => put(&own, &good),
                 "dir" => fs::create_dir(own).unwrap(),
                 _ => {}
             }
@@ -312,7 +318,7 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let precious = base.path().join("precious");
         fs::create_dir(&precious).unwrap();
-        fs::write(precious.join("file"), "kept").unwrap();
+        put(&precious.join("file"), b"kept");
         let paths = left(base.path(), "web01", 1);
         let dir = base.path().join("scratch").join(session(1).to_string());
         for (name, to) in [("vda.scratch", "file"), ("vdb.scratch", "")] {
@@ -329,11 +335,54 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let paths = left(base.path(), "web01", 1);
         let dir = base.path().join("scratch").join(session(1).to_string());
-        fs::write(dir.join("strange"), "").unwrap();
+        put(&dir.join("strange"), b"");
         assert_eq!(paths.remove().len(), 1);
         assert_eq!(found(base.path(), "web01"), [session(1)]);
         fs::remove_file(dir.join("strange")).unwrap();
         assert!(paths.remove().is_empty());
         assert_eq!(found(base.path(), "web01"), []);
+    }
+}
+
+#[cfg(test)]
+mod with_a_real_guest {
+    use highwater_hypervisor::Driver as _;
+    use highwater_testkit::{DiskSpec, Lab, MIB, guest};
+
+    use super::*;
+    use crate::libvirt::LibvirtOptions;
+
+    #[test]
+    fn a_guest_that_a_dead_session_froze_is_thawed_and_one_that_others_froze_is_not() {
+        let lab = Lab::start().unwrap();
+        guest::make_ext4(&lab.path("files.raw"), 16 * MIB).unwrap();
+        let files = DiskSpec::existing("vda", &lab.path("files.raw"), "raw");
+        let vm = lab.vm("web01").disk(files).guest().start().unwrap();
+        let inside = vm.guest().unwrap();
+        inside.wait_for_agent().unwrap();
+        let mut driver = LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap();
+        let found = driver.find("web01").unwrap();
+        let places = [lab.path("run"), lab.path("scratch")];
+        let mut left = |froze: bool| {
+            let session = SessionId::random();
+            let [run, scratch] = places
+                .each_ref()
+                .map(|place| place.join(session.to_string()));
+            let paths = SessionPaths::of_leftover(session, &run, &scratch);
+            paths.create(&found, None).unwrap();
+            if froze {
+                paths.note_freezing().unwrap();
+            }
+            let swept = driver.sweep(&found, &places).unwrap();
+            assert_eq!(swept.sessions, [session]);
+            swept.warnings
+        };
+        lab.virsh(&["domfsfreeze", "web01"]).unwrap();
+        assert!(left(false).is_empty());
+        assert!(inside.is_frozen().unwrap(), "somebody else froze it");
+        assert!(left(true)[0].contains("left frozen"));
+        assert!(!inside.is_frozen().unwrap());
+        // It was thawed in time by somebody, who did not get to say so.
+        assert!(left(true).is_empty());
     }
 }
