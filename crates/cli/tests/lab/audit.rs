@@ -1,5 +1,7 @@
 //! A bitmap that lies is found out, the disk is read as a whole in the same
 //! run, and the point is right; one that does not is never called a liar.
+//!
+//! What is no test here is a row of the table, see `rows`.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
@@ -72,8 +74,8 @@ fn vm(bed: &Bed, spec: DiskSpec) -> Result<Vm> {
     Ok(vm)
 }
 
-#[test]
-fn a_cleared_bitmap_is_found_out_by_the_busiest_block() -> Result<()> {
+/// Found out by the busiest block.
+pub(crate) fn bitmap_cleared() -> Result<()> {
     let bed = Bed::start()?;
     // So large that no random block falls there.
     let vm = vm(&bed, DiskSpec::qcow2("vda", 64 * GIB))?;
@@ -126,8 +128,7 @@ fn a_data_file_written_around_qemu_is_found_out() -> Result<()> {
 
 /// The suffix that was cut holds one block of data, and nothing else is looked
 /// at near it: only the question for the highest stored block leads there.
-#[test]
-fn a_shrink_that_was_undone_is_found_out_by_the_highest_block_of_data() -> Result<()> {
+pub(crate) fn shrunk_and_grown() -> Result<()> {
     let bed = Bed::start()?;
     let size = 256 * MIB;
     let spec = DiskSpec::qcow2("vda", size);
@@ -154,8 +155,7 @@ fn a_shrink_that_was_undone_is_found_out_by_the_highest_block_of_data() -> Resul
     Ok(())
 }
 
-#[test]
-fn a_differential_that_found_a_lie_is_followed_by_a_rescan() -> Result<()> {
+pub(crate) fn lie_found_by_a_differential() -> Result<()> {
     let bed = Bed::start()?;
     let vm = vm(&bed, DiskSpec::qcow2("vda", 64 * GIB))?;
     vm.write("vda", "write -P 2 0 64k")?;
@@ -231,8 +231,7 @@ fn an_audit_of_everything_finds_one_changed_block_anywhere() -> Result<()> {
 }
 
 /// QEMU counts what its guest writes, and the monitor's writes it does not.
-#[test]
-fn writes_that_were_counted_and_are_in_no_bitmap_prove_the_lie() -> Result<()> {
+pub(crate) fn writes_in_no_bitmap() -> Result<()> {
     let bed = Bed::start()?;
     let vm = bed
         .lab
