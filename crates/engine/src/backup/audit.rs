@@ -32,7 +32,8 @@ pub(super) struct Audited {
     pub(super) blocks: u64,
     /// Why the disk must be read as a whole, if it must.
     pub(super) rescan: Option<Rescan>,
-    /// What the user is told though the increment goes on.
+    /// What the user is told though the increment goes on. The connection
+    /// cannot be used any more then.
     pub(super) warning: Option<String>,
 }
 
@@ -66,7 +67,6 @@ pub(super) fn audit(
         parent.size_bytes.min(size_bytes) / chunk_size.bytes()
     };
     let mut blocks = 0;
-    let mut unreadable = None;
     let outcome = disk
         .shared
         .repo
@@ -83,17 +83,17 @@ pub(super) fn audit(
                 reads_left: None,
                 deadline: None,
                 blocks: &mut blocks,
-                unreadable: &mut unreadable,
             };
             auditor.run(order)
         });
     let name = &disk.job.target;
     let mut warning = None;
     let rescan = match outcome {
-        Ok(()) | Err(End::Budget) => match (order.duty, unreadable) {
-            (_, None) => None,
+        Ok(()) | Err(End::Budget) => None,
+        Err(End::Unreadable(_)) if disk.stopped() => return Err(CopyError::Interrupted),
+        Err(End::Unreadable(error)) => match order.duty {
             // What cannot be proven is not believed.
-            (AuditDuty::Mandatory(why), Some(error)) => Some(Rescan {
+            AuditDuty::Mandatory(why) => Some(Rescan {
                 why,
                 warning: format!(
                     "disk {name} was read as a whole: its audit could not be finished: {}",
@@ -102,10 +102,10 @@ pub(super) fn audit(
             }),
             // The block is as it was, by all that is known, and is stored. To
             // fail the disk would end its backups until somebody mends it.
-            (AuditDuty::Sampled, Some(error)) => {
+            AuditDuty::Sampled => {
                 warning = Some(format!(
-                    "an unchanged block of disk {name} was to be compared with what is stored: {}; \
-                     this restore point is whole, the storage below the disk may be failing",
+                    "the audit of disk {name} ended early: {}; what changed was read, so this \
+                     restore point is whole, but the storage below the disk may be failing",
                     chain(&error)
                 ));
                 None

@@ -30,6 +30,9 @@ pub(super) enum End {
     Budget,
     /// This block is another than the one stored.
     Lie(u64),
+    /// A block could not be read. The connection must not be used any more:
+    /// QEMU hangs up where it cannot read, and replies may be under way.
+    Unreadable(CopyError),
     Failed(CopyError),
 }
 
@@ -53,8 +56,6 @@ pub(super) struct Auditor<'a> {
     pub(super) reads_left: Option<u64>,
     pub(super) deadline: Option<Instant>,
     pub(super) blocks: &'a mut u64,
-    /// The first block that the server could not read.
-    pub(super) unreadable: &'a mut Option<CopyError>,
 }
 
 impl Auditor<'_> {
@@ -91,15 +92,10 @@ impl Auditor<'_> {
             return Ok(Vec::new());
         };
         let mut head = vec![0; usize::try_from(range.len()).unwrap_or_default()];
-        match self.connection.read_at(0, &mut head) {
-            Ok(()) => Ok(head),
-            // The connection is whole, and there is no table to go by.
-            Err(source @ NbdError::Request { .. }) => {
-                self.cannot_read(range, source);
-                Ok(Vec::new())
-            }
-            Err(source) => Err(End::Failed(read_error(self.disk, range, source))),
-        }
+        self.connection
+            .read_at(0, &mut head)
+            .map_err(|source| End::Unreadable(read_error(self.disk, range, source)))?;
+        Ok(head)
     }
 
     /// Checks blocks, a batch at a time.
@@ -253,7 +249,7 @@ impl Auditor<'_> {
                 }
                 self.connection
                     .submit_read(next as u64, range, Vec::new())
-                    .map_err(|source| End::Failed(read_error(self.disk, range, source)))?;
+                    .map_err(|source| End::Unreadable(read_error(self.disk, range, source)))?;
                 next += 1;
                 under_way += 1;
                 bytes_under_way += range.len();
@@ -261,8 +257,13 @@ impl Auditor<'_> {
             if under_way == 0 {
                 break;
             }
-            let done = self.connection.next_completion();
-            let done = done.map_err(|source| self.map_error(source))?;
+            let done = self.connection.next_completion().map_err(|source| {
+                let range = self.connection.unanswered().next().map(|(_, range)| range);
+                match range {
+                    Some(range) => End::Unreadable(read_error(self.disk, range, source)),
+                    None => self.map_error(source),
+                }
+            })?;
             under_way -= 1;
             bytes_under_way -= done.range.len();
             let found = self.differs(done)?;
@@ -274,13 +275,9 @@ impl Auditor<'_> {
     /// Returns the first block of a read that is not the one stored.
     fn differs(&mut self, done: Completion) -> Result<Option<u64>, End> {
         let range = done.range;
-        let bytes = match done.result {
-            Ok(bytes) => bytes,
-            Err(source) => {
-                self.cannot_read(range, source);
-                return Ok(None);
-            }
-        };
+        let bytes = done
+            .result
+            .map_err(|source| End::Unreadable(read_error(self.disk, range, source)))?;
         let (first, end) = self.chunks_of(range);
         let stored = self.stored(first, end)?;
         let pieces = bytes.chunks(self.disk.shared.chunk_size.len());
@@ -293,15 +290,6 @@ impl Auditor<'_> {
         let mut numbered = (first..).zip(pieces).zip(stored);
         let other = numbered.find(|((_, piece), id)| self.disk.shared.repo.chunk_id(piece) != *id);
         Ok(other.map(|((chunk, _), _)| chunk))
-    }
-
-    fn cannot_read(
-        &mut self,
-        range: ByteRange,
-        source: impl std::error::Error + Send + Sync + 'static,
-    ) {
-        let error = read_error(self.disk, range, source);
-        self.unreadable.get_or_insert(error);
     }
 
     /// Returns the ids in the parent's tree of the blocks `first .. end`.
