@@ -77,8 +77,11 @@ fn vm(bed: &Bed, spec: DiskSpec) -> Result<Vm> {
 /// Found out by the busiest block.
 pub(crate) fn bitmap_cleared() -> Result<()> {
     let bed = Bed::start()?;
-    // So large that no random block falls there.
+    // So large that no random block falls there, nor moves on to there: there
+    // is data right before.
     let vm = vm(&bed, DiskSpec::qcow2("vda", 64 * GIB))?;
+    vm.write("vda", "write -P 1 30719M 2M")?;
+    right(&bed, &vm, &[], "incremental")?;
     vm.write("vda", "write -P 2 30G 64k")?;
     right(&bed, &vm, &[], "incremental")?;
     vm.write("vda", "write -P 3 30G 4k")?;
