@@ -513,6 +513,9 @@ impl Job<'_> {
             let Some(done) = done.and_then(|copied| copied.result.as_ref().ok()) else {
                 continue;
             };
+            if let Some(warning) = &done.audited.warning {
+                self.warn(warning.clone());
+            }
             if let Some(rescan) = &done.audited.rescan {
                 self.warn(rescan.warning.clone());
             } else if let Some(AuditDuty::Mandatory(_)) = disk.plan.audit() {

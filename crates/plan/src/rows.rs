@@ -72,6 +72,14 @@ macro_rules! with_rows {
             parent_unreadable: "the parent's tree cannot be read, or has another chunk size"
                 => "`rescan: parent-damaged`, `rescan: chunk-size-differs`";
 
+            bitmap_cleared:
+                "the bitmap was cleared, or the image written around it, and a block that it calls clean is not as it was stored"
+                => "`rescan: bitmap-lied` in the same run, if the block is among those that are audited";
+            shrunk_and_grown: "the same, because the disk was shrunk and grown again" => "the same; found for certain";
+            writes_in_no_bitmap: "the guest has written, and the bitmap calls nothing dirty" => "`rescan: bitmap-lied`";
+            lie_found_by_a_differential:
+                "a differential found one of these, and left no mark of its own" => "`rescan: bitmap-lied`";
+
             managed_save: "the VM was saved and restored" => "`incremental`";
             internal_snapshot: "an internal snapshot was made" => "`incremental`";
             external_snapshot:

@@ -6,6 +6,7 @@
 mod chains;
 mod disks;
 mod histories;
+mod lies;
 mod marks;
 mod others;
 mod tracked;
@@ -14,6 +15,7 @@ use anyhow::Result;
 
 use chains::*;
 use disks::*;
+use lies::*;
 use marks::*;
 use others::*;
 

@@ -153,6 +153,13 @@ pub(super) fn run_disk(
         Err(error) => return failed(size_bytes, error),
     };
     if audited.rescan.is_none() {
+        if audited.warning.is_some() {
+            drop(link);
+            link = match disk.connect(vec![context.clone()]) {
+                Ok(link) => link,
+                Err(error) => return failed(size_bytes, error),
+            };
+        }
         let mapper = Mapper {
             dirty: Some(link),
             allocation: None,

@@ -138,14 +138,14 @@ fn wrong_blocks_are_met_as_often_as_the_formula_says() {
     for k in [16_u64, 64, 256] {
         for spread in [1, N / k] {
             let hits = (0..MARKS)
-                .filter(|mark| {
-                    let mark = format!("mark {mark}");
+                .filter(|number| {
+                    let mark = format!("mark {number}");
                     let choice = choose_audit(&AuditView {
                         mark: &mark,
                         ..view(N)
                     });
                     let mut drawn = choice.anywhere.chain(choice.on_data);
-                    let first = mixed((mark.len() as u64) ^ k) % (N - k * spread + 1);
+                    let first = mixed(u64::from(*number) ^ (k << 40)) % (N - k * spread + 1);
                     drawn.any(|chunk| {
                         chunk >= first
                             && (chunk - first).is_multiple_of(spread)

@@ -7,8 +7,9 @@ use super::view::{
     plan_untracked, refused, rescan,
 };
 use crate::{
-    AuditDuty, BitmapView, DiskPlan, History, JobView, Level, MarkSupport, Place, Record, Refusal,
-    RootView, VmGate, VmState, Why, gate, plan_disk, superseded_marks, unfinished_marks,
+    AuditDuty, AuditView, BitmapView, DiskPlan, History, HotChunk, JobView, Level, MarkSupport,
+    Place, Record, Refusal, RootView, VmGate, VmState, Why, WritesSince, choose_audit, gate,
+    plan_disk, superseded_marks, unfinished_marks,
 };
 
 macro_rules! pure {
@@ -441,4 +442,41 @@ fn dead_session() {
         );
     }
     died_before_commit();
+}
+
+/// The plan only says that clean blocks are looked at, and which come first.
+fn bitmap_cleared() {
+    assert_eq!(plan(|_, _| {}), incremental());
+    let hot = [HotChunk { chunk: 9, score: 1 }];
+    let view = |duty| AuditView {
+        chunks: 100,
+        chunk_bytes: 1 << 16,
+        hot: &hot,
+        mounted: &[0],
+        smallest_bytes: u64::MAX,
+        mark: "mark",
+        duty,
+        wish: None,
+    };
+    for duty in [AuditDuty::Sampled, AuditDuty::Mandatory(Why::ImageReplaced)] {
+        assert_eq!(choose_audit(&view(duty)).places, [9, 0]);
+    }
+}
+
+/// Nothing that can be observed is left of it: the audit has to find it.
+fn shrunk_and_grown() {
+    assert_eq!(plan(|_, _| {}), incremental());
+}
+
+fn writes_in_no_bitmap() {
+    let since =
+        |bytes, dirty_bytes| plan(|disk, _| disk.writes = Some(WritesSince { bytes, dirty_bytes }));
+    assert_eq!(since(512, 0), rescan(Why::BitmapLied));
+    assert_eq!(since(512, 65_536), incremental());
+    assert_eq!(since(0, 0), incremental());
+}
+
+fn lie_found_by_a_differential() {
+    let plan = plan(|_, parent| parent.mark_lied = true);
+    assert_eq!(plan, rescan(Why::BitmapLied));
 }
