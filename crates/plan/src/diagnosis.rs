@@ -95,6 +95,9 @@ pub enum Strange {
         id: String,
         /// The node that it shows.
         node: String,
+        /// Whether it is one of QEMU's NBD server. There is one server only,
+        /// and a backup needs it.
+        is_nbd: bool,
     },
     /// A block node.
     Node {
@@ -432,7 +435,12 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
         tell(Problem::OtherRepository { repo, marks }, Remedy::Nothing);
     }
     for strange in scene.strange {
-        tell(Problem::Strange(strange.clone()), Remedy::Nothing);
+        let remedy = if matches!(strange, Strange::Export { is_nbd: true, .. }) {
+            Remedy::Hand
+        } else {
+            Remedy::Nothing
+        };
+        tell(Problem::Strange(strange.clone()), remedy);
     }
     findings.sort_by_key(|finding| finding.remedy);
     findings
@@ -666,6 +674,22 @@ mod tests {
         check(&["hand: foreign-job"], |it, _| {
             (it.disks[0].1, it.job) = (refused(Refusal::BitmapBusy), JobView::Foreign);
         });
+    }
+
+    #[test]
+    fn an_nbd_server_of_others_keeps_a_backup_from_starting_and_other_exports_do_not() {
+        for (is_nbd, expected) in [
+            (true, "hand: foreign-export"),
+            (false, "nothing: foreign-export"),
+        ] {
+            check(&[expected], |it, _| {
+                it.strange = vec![Strange::Export {
+                    id: "theirs".to_owned(),
+                    node: "libvirt-1-format".to_owned(),
+                    is_nbd,
+                }];
+            });
+        }
     }
 
     #[test]

@@ -47,10 +47,10 @@ fn foreign_checkpoints_bitmaps_and_exports_are_told_and_never_touched() -> Resul
     vm.monitor(&json!({"execute": "block-export-add", "arguments":
         {"type": "nbd", "id": "theirs", "node-name": node, "name": "theirs"}}))?;
     let expected = [
+        "hand: foreign-export",
         "nothing: foreign-checkpoint",
         "nothing: foreign-bitmap",
         "nothing: foreign-bitmap",
-        "nothing: foreign-export",
     ];
     let document = finds(&bed, &vm, &expected)?;
     let said = sentences(&document);
@@ -59,7 +59,8 @@ fn foreign_checkpoints_bitmaps_and_exports_are_told_and_never_touched() -> Resul
     }
     for wish in ["--fix", "--purge-marks"] {
         let (code, document) = doctor(&bed, &[wish])?;
-        assert_eq!(code, 0, "{document:#}");
+        assert_eq!(code, 4, "{document:#}");
+        assert!(bed.fail(&["backup", "web01"])?.0 != 0);
     }
     let bitmaps = vm.bitmaps("vda")?.into_iter();
     let mut left: Vec<String> = bitmaps.map(|bitmap| bitmap.name).collect();
@@ -75,6 +76,7 @@ fn foreign_checkpoints_bitmaps_and_exports_are_told_and_never_touched() -> Resul
     assert_eq!(vm.checkpoints()?, ["virtnbdbackup.0"]);
     finds(&bed, &vm, &expected)?;
     vm.monitor(&json!({"execute": "nbd-server-stop"}))?;
+    finds(&bed, &vm, &expected[1..])?;
     backs_up(&bed, &vm, "rescan: bitmap-missing").map(drop)
 }
 
