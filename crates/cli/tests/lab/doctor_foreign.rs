@@ -238,6 +238,52 @@ fn of_several_vms_each_is_told_and_one_that_is_not_there_is_3() -> Result<()> {
     Ok(())
 }
 
+/// Scripts rely on these fields, on their order in no way.
+#[test]
+fn a_doctors_json_has_the_fields_of_schema_1() -> Result<()> {
+    let (bed, vm) = tracked()?;
+    // Something of each kind of list.
+    let mark = vm.checkpoints()?.remove(0);
+    bed.lab
+        .virsh(&["checkpoint-delete", "web01", &mark, "--metadata"])?;
+    let (code, document) = doctor(&bed, &[])?;
+    assert_eq!(code, 4);
+    let keys = |value: &Value| -> String {
+        let mut keys: Vec<&str> = value
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
+        keys.sort_unstable();
+        keys.join(" ")
+    };
+    assert_eq!(
+        keys(&document),
+        "exit_code failed findings fixed held_by job marks next_backup schema state status vm \
+         vm_uuid warnings"
+    );
+    assert_eq!(
+        keys(&document["findings"][0]),
+        "disk do kind mark remedy what"
+    );
+    let marks = &document["marks"][0];
+    assert_eq!(
+        keys(marks),
+        "checkpoint disks mark needed_by point reason this_repository verdict"
+    );
+    assert_eq!(keys(&marks["disks"][0]), "bitmap dirty_bytes disk");
+    let next = &document["next_backup"];
+    assert_eq!(keys(next), "because disks possible would_heal");
+    assert_eq!(
+        keys(&next["disks"][0]),
+        "dirty_bytes disk mode read_bytes reason size_bytes"
+    );
+    assert_eq!(document["schema"], 1);
+    assert_eq!(document["vm_uuid"], vm.uuid()?);
+    Ok(())
+}
+
 fn say(golden: &mut Golden, bed: &Bed, words: &str) -> Result<()> {
     let args: Vec<&str> = words.split(' ').collect();
     golden.run(&format!("highwater {words}"), &mut bed.command(&args))?;
