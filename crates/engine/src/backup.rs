@@ -212,7 +212,12 @@ impl Job<'_> {
             facts = self.observe()?;
         }
         self.check_wanted_disks(&facts)?;
-        let planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
+        let mut planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
+        let is_refused = |disk: &PlannedDisk| matches!(disk.plan, DiskPlan::Refuse(_));
+        if !planned.iter().any(is_refused) && self.tidy_below(&facts, &history, &planned) {
+            facts = self.observe()?;
+            planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
+        }
         self.tell_plan(&facts, &planned)?;
         self.warn_of_lies(&history, &planned);
         pass(Step::Planned);
@@ -400,6 +405,9 @@ impl Job<'_> {
             .repo
             .writer(WriterOptions {
                 compression: self.options.compression,
+                // Where a part of the tree is damaged, so may be its neighbours:
+                // to count them as stored would be to build upon them.
+                believe_stored: !planned.iter().any(PlannedDisk::has_damaged_parent),
                 ..WriterOptions::default()
             })
             .map_err(store)?;

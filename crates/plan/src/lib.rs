@@ -29,7 +29,9 @@ pub use disk::{
 };
 pub use hot::{DirtySample, HOT_MAX, HotChunk, next_hot};
 pub use identity::{Identity, ImageLink, Place};
-pub use marks::{FoundMark, Parent, superseded_marks, unfinished_marks};
+pub use marks::{
+    FoundMark, MarkUse, Parent, superseded_marks, unfinished_marks, useless_marks_below,
+};
 pub use origin::{Process, is_original};
 pub use partitions::mounted_places;
 pub use programs::known_program;

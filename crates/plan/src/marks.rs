@@ -51,6 +51,37 @@ pub fn superseded_marks(repo: RepoId, found: &[FoundMark], parents: &[Parent]) -
     )
 }
 
+/// A mark on one disk, as far as giving it up early depends on it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MarkUse {
+    /// The mark.
+    pub mark: MarkName,
+    /// Whether it lies in an image below the topmost one, too.
+    pub is_below: bool,
+    /// Whether an increment of this disk may still begin at it, now or later.
+    pub is_usable: bool,
+}
+
+/// Returns the marks of `repo` that lie in some backing file and that no disk
+/// can use.
+///
+/// They are removed before the point in time. Removed after it, as others are,
+/// they would change the backing file that the new point has just described,
+/// and the next backup could not tell that from a stranger's write.
+pub fn useless_marks_below(repo: RepoId, marks: &[MarkUse]) -> Vec<MarkName> {
+    let usable: BTreeSet<&MarkName> = marks
+        .iter()
+        .filter(|one| one.is_usable)
+        .map(|one| &one.mark)
+        .collect();
+    let below = marks.iter().filter(|one| one.is_below);
+    let useless: BTreeSet<&MarkName> = below
+        .map(|one| &one.mark)
+        .filter(|mark| mark.is_of(repo) && !usable.contains(mark))
+        .collect();
+    useless.into_iter().cloned().collect()
+}
+
 fn sorted<'a>(marks: impl Iterator<Item = &'a FoundMark>) -> Vec<MarkName> {
     let unique: BTreeSet<&MarkName> = marks.map(|mark| &mark.name).collect();
     unique.into_iter().cloned().collect()
@@ -107,5 +138,29 @@ mod tests {
         assert!(superseded_marks(repo(1), &found, &only_vda_moved).is_empty());
         let both_moved = [parent("vda", &new), parent("vdb", &new)];
         assert_eq!(superseded_marks(repo(1), &found, &both_moved), [old.name]);
+    }
+
+    #[test]
+    fn a_mark_below_goes_early_only_if_no_disk_can_use_it() {
+        let (ours, theirs) = (mark(1, 1), mark(2, 2));
+        let one = |mark: &FoundMark, is_below, is_usable| MarkUse {
+            mark: mark.name.clone(),
+            is_below,
+            is_usable,
+        };
+        let useless = |marks: &[MarkUse]| useless_marks_below(repo(1), marks);
+        let below = one(&ours, true, false);
+        let only_ours = vec![ours.name.clone()];
+        assert_eq!(useless(&[below.clone(), below.clone()]), only_ours);
+        assert_eq!(
+            useless(&[below.clone(), one(&ours, false, false)]),
+            only_ours
+        );
+        // Another disk of the VM goes on from it.
+        assert!(useless(&[below.clone(), one(&ours, false, true)]).is_empty());
+        assert!(useless(&[one(&ours, true, true)]).is_empty());
+        // On top it is in nobody's way: it goes when the new point is durable.
+        assert!(useless(&[one(&ours, false, false)]).is_empty());
+        assert!(useless(&[one(&theirs, true, false)]).is_empty());
     }
 }

@@ -41,8 +41,6 @@ macro_rules! with_rows {
             bitmap_disabled: "the bitmap does not record" => "`rescan: bitmap-not-recording`";
             bitmap_remade_only_in_memory:
                 "the bitmap was made anew and is not kept in the image" => "`rescan: bitmap-not-persistent`";
-            bitmap_remade_with_other_granularity:
-                "the bitmap was made anew with another granularity" => "`rescan: bitmap-granularity`";
             bitmaps_gone_on_some_disks:
                 "the bitmap is broken on some disks of the VM" => "those `rescan`, the others `incremental`";
             bitmap_in_use: "an export or a job of somebody else uses the bitmap" => "refused until that has ended";
@@ -76,7 +74,7 @@ macro_rules! with_rows {
             external_snapshot:
                 "libvirt took an external snapshot: another image is on top" => "`full: chain-changed`, then `incremental`";
             external_snapshot_of_one_disk: "the same, of one disk of several"
-                => "that one `full: chain-changed`, the others `incremental`";
+                => "that one `full: chain-changed`, then once `rescan: backing-changed`; the others `incremental`";
             snapshot_and_commit:
                 "libvirt took an external snapshot and merged it, with a backup between"
                 => "`full: chain-changed` each time";

@@ -39,6 +39,9 @@ pub struct WriterOptions {
     /// Threads that make complete packs durable. They wait more than they work:
     /// for a disk, or for an answer.
     pub upload_threads: usize,
+    /// Whether what the index shows counts as stored. Without it everything is
+    /// stored again: for whoever has found damage, and would else build upon it.
+    pub believe_stored: bool,
 }
 
 impl Default for WriterOptions {
@@ -47,6 +50,7 @@ impl Default for WriterOptions {
             compression: Compression::default(),
             pack_bytes: 32 << 20,
             upload_threads: 3,
+            believe_stored: true,
         }
     }
 }
@@ -93,7 +97,7 @@ impl Writer {
         let pack_len = narrow(options.pack_bytes.clamp(PACK_BYTES_MIN, PACK_BYTES_MAX))
             .map_err(|flaw| RepoError::usage(what, flaw.to_string()))?
             .max(longest.saturating_add(HEADER_LEN));
-        let session = Arc::new(Session::new(objects, options.compression, pack_len));
+        let session = Arc::new(Session::new(objects, options, pack_len));
         let threads = options.upload_threads.max(1);
         // The shelves bound how many packs there are.
         let (uploads, packs) = crossbeam_channel::unbounded();

@@ -172,6 +172,36 @@ fn a_chunk_whose_pack_is_gone_is_stored_again() {
 }
 
 #[test]
+fn what_lies_in_a_damaged_pack_is_stored_again_by_whom_it_is_not_believed() {
+    let store = Arc::new(MemStore::default());
+    let repo = init(store.clone(), None).unwrap();
+    let bytes = image(1, 130);
+    save(&repo, "a", 1, &bytes).unwrap();
+    let packs = store.keys();
+    for key in packs.iter().filter(|key| key.kind() == ObjectKind::Pack) {
+        store.damage(key, &vec![0x55; store.bytes(key).unwrap().len()]);
+    }
+    for believe_stored in [true, false] {
+        let repo = Repository::open(store.clone(), None).unwrap();
+        let writer = repo.writer(WriterOptions {
+            believe_stored,
+            ..options()
+        });
+        let writer = writer.unwrap();
+        let root = store_full(&writer, &bytes).unwrap();
+        commit(
+            writer.flush().unwrap(),
+            "a",
+            2 + i64::from(believe_stored),
+            root,
+        )
+        .unwrap();
+        let now = read(&repo, &root);
+        assert_eq!(now.is_ok_and(|now| now == bytes), !believe_stored);
+    }
+}
+
+#[test]
 fn two_lanes_that_meet_the_same_chunk_store_it_once() {
     let repo = init(Arc::new(MemStore::default()), None).unwrap();
     let writer = repo.writer(options()).unwrap();

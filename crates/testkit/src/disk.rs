@@ -100,6 +100,11 @@ impl DiskSpec {
         }
     }
 
+    /// Returns the name it has in the VM.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
     /// Sets the cluster size of a qcow2 image.
     #[must_use]
     pub fn cluster(self, bytes: u64) -> Self {

@@ -42,7 +42,7 @@ pub use guest::{Guest, NumberedWriter, Numbering};
 pub use images::{compare_images, raw_hash};
 pub use lab::Lab;
 pub use scattered::Scattered;
-pub use vm::{BitmapSeen, Leftovers, Vm, VmBuilder};
+pub use vm::{BitmapPlace, BitmapSeen, Leftovers, Vm, VmBuilder};
 pub use workload::Workload;
 
 /// 1024 bytes.

@@ -240,6 +240,17 @@ pub struct BitmapSeen {
     pub dirty_bytes: u64,
 }
 
+/// A named dirty bitmap and where it lies; see [`Vm::bitmaps_everywhere`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct BitmapPlace {
+    /// QEMU's name of the node.
+    pub node: String,
+    /// The file of that node.
+    pub file: PathBuf,
+    /// The bitmap.
+    pub bitmap: BitmapSeen,
+}
+
 impl Vm {
     /// Returns its name.
     pub fn name(&self) -> &str {
@@ -445,22 +456,23 @@ impl Vm {
         let of_this_disk = nodes.iter().filter(|node| {
             node["drv"] == format && node["file"].as_str() == image.as_os_str().to_str()
         });
-        let mut seen = Vec::new();
-        for node in of_this_disk {
-            for bitmap in node["dirty-bitmaps"].as_array().into_iter().flatten() {
-                let Some(name) = bitmap["name"].as_str().filter(|name| !name.is_empty()) else {
-                    continue;
-                };
-                seen.push(BitmapSeen {
-                    name: name.to_owned(),
-                    recording: bitmap["recording"] == true,
-                    inconsistent: bitmap["inconsistent"] == true,
-                    busy: bitmap["busy"] == true,
-                    dirty_bytes: bitmap["count"].as_u64().unwrap_or(0),
-                });
-            }
+        Ok(of_this_disk.flat_map(bitmaps_of_node).collect())
+    }
+
+    /// Returns the named bitmaps of all nodes of the running QEMU: in backing
+    /// files, too, and in whatever else it has open.
+    pub fn bitmaps_everywhere(&self) -> Result<Vec<BitmapPlace>> {
+        let mut places = Vec::new();
+        for node in self.nodes()? {
+            let name = node["node-name"].as_str().unwrap_or_default();
+            let file = node["file"].as_str().unwrap_or_default();
+            places.extend(bitmaps_of_node(&node).map(|bitmap| BitmapPlace {
+                node: name.to_owned(),
+                file: PathBuf::from(file),
+                bitmap,
+            }));
         }
-        Ok(seen)
+        Ok(places)
     }
 
     fn nodes(&self) -> Result<Vec<Value>> {
@@ -585,6 +597,21 @@ fn is_success(line: &str) -> bool {
     let counts = words.next().and_then(|counts| counts.split_once('/'));
     matches!(verb, Some("wrote" | "read" | "discard"))
         && counts.is_some_and(|(done, wanted)| done == wanted)
+}
+
+/// Those of a job's own filters have no name.
+fn bitmaps_of_node(node: &Value) -> impl Iterator<Item = BitmapSeen> {
+    let bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
+    bitmaps.filter_map(|bitmap| {
+        let name = bitmap["name"].as_str().filter(|name| !name.is_empty())?;
+        Some(BitmapSeen {
+            name: name.to_owned(),
+            recording: bitmap["recording"] == true,
+            inconsistent: bitmap["inconsistent"] == true,
+            busy: bitmap["busy"] == true,
+            dirty_bytes: bitmap["count"].as_u64().unwrap_or(0),
+        })
+    })
 }
 
 fn bitmaps_in_image(image: &Path) -> Result<Vec<BitmapSeen>> {

@@ -265,7 +265,7 @@ fn writes_that_were_counted_and_are_in_no_bitmap_prove_the_lie() -> Result<()> {
 fn a_guest_that_never_stops_writing_makes_no_bitmap_a_liar() -> Result<()> {
     let bed = Bed::start()?;
     let numbering = Numbering {
-        slots: 300,
+        slots: 6000,
         stride_bytes: CHUNK,
         disks: vec!["/dev/vda".to_owned()],
     };

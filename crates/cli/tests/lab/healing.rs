@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use highwater_testkit::{DiskSpec, Vm};
 
-use crate::support::{Bed, assert_same, disk, mode, point, reference, write_noise};
+use crate::support::{Bed, assert_same, mode, point, reference, write_noise};
 
 const MIB: u64 = 1 << 20;
 
@@ -30,97 +30,6 @@ fn heals(bed: &Bed, vm: &Vm, expected: &str) -> Result<serde_json::Value> {
     assert_same(&now, &dir.join("vda.qcow2"))?;
     bed.assert_tidy(vm, 1)?;
     Ok(report)
-}
-
-#[test]
-fn qemu_killed_before_its_bitmap_was_stored_is_a_rescan() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = vm(&bed)?;
-    bed.backup(&vm, &[])?;
-    vm.write("vda", "write -P 2 8M 1M")?;
-    vm.kill_qemu()?;
-    vm.start()?;
-    let report = heals(&bed, &vm, "rescan: bitmap-missing")?;
-    // Read as a whole, stored only as far as it is new.
-    let stored = disk(&report, "vda")["stored_bytes"].as_u64();
-    assert!(stored.is_some_and(|stored| stored < 64 << 10), "{report}");
-    vm.write("vda", "write -P 3 9M 1M")?;
-    heals(&bed, &vm, "incremental").map(drop)
-}
-
-#[test]
-fn qemu_killed_after_its_bitmap_was_stored_is_a_rescan() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = vm(&bed)?;
-    bed.backup(&vm, &[])?;
-    vm.destroy()?;
-    vm.start()?;
-    vm.write("vda", "write -P 2 8M 1M")?;
-    heals(&bed, &vm, "incremental")?;
-    vm.destroy()?;
-    vm.start()?;
-    vm.kill_qemu()?;
-    vm.start()?;
-    heals(&bed, &vm, "rescan: bitmap-inconsistent")?;
-    heals(&bed, &vm, "incremental").map(drop)
-}
-
-#[test]
-fn a_domain_that_was_undefined_and_defined_again_goes_on_incrementally() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = vm(&bed)?;
-    bed.backup(&vm, &[])?;
-    let xml = bed.lab.virsh(&["dumpxml", "--inactive", "web01"])?;
-    vm.destroy()?;
-    bed.lab
-        .virsh(&["undefine", "web01", "--checkpoints-metadata"])?;
-    bed.lab.define(&xml)?;
-    vm.start()?;
-    vm.write("vda", "write -P 2 8M 1M")?;
-    let report = heals(&bed, &vm, "incremental")?;
-    let healed = report["healed"].to_string();
-    assert!(
-        healed.contains("told the hypervisor again about mark"),
-        "{healed}"
-    );
-    Ok(())
-}
-
-#[test]
-fn a_bitmap_removed_by_hand_is_a_rescan() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = vm(&bed)?;
-    bed.backup(&vm, &[])?;
-    vm.write("vda", "write -P 2 8M 1M")?;
-    vm.destroy()?;
-    let image = vm.image("vda");
-    let mark = vm.checkpoints()?.remove(0);
-    highwater_testkit::tool("qemu-img")
-        .args(["bitmap", "--remove"])
-        .arg(&image)
-        .arg(&mark)
-        .run()?;
-    vm.start()?;
-    heals(&bed, &vm, "rescan: bitmap-missing").map(drop)
-}
-
-#[test]
-fn a_mark_re_made_under_the_same_name_is_not_believed() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = vm(&bed)?;
-    bed.backup(&vm, &[])?;
-    vm.write("vda", "write -P 2 8M 1M")?;
-    let mark = vm.checkpoints()?.remove(0);
-    bed.lab.virsh(&["checkpoint-delete", "web01", &mark])?;
-    bed.lab.virsh(&[
-        "checkpoint-create-as",
-        "web01",
-        "--name",
-        &mark,
-        "--diskspec",
-        "vda,checkpoint=bitmap",
-    ])?;
-    heals(&bed, &vm, "rescan: mark-remade").map(drop)
 }
 
 #[test]

@@ -94,32 +94,6 @@ fn a_second_backup_of_the_same_vm_is_told_who_holds_it() -> Result<()> {
 }
 
 #[test]
-fn a_foreign_backup_job_is_respected() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = busy_vm(&bed)?;
-    let xml = bed.lab.path("foreign.xml");
-    let socket = bed.lab.path("foreign.sock");
-    let text = format!(
-        "<domainbackup mode='pull'><server transport='unix' socket='{}'/></domainbackup>",
-        socket.display()
-    );
-    std::fs::write(&xml, text)?;
-    bed.lab
-        .virsh(&["backup-begin", "web01", xml.to_str().context("text")?])?;
-    let (code, stderr) = bed.fail(&["backup", "web01"])?;
-    assert_eq!(code, 11, "{stderr}");
-    let whose = format!("(its data go to `{}`)", socket.display());
-    assert!(stderr.contains(&whose), "{stderr}");
-    let way_out = "if it is dead, `virsh domjobabort web01` ends its job";
-    assert!(stderr.contains(way_out), "{stderr}");
-    assert!(vm.job_running()?);
-    bed.lab.virsh(&["domjobabort", "web01"])?;
-    let report = bed.backup(&vm, &[])?;
-    assert_eq!(mode(&report, "vda"), "incremental");
-    Ok(())
-}
-
-#[test]
 fn a_repository_that_cannot_be_written_leaves_the_old_mark_and_no_session() -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;

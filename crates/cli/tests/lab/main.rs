@@ -33,6 +33,7 @@ mod matrix_sources;
 mod output;
 mod people;
 mod restore;
+mod rows;
 mod saved;
 mod scale;
 mod scene;

@@ -195,69 +195,6 @@ fn a_clone_with_the_marks_of_its_original_has_a_history_of_its_own() -> Result<(
     bed.assert_tidy(&original, 1)
 }
 
-/// Snapshots of the hypervisor change the chain; each change is read as a whole,
-/// and tracked again.
-#[test]
-fn a_disk_whose_chain_grows_and_is_merged_again_comes_back_from_every_point() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = bed
-        .lab
-        .vm("web01")
-        .disk(DiskSpec::qcow2("vda", 3 * MIB))
-        .start()?;
-    let mut subjects = [subject(&vm, "vda", 3 * MIB)?];
-    let mut points = Vec::new();
-    let overlay = bed.lab.path("web01-vda.overlay");
-    let mut seen = Vec::new();
-    for step in 0..8 {
-        if step == 2 {
-            let spec = format!("vda,file={}", overlay.display());
-            bed.lab.virsh(&[
-                "snapshot-create-as",
-                "web01",
-                "--disk-only",
-                "--no-metadata",
-                "--diskspec",
-                &spec,
-            ])?;
-            subjects[0].reading = Reading::Image(overlay.clone(), "qcow2");
-        }
-        if step == 5 {
-            let commit = [
-                "blockcommit",
-                "web01",
-                "vda",
-                "--active",
-                "--pivot",
-                "--wait",
-            ];
-            bed.lab.virsh(&commit)?;
-            subjects[0].reading = Reading::Image(vm.image("vda"), "qcow2");
-        }
-        subjects[0].write(&vm, 6)?;
-        let (taken, report) = take(&bed, &vm, &[], &subjects)?;
-        seen.push(mode(&report, "vda"));
-        points.push(taken);
-    }
-    for taken in &points {
-        check(&bed, taken)?;
-    }
-    let expected = [
-        "full: first-backup",
-        "incremental",
-        "full: chain-changed",
-        // Giving up the mark from before the snapshot wrote to what is a
-        // backing file now, and nobody can tell that from any other write.
-        "rescan: backing-changed",
-        "incremental",
-        "full: chain-changed",
-        "incremental",
-        "incremental",
-    ];
-    assert_eq!(seen, expected);
-    bed.assert_tidy(&vm, 1)
-}
-
 /// QEMU answers a question about a map with at most this many ranges.
 const EXTENTS_OF_ONE_REPLY: u64 = 131_072;
 const BLOCK: u64 = 4 * KIB;

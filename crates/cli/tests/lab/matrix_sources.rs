@@ -71,8 +71,8 @@ fn make_room(file: &Path) -> Result<()> {
     Ok(())
 }
 
-#[test]
-fn a_qcow2_behind_a_server_is_incremental_and_one_over_it_is_not() -> Result<()> {
+/// A row of the table; its test is made there.
+pub(crate) fn a_qcow2_behind_a_server_is_incremental_and_one_over_it_is_not() -> Result<()> {
     let bed = Bed::start()?;
     for name in ["top", "below", "raw"] {
         let file = bed.lab.path(&format!("{name}.served"));
@@ -296,8 +296,8 @@ fn a_qcow2_on_a_device_is_incremental_and_one_over_a_device_is_not() -> Result<(
 }
 
 /// A volume is known by the path that its pool gives it.
-#[test]
-fn volumes_come_back_and_a_pool_made_anew_elsewhere_is_noticed() -> Result<()> {
+/// A row of the table; its test is made there.
+pub(crate) fn volumes_come_back_and_a_pool_made_anew_elsewhere_is_noticed() -> Result<()> {
     let bed = Bed::start()?;
     let pools = ["here", "there"].map(|name| bed.lab.path(name));
     for pool in &pools {

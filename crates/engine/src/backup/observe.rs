@@ -146,6 +146,11 @@ pub(super) struct PlannedDisk {
 }
 
 impl PlannedDisk {
+    /// Returns whether the tree of the point before was found damaged.
+    pub(super) fn has_damaged_parent(&self) -> bool {
+        self.plan == DiskPlan::Rescan(Why::ParentDamaged)
+    }
+
     /// Returns whether this backup leaves its mark on the disk.
     pub(super) fn takes_mark(&self, level: Level) -> bool {
         level.leaves_a_mark() && self.facts.marks == MarkSupport::Yes
@@ -396,6 +401,8 @@ pub(super) const fn job_view(facts: &VmFacts) -> JobView {
     match &facts.job {
         None => JobView::None,
         Some(JobFacts::Ours(session)) => JobView::Ours(*session),
-        Some(JobFacts::ForeignBackup(_) | JobFacts::Other(_)) => JobView::Foreign,
+        Some(JobFacts::ForeignBackup(_) | JobFacts::Forgotten | JobFacts::Other(_)) => {
+            JobView::Foreign
+        }
     }
 }

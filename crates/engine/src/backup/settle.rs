@@ -3,11 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
-    BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, Swept, VmFacts,
+    BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, RunState, Swept, VmFacts,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{MarkName, RepoId, SessionId};
-use highwater_plan::{BitmapView, FoundMark, Parent, Record, superseded_marks, unfinished_marks};
+use highwater_plan::{
+    BitmapView, DiskPlan, FoundMark, MarkUse, Parent, Record, superseded_marks, unfinished_marks,
+    useless_marks_below,
+};
 use highwater_repo::{Manifest, MarkRecord};
 
 use super::observe::{History, PlannedDisk, bitmap_view, record_view};
@@ -127,6 +130,28 @@ impl Job<'_> {
             }
         }
         changed
+    }
+
+    /// Removes marks that no disk can use from backing files. Returns whether
+    /// anything was changed, so that facts are stale.
+    pub(super) fn tidy_below(
+        &mut self,
+        facts: &VmFacts,
+        history: &History,
+        planned: &[PlannedDisk],
+    ) -> bool {
+        let marks = marks_on_disks(facts, history, planned);
+        let useless = useless_marks_below(self.context.repo.id(), &marks);
+        for mark in &useless {
+            // Not worth more than a warning: it is tried again at the end.
+            if let Err(error) = self.remove_mark(mark) {
+                self.warn(format!(
+                    "cannot give up old mark {mark}: {}",
+                    one_line(&error)
+                ));
+            }
+        }
+        !useless.is_empty()
     }
 
     /// Ends this run's session at the VM. If the guard is gone, another one
@@ -262,6 +287,31 @@ pub(super) fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
     names.into_iter().map(|name| FoundMark { name }).collect()
 }
 
+/// Every mark on every disk, and whether the disk may still need it.
+fn marks_on_disks(facts: &VmFacts, history: &History, planned: &[PlannedDisk]) -> Vec<MarkUse> {
+    let mut marks = Vec::new();
+    for disk in &facts.disks {
+        let top = disk.chain.first().and_then(|link| link.node.as_deref());
+        let parent = history.parents.get(&disk.target);
+        let plan = planned.iter().find(|it| it.facts.target == disk.target);
+        // Whoever asks for a certain way of reading says nothing about the mark.
+        let is_doubted =
+            plan.is_some_and(|it| matches!(it.plan, DiskPlan::Full(Some(_)) | DiskPlan::Rescan(_)));
+        for bitmap in &disk.bitmaps {
+            let Ok(mark) = bitmap.name.parse::<MarkName>() else {
+                continue;
+            };
+            let is_parent = parent.is_some_and(|parent| parent.mark.name == mark);
+            marks.push(MarkUse {
+                is_below: top.is_some_and(|top| bitmap.node != top),
+                is_usable: is_parent && !is_doubted,
+                mark,
+            });
+        }
+    }
+    marks
+}
+
 /// Parents whose bitmaps record on some disk while the hypervisor's record is
 /// gone (undefine and define, a transient VM, another host).
 fn forgotten_marks(facts: &VmFacts, history: &History) -> Vec<Redefinition> {
@@ -329,6 +379,7 @@ fn parents_after(
                     .any(|disk| disk.target == target && disk.marked)
             });
             let old = history.parents.get(target).map(|parent| &parent.mark);
+            let old = old.filter(|mark| may_hold(facts, target, &mark.name));
             let mark = new.or(old)?.name.clone();
             Some(Parent {
                 target: target.to_owned(),
@@ -336,4 +387,22 @@ fn parents_after(
             })
         })
         .collect()
+}
+
+/// Whether a disk may still use a mark. One that is not on it, or broken, will
+/// never be of use again, so nobody has to keep it: the disk has moved to an
+/// image that cannot carry it, or QEMU was killed.
+fn may_hold(facts: &VmFacts, target: &str, mark: &MarkName) -> bool {
+    let Some(disk) = facts.disks.iter().find(|disk| disk.target == target) else {
+        return true;
+    };
+    // Only a QEMU that runs tells of bitmaps.
+    if facts.run_state == RunState::Off {
+        return true;
+    }
+    let name = mark.to_string();
+    let mut bitmaps = disk.bitmaps.iter().filter(|bitmap| bitmap.name == name);
+    bitmaps
+        .next()
+        .is_some_and(|first| !first.inconsistent && bitmaps.all(|other| !other.inconsistent))
 }

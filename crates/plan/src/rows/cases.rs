@@ -83,11 +83,6 @@ fn bitmap_remade_only_in_memory() {
     bitmap(BitmapView::NotPersistent, Why::BitmapNotPersistent);
 }
 
-fn bitmap_remade_with_other_granularity() {
-    let plan = plan(|disk, _| disk.bitmap = BitmapView::Recording { granularity: 4096 });
-    assert_eq!(plan, rescan(Why::BitmapGranularity));
-}
-
 /// Each disk is planned from its own facts alone.
 fn bitmaps_gone_on_some_disks() {
     assert_eq!(plan(|_, _| {}), incremental());

@@ -158,6 +158,7 @@ fn job(checkup: &Checkup) -> Option<Job> {
     let (kind, session, what) = match checkup.job.as_ref()? {
         JobFacts::Ours(session) => ("ours", Some(session.to_string()), None),
         JobFacts::ForeignBackup(_) => ("foreign-backup", None, None),
+        JobFacts::Forgotten => ("forgotten", None, None),
         JobFacts::Other(word) => ("other", None, Some(word.clone())),
     };
     Some(Job {
