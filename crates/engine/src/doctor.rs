@@ -118,6 +118,8 @@ pub enum Refused {
     Held,
     /// Somebody else's job runs.
     Job,
+    /// Somebody else uses QEMU's NBD server.
+    NbdServer,
     /// The VM is in no state for it.
     State,
     /// A disk cannot be read.

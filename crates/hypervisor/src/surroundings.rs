@@ -44,6 +44,8 @@ pub struct InnerJob {
 pub struct ExportFacts {
     /// Its name.
     pub id: String,
+    /// Its kind (`nbd`, `vhost-user-blk`).
+    pub kind: String,
     /// The node that it shows.
     pub node: String,
 }

@@ -47,10 +47,10 @@ fn foreign_checkpoints_bitmaps_and_exports_are_told_and_never_touched() -> Resul
     vm.monitor(&json!({"execute": "block-export-add", "arguments":
         {"type": "nbd", "id": "theirs", "node-name": node, "name": "theirs"}}))?;
     let expected = [
+        "hand: foreign-export",
         "nothing: foreign-checkpoint",
         "nothing: foreign-bitmap",
         "nothing: foreign-bitmap",
-        "nothing: foreign-export",
     ];
     let document = finds(&bed, &vm, &expected)?;
     let said = sentences(&document);
@@ -59,7 +59,8 @@ fn foreign_checkpoints_bitmaps_and_exports_are_told_and_never_touched() -> Resul
     }
     for wish in ["--fix", "--purge-marks"] {
         let (code, document) = doctor(&bed, &[wish])?;
-        assert_eq!(code, 0, "{document:#}");
+        assert_eq!(code, 4, "{document:#}");
+        assert!(bed.fail(&["backup", "web01"])?.0 != 0);
     }
     let bitmaps = vm.bitmaps("vda")?.into_iter();
     let mut left: Vec<String> = bitmaps.map(|bitmap| bitmap.name).collect();
@@ -75,6 +76,7 @@ fn foreign_checkpoints_bitmaps_and_exports_are_told_and_never_touched() -> Resul
     assert_eq!(vm.checkpoints()?, ["virtnbdbackup.0"]);
     finds(&bed, &vm, &expected)?;
     vm.monitor(&json!({"execute": "nbd-server-stop"}))?;
+    finds(&bed, &vm, &expected[1..])?;
     backs_up(&bed, &vm, "rescan: bitmap-missing").map(drop)
 }
 
@@ -233,6 +235,52 @@ fn of_several_vms_each_is_told_and_one_that_is_not_there_is_3() -> Result<()> {
     assert_eq!(output.status.code(), Some(3), "{output:?}");
     let document: Value = serde_json::from_slice(&output.stdout)?;
     assert_eq!(document["results"][1]["status"], "failed", "{document:#}");
+    Ok(())
+}
+
+/// Scripts rely on these fields, on their order in no way.
+#[test]
+fn a_doctors_json_has_the_fields_of_schema_1() -> Result<()> {
+    let (bed, vm) = tracked()?;
+    // Something of each kind of list.
+    let mark = vm.checkpoints()?.remove(0);
+    bed.lab
+        .virsh(&["checkpoint-delete", "web01", &mark, "--metadata"])?;
+    let (code, document) = doctor(&bed, &[])?;
+    assert_eq!(code, 4);
+    let keys = |value: &Value| -> String {
+        let mut keys: Vec<&str> = value
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
+        keys.sort_unstable();
+        keys.join(" ")
+    };
+    assert_eq!(
+        keys(&document),
+        "exit_code failed findings fixed held_by job marks next_backup schema state status vm \
+         vm_uuid warnings"
+    );
+    assert_eq!(
+        keys(&document["findings"][0]),
+        "disk do kind mark remedy what"
+    );
+    let marks = &document["marks"][0];
+    assert_eq!(
+        keys(marks),
+        "checkpoint disks mark needed_by point reason this_repository verdict"
+    );
+    assert_eq!(keys(&marks["disks"][0]), "bitmap dirty_bytes disk");
+    let next = &document["next_backup"];
+    assert_eq!(keys(next), "because disks possible would_heal");
+    assert_eq!(
+        keys(&next["disks"][0]),
+        "dirty_bytes disk mode read_bytes reason size_bytes"
+    );
+    assert_eq!(document["schema"], 1);
+    assert_eq!(document["vm_uuid"], vm.uuid()?);
     Ok(())
 }
 

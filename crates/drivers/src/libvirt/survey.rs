@@ -90,6 +90,7 @@ fn exports(domain: &DomainHandle) -> Vec<ExportFacts> {
         .into_iter()
         .map(|export| ExportFacts {
             id: export.id,
+            kind: export.kind,
             node: export.node_name,
         })
         .collect()
@@ -150,6 +151,8 @@ struct WireJob {
 #[serde(rename_all = "kebab-case")]
 struct WireExport {
     id: String,
+    #[serde(rename = "type", default)]
+    kind: String,
     #[serde(default)]
     node_name: String,
 }

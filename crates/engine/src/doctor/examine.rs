@@ -14,6 +14,9 @@ use highwater_plan::{
 use super::{ChangedGraph, Checkup, DoctorError, MarkReport, NextBackup, Refused, Ward};
 use crate::backup::{Outlook, outlook, unreadable_point, words};
 
+/// The kind of exports of the one NBD server that QEMU has.
+const NBD: &str = "nbd";
+
 /// What was found, and what a repair needs to know beside it.
 pub(super) struct Examined {
     pub(super) checkup: Checkup,
@@ -70,7 +73,8 @@ impl Ward<'_> {
         };
         let verdicts = judge_marks(&scene);
         let findings = diagnose(&scene, &verdicts);
-        let next = next_backup(&outlook, held_by.is_some(), &sessions);
+        let serves_others = surroundings.exports.iter().any(|it| it.kind == NBD);
+        let next = next_backup(&outlook, held_by.is_some(), serves_others, &sessions);
         let marks = mark_reports(&outlook, verdicts);
         Ok(Examined {
             forgotten: outlook.forgotten,
@@ -108,7 +112,12 @@ fn mark_reports(outlook: &Outlook, verdicts: Vec<Verdict>) -> Vec<MarkReport> {
     reports
 }
 
-fn next_backup(outlook: &Outlook, is_held: bool, left: &[SessionId]) -> NextBackup {
+fn next_backup(
+    outlook: &Outlook,
+    is_held: bool,
+    serves_others: bool,
+    left: &[SessionId],
+) -> NextBackup {
     let refusal = || {
         outlook.plans.iter().find_map(|(disk, plan)| match plan {
             DiskPlan::Refuse(refusal) => Some(Refused::Disk {
@@ -127,7 +136,7 @@ fn next_backup(outlook: &Outlook, is_held: bool, left: &[SessionId]) -> NextBack
             would_heal.push(words::end_job(session));
             None
         }
-        VmGate::Open => None,
+        VmGate::Open => serves_others.then_some(Refused::NbdServer),
     };
     // Whoever holds the VM tidies up himself.
     if is_held {
@@ -201,6 +210,7 @@ fn strange(facts: &VmFacts, around: &Surroundings) -> Vec<Strange> {
     strange.extend(around.exports.iter().map(|export| Strange::Export {
         id: export.id.clone(),
         node: export.node.clone(),
+        is_nbd: export.kind == NBD,
     }));
     strange.extend(around.loose_nodes.iter().map(|node| Strange::Node {
         node: node.node.clone(),

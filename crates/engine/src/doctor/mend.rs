@@ -101,6 +101,7 @@ impl Ward<'_> {
         let what = match verdict {
             Verdict::Forgotten(_) => words::tell_again(name),
             Verdict::Unfinished => words::remove_unfinished(name),
+            Verdict::Useless(why) => format!("remove useless mark {name} ({})", why.sentence()),
             other => format!("remove {} mark {name}", other.word()),
         };
         let redefinition = examined.forgotten.get(name);

@@ -50,6 +50,13 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
                 "to look at them or to remove them: highwater doctor {vm} -r THAT-REPOSITORY"
             )],
         ),
+        Problem::Strange(strange @ Strange::Export { is_nbd: true, .. }) => (
+            strange_thing(strange),
+            vec![
+                "end the program that made it; or, if that is gone:".to_owned(),
+                format!(r#"virsh qemu-monitor-command {vm} '{{"execute":"nbd-server-stop"}}'"#),
+            ],
+        ),
         Problem::Strange(strange) => (strange_thing(strange), Vec::new()),
     };
     let todo = match finding.remedy {
@@ -238,9 +245,15 @@ fn strange_thing(strange: &Strange) -> String {
             "job `{id}` ({kind}) {} runs inside QEMU: left alone",
             of(id)
         ),
-        Strange::Export { id, node } => {
-            format!("export `{id}` of node `{node}`: left alone; others can read the disk there")
-        }
+        Strange::Export { id, node, is_nbd } => format!(
+            "export `{id}` of node `{node}` {}: left alone{}",
+            of(id),
+            if *is_nbd {
+                "; QEMU has one NBD server only, so a backup is refused while it is in use"
+            } else {
+                ""
+            }
+        ),
         Strange::Node {
             node,
             driver,
@@ -300,6 +313,7 @@ pub(super) fn refused(refused: &Refused, checkup: &Checkup) -> String {
             ),
             None => "a backup runs; another one waits for it".to_owned(),
         },
+        Refused::NbdServer => "refused while another program uses QEMU's NBD server".to_owned(),
         Refused::Job => "refused while the other job runs".to_owned(),
         Refused::State => format!("refused: the VM is {}", state(checkup.state)),
         Refused::Disk { disk, refusal } => match refusal {
