@@ -5,7 +5,7 @@ use std::error::Error;
 use std::path::PathBuf;
 
 use highwater_engine::repository::{RepoError, RepoErrorKind};
-use highwater_engine::{BackupError, PointError, RestoreError};
+use highwater_engine::{BackupError, DoctorError, PointError, RestoreError};
 use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
 use highwater_store::{StoreError, StoreErrorKind};
 
@@ -74,6 +74,11 @@ pub(crate) enum CliError {
         error: Box<BackupError>,
         hint: String,
     },
+    /// A VM that could not be looked at, and what the names of others are.
+    Doctor {
+        error: Box<DoctorError>,
+        hint: Option<String>,
+    },
     Hypervisor(HypervisorError),
     Interrupted,
 }
@@ -114,6 +119,7 @@ impl CliError {
                 chain(error)
             }
             Self::NoSuchVm { error, .. } => chain(error.as_ref()),
+            Self::Doctor { error, .. } => chain(error.as_ref()),
             Self::Hypervisor(error) => chain(error),
             Self::Interrupted => vec!["interrupted".to_owned()],
         }
@@ -214,7 +220,32 @@ pub(crate) fn advise(error: &CliError) -> Advice {
         }
         CliError::NoSuchVm { error, hint } => of_backup(error).hint(hint),
         CliError::Hypervisor(error) => of_hypervisor(error),
-        CliError::Interrupted => Advice::code(INTERRUPTED).state("nothing was changed"),
+        CliError::Doctor { error, hint } => {
+            let advice = of_doctor(error);
+            match hint {
+                Some(hint) => advice.hint(hint),
+                None => advice,
+            }
+        }
+        CliError::Interrupted => Advice::code(INTERRUPTED).state(UNCHANGED),
+    }
+}
+
+const UNCHANGED: &str = "nothing was changed";
+
+fn of_doctor(error: &DoctorError) -> Advice {
+    match error {
+        DoctorError::Observe { source, .. } if source.kind == ErrorKind::NoSuchVm => {
+            of_hypervisor(source)
+                .state(UNCHANGED)
+                .hint("see `virsh list --all` for its name, or choose another connection with -c")
+        }
+        DoctorError::Observe { source, .. } => of_hypervisor(source),
+        DoctorError::Locked { source, .. } => of_hypervisor(source).state(UNCHANGED),
+        DoctorError::History { source, .. } => of_repo(source),
+        DoctorError::Interrupted { .. } => {
+            Advice::code(INTERRUPTED).state("what was repaired so far stays repaired")
+        }
     }
 }
 

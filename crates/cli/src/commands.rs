@@ -3,6 +3,7 @@
 mod backup;
 mod completions;
 mod config;
+mod doctor;
 mod init;
 mod list;
 mod man;
@@ -12,7 +13,7 @@ mod stats;
 mod verify;
 
 use highwater_engine::repository::{Manifest, PointList, Repository};
-use highwater_engine::{PointError, PointRef, resolve};
+use highwater_engine::{Guard, PointError, PointRef, resolve};
 
 use crate::advice::CliError;
 use crate::args::{Args, Command};
@@ -25,6 +26,7 @@ pub(crate) fn run(args: Args, effective: &Effective) -> Result<u8, CliError> {
     match args.command {
         Command::Init(args) => init::run(&global, &args),
         Command::Backup(args) => backup::run(&global, &args),
+        Command::Doctor(args) => doctor::run(&global, &args),
         Command::List(args) => list::run(&global, &args),
         Command::Show(args) => show::run(&global, &args),
         Command::Restore(args) => restore::run(&global, &args),
@@ -52,6 +54,39 @@ fn damage_line(damaged: &highwater_engine::repository::DamagedPoint) -> String {
         damaged.name,
         crate::advice::chain(&damaged.error).join(": ")
     )
+}
+
+/// More names than this in a hint help nobody.
+const NAMES_SHOWN: usize = 8;
+
+/// Says what the names of VMs are to somebody who typed one that is not there.
+fn names_of_vms(typed: &str, guard: &Guard) -> Option<String> {
+    let vms = guard.list().ok().filter(|vms| !vms.is_empty())?;
+    let names = || vms.iter().map(|(vm, _)| vm.name.as_str());
+    match nearest::to(typed, names()) {
+        Some(near) => Some(format!(
+            "did you mean `{near}`? `virsh list --all` shows all VMs"
+        )),
+        None if vms.len() <= NAMES_SHOWN => {
+            let all: Vec<&str> = names().collect();
+            Some(format!(
+                "the VMs of this connection are: {}",
+                all.join(", ")
+            ))
+        }
+        None => None,
+    }
+}
+
+/// Names each VM once.
+fn each_once(names: &[String]) -> Vec<String> {
+    let mut once: Vec<String> = Vec::new();
+    for name in names {
+        if !once.contains(name) {
+            once.push(name.clone());
+        }
+    }
+    once
 }
 
 /// Finds the point that `text` means.

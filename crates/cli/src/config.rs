@@ -27,7 +27,8 @@ enum Shape {
 }
 
 /// All keys; each has the name of its flag.
-const KEYS: [(&str, Shape); 17] = [
+const KEYS: [(&str, Shape); 18] = [
+    ("audit", Shape::Text),
     ("compression", Shape::Text),
     ("connect", Shape::Text),
     ("freeze-mountpoint", Shape::List),

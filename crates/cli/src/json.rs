@@ -67,6 +67,7 @@ struct BackupDisk {
     dirty_bytes: u64,
     read_bytes: u64,
     stored_bytes: u64,
+    audited_blocks: u64,
     root: Option<String>,
     seconds: f64,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -103,6 +104,7 @@ fn backup_disk(disk: &DiskReport) -> BackupDisk {
         dirty_bytes: disk.dirty_bytes,
         read_bytes: disk.read_bytes,
         stored_bytes: disk.stored_bytes,
+        audited_blocks: disk.audited_blocks,
         root: disk.root.clone(),
         seconds: seconds(disk.elapsed),
         because: disk.failure.clone(),
@@ -161,7 +163,7 @@ impl Estimated {
 }
 
 /// A command, or the backup of one of several VMs, that failed.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 pub(crate) struct Failure {
     schema: u32,
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -61,6 +61,13 @@ pub(crate) fn complete(args: &mut Args) -> Result<Effective, CliError> {
             let typed = BackupSettings::take(backup);
             from.backup(typed)?.give(backup);
         }
+        Command::Doctor(doctor) => {
+            let typed = BackupSettings {
+                scratch_dir: doctor.scratch_dir.take(),
+                ..BackupSettings::default()
+            };
+            doctor.scratch_dir = from.backup(typed)?.scratch_dir;
+        }
         Command::Restore(restore) => {
             restore.limit = from.parsed("limit", restore.limit, None, &values::rate)?;
         }
@@ -94,6 +101,7 @@ fn config_files(global: &Global) -> Vec<Wanted> {
 /// The settings of a backup that the configuration may give.
 #[derive(Default)]
 struct BackupSettings {
+    audit: Option<values::Audit>,
     compression: Option<Compression>,
     freeze_mountpoints: Vec<String>,
     group: Option<String>,
@@ -108,6 +116,7 @@ struct BackupSettings {
 impl BackupSettings {
     fn take(args: &mut Backup) -> Self {
         Self {
+            audit: args.audit.take(),
             compression: args.compression.take(),
             freeze_mountpoints: std::mem::take(&mut args.freeze_mountpoints),
             group: args.group.take(),
@@ -121,6 +130,7 @@ impl BackupSettings {
     }
 
     fn give(self, args: &mut Backup) {
+        args.audit = self.audit;
         args.compression = self.compression;
         args.freeze_mountpoints = self.freeze_mountpoints;
         args.group = self.group;
@@ -282,6 +292,7 @@ impl Sources {
                 &|it| Ok(it.to_owned()),
             )?,
             limit: self.parsed("limit", typed.limit, None, &values::rate)?,
+            audit: self.parsed("audit", typed.audit, None, &values::audit)?,
             threshold: self.parsed("threshold", typed.threshold, None, &values::size)?,
             tags: self.list("tag", typed.tags, &values::label)?,
             group: self.parsed("group", typed.group, None, &values::label)?,

@@ -1,5 +1,6 @@
 //! Values as people write them, in arguments and in the configuration alike.
 
+use highwater_engine::AuditWish;
 use highwater_engine::repository::Compression;
 use highwater_model::{ChunkSize, parse_size};
 
@@ -39,6 +40,32 @@ pub(crate) fn compression(text: &str) -> Result<Compression, String> {
     }
 }
 
+/// How much an audit reads, as it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Audit(pub(crate) AuditWish);
+
+impl std::fmt::Display for Audit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            AuditWish::Blocks(blocks) => write!(f, "{blocks}"),
+            AuditWish::Percent(percent) => write!(f, "{percent}%"),
+        }
+    }
+}
+
+pub(crate) fn audit(text: &str) -> Result<Audit, String> {
+    let wish = match text.strip_suffix('%') {
+        Some(percent) => percent
+            .parse()
+            .ok()
+            .filter(|percent| *percent <= 100)
+            .map(AuditWish::Percent),
+        None => text.parse().ok().map(AuditWish::Blocks),
+    };
+    wish.map(Audit)
+        .ok_or_else(|| "write a number of blocks such as 500, or 0% to 100%".to_owned())
+}
+
 /// A tag, or the name of a group: it stands in tables and in shell commands.
 pub(crate) fn label(text: &str) -> Result<String, String> {
     if text.is_empty() || text.len() > LABEL_BYTES_MAX {
@@ -64,6 +91,22 @@ mod tests {
         }
         for wrong in ["0", "", "fast", "5MiB/min"] {
             assert!(rate(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_audit_is_a_number_of_blocks_or_a_share_of_all() {
+        for (text, wish) in [
+            ("0", AuditWish::Blocks(0)),
+            ("500", AuditWish::Blocks(500)),
+            ("0%", AuditWish::Percent(0)),
+            ("100%", AuditWish::Percent(100)),
+        ] {
+            assert_eq!(audit(text), Ok(Audit(wish)));
+            assert_eq!(Audit(wish).to_string(), text);
+        }
+        for wrong in ["", "%", "-1", "101%", "1.5%", "many", "5 %", "300%"] {
+            assert!(audit(wrong).is_err(), "{wrong}");
         }
     }
 

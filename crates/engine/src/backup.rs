@@ -10,6 +10,7 @@
 //! settle   end the job, give up old marks; trouble here is a warning
 //! ```
 
+mod audit;
 mod chunk_map;
 mod copy;
 mod disk_copy;
@@ -19,6 +20,7 @@ mod files;
 #[cfg(feature = "fuzzing")]
 pub(crate) mod fuzzing;
 mod observe;
+mod outlook;
 mod pool;
 mod record;
 mod report;
@@ -33,7 +35,7 @@ use highwater_hypervisor::{
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
-use highwater_plan::{DiskPlan, Level, VmGate, gate};
+use highwater_plan::{AuditDuty, AuditWish, DiskPlan, Level, VmGate, Why, gate};
 use highwater_repo::{Compression, Manifest, RepoErrorKind, Repository, VmIdentity, WriterOptions};
 
 use crate::guard::{Guard, GuardError, Outcome};
@@ -42,8 +44,11 @@ use crate::{Cancel, Event, Observer};
 pub use copy::{CopyError, Tuning};
 pub use error::BackupError;
 pub use estimate::{DiskEstimate, Estimate, estimate};
+pub(crate) use outlook::{Outlook, outlook, unreadable_point};
 pub use report::{DiskReport, Report, Status};
+pub(crate) use settle::words;
 
+use audit::AuditOrder;
 use copy::{CopyJob, CopyWatch, DiskCopied, ReadPlan, copy_disks};
 use observe::{History, PlannedDisk};
 
@@ -70,6 +75,8 @@ pub struct BackupOptions {
     pub tuning: Tuning,
     /// Make no point if less than this is dirty, bytes.
     pub threshold: Option<u64>,
+    /// How much of what a bitmap calls clean is read again; `None`: a few blocks.
+    pub audit: Option<AuditWish>,
     /// Tags to keep with the point.
     pub tags: Vec<String>,
     /// Group to keep with the point.
@@ -212,6 +219,7 @@ impl Job<'_> {
             planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
         }
         self.tell_plan(&facts, &planned)?;
+        self.warn_of_lies(&history, &planned);
         pass(Step::Planned);
         Ok((facts, history, planned))
     }
@@ -220,11 +228,8 @@ impl Job<'_> {
         let is_wanted = |target: &str| observe::is_wanted(self.options, target);
         let history = History::load(self.context.repo, &self.identity(), facts, &is_wanted)
             .map_err(|source| BackupError::repository(&self.vm.name, source))?;
-        for (point, error) in &history.unreadable {
-            self.warn(format!(
-                "cannot use restore point {point}: {}",
-                report::chain(error).join(": ")
-            ));
+        for unreadable in &history.unreadable {
+            self.warn(unreadable_point(unreadable));
         }
         Ok(history)
     }
@@ -412,16 +417,26 @@ impl Job<'_> {
             self.warn(warning);
         }
         let files = files.map_err(store)?;
-        let jobs = copy_jobs(planned, session)?;
+        let jobs = copy_jobs(planned, session, self.options.audit)?;
         let watch = CopyWatch {
             cancel: self.context.cancel,
             lost: &|| self.context.guard.lost(),
             entrust: &|socket| self.context.guard.entrust(&socket),
             observer: self.context.observer,
         };
-        let copied = copy_disks(&writer, &jobs, &self.options.tuning, &watch)
-            .map_err(|source| BackupError::copy(vm, source))?;
+        let copied = copy_disks(
+            self.context.repo,
+            &writer,
+            &jobs,
+            &self.options.tuning,
+            &watch,
+        )
+        .map_err(|source| BackupError::copy(vm, source))?;
         pass(Step::Copied);
+        self.tell_audits(planned, &copied);
+        let (vm, store) = (&self.vm.name, |source| {
+            BackupError::repository(&self.vm.name, source)
+        });
         if copied.iter().all(|disk| disk.result.is_err()) {
             return Err(BackupError::AllDisksFailed {
                 vm: vm.clone(),
@@ -472,6 +487,42 @@ impl Job<'_> {
             .observer
             .event(&Event::Committed { point: self.point });
         Ok((manifest, copied))
+    }
+
+    /// Says of which disks the bitmap is known to lie before anything is read.
+    fn warn_of_lies(&mut self, history: &History, planned: &[PlannedDisk]) {
+        for disk in planned {
+            if disk.plan != DiskPlan::Rescan(Why::BitmapLied) {
+                continue;
+            }
+            let target = &disk.facts.target;
+            let how = if history.lied.contains(target) {
+                "an earlier backup found blocks that it calls clean and that were written to"
+            } else {
+                "the guest has written since the last backup, and it calls nothing dirty"
+            };
+            self.warn(format!("bitmap lied: disk {target}: {how}"));
+        }
+    }
+
+    /// Says what the audits found.
+    fn tell_audits(&mut self, planned: &[PlannedDisk], copied: &[DiskCopied]) {
+        for disk in planned {
+            let target = &disk.facts.target;
+            let done = copied.iter().find(|copied| copied.target == *target);
+            let Some(done) = done.and_then(|copied| copied.result.as_ref().ok()) else {
+                continue;
+            };
+            if let Some(rescan) = &done.audited.rescan {
+                self.warn(rescan.warning.clone());
+            } else if let Some(AuditDuty::Mandatory(_)) = disk.plan.audit() {
+                self.healed(format!(
+                    "believed the mark of disk {target}, whose image was moved or copied: {} blocks \
+                     that it calls clean are as they were stored",
+                    done.audited.blocks
+                ));
+            }
+        }
     }
 
     /// Keeps the index small. Last: the point exists and the VM is free.
@@ -525,7 +576,11 @@ fn read_mode(plan: &DiskPlan) -> ReadMode {
     }
 }
 
-fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, BackupError> {
+fn copy_jobs(
+    planned: &[PlannedDisk],
+    session: &Begin,
+    wish: Option<AuditWish>,
+) -> Result<Vec<CopyJob>, BackupError> {
     planned
         .iter()
         .map(|disk| {
@@ -540,8 +595,18 @@ fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, B
                 disk: target.clone(),
             })?;
             let read = match &disk.plan {
-                DiskPlan::Incremental { tail_from, .. }
-                | DiskPlan::Differential { tail_from, .. } => {
+                DiskPlan::Incremental {
+                    tail_from,
+                    since,
+                    audit,
+                    ..
+                }
+                | DiskPlan::Differential {
+                    tail_from,
+                    since,
+                    audit,
+                    ..
+                } => {
                     let context =
                         export
                             .dirty_context
@@ -553,6 +618,13 @@ fn copy_jobs(planned: &[PlannedDisk], session: &Begin) -> Result<Vec<CopyJob>, B
                     ReadPlan::Dirty {
                         context,
                         tail_from: *tail_from,
+                        audit: AuditOrder {
+                            mark: since.to_string(),
+                            hot: disk.hot.clone(),
+                            smallest_bytes: disk.smallest_bytes,
+                            duty: *audit,
+                            wish,
+                        },
                     }
                 }
                 DiskPlan::Full(_) | DiskPlan::Rescan(_) | DiskPlan::Copy | DiskPlan::Refuse(_) => {

@@ -5,6 +5,7 @@
 
 mod backup;
 mod cancel;
+mod doctor;
 mod events;
 #[doc(hidden)]
 #[cfg(feature = "fuzzing")]
@@ -20,6 +21,9 @@ pub use backup::{
     Report, Status, Tuning, backup, estimate,
 };
 pub use cancel::Cancel;
+pub use doctor::{
+    ChangedGraph, Checkup, DoctorError, DoctorOptions, MarkReport, NextBackup, Refused, doctor,
+};
 pub use events::{DiskDone, DiskProgress, Event, Observer};
 pub use guard::{Connect, Guard, GuardError, LockHolder, Outcome, lock_path, serve};
 pub use limiter::Limiter;
@@ -30,7 +34,10 @@ pub use restore::{
 
 pub use verify::{Subject, VerifyJob, verify};
 
-pub use highwater_plan::{Level, Refusal};
+pub use highwater_plan::{
+    AuditWish, BitmapView, Finding, Level, MarkOnDisk, Problem, Refusal, Remedy, Strange, Verdict,
+    known_program,
+};
 
 /// The repository, as far as whoever wires the jobs up needs it.
 pub mod repository {

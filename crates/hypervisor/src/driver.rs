@@ -23,11 +23,15 @@ pub trait Driver {
     fn find(&mut self, name_or_uuid: &str) -> Result<VmRef, HypervisorError>;
 
     /// Reports everything about a VM. Changes nothing.
+    ///
+    /// Write counters are read before bitmaps: each write that is counted was
+    /// one that the bitmaps, as they are reported, had to record.
     fn observe(&mut self, vm: &VmRef) -> Result<VmFacts, HypervisorError>;
 
     /// Takes the point in time: all disks, and the new mark, or nothing.
     ///
-    /// Asks for running jobs *before* it freezes. When it returns an error, no
+    /// Asks for running jobs *before* it freezes. The new mark's bitmap was seen
+    /// on each disk that was to get it, recording and persistent. When it returns an error, no
     /// job, scratch file, directory, new mark or frozen file system of this
     /// order is left, or the error says which is.
     fn begin(&mut self, order: &BeginOrder) -> Result<Begun, HypervisorError>;

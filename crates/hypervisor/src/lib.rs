@@ -21,8 +21,8 @@ pub use facts::{
     SkipReason, SkippedDisk, VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
 };
 pub use order::{
-    BeginOrder, Begun, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder, NewMark,
-    Quiesce, ReadMode, Redefinition,
+    BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder,
+    NewMark, Quiesce, ReadMode, Redefinition,
 };
 pub use surroundings::{
     ExportFacts, InnerJob, JobDetails, LeftDirectory, LooseNode, Surroundings, Swept,

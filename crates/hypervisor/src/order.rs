@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use highwater_model::{MarkName, Nonce, SessionId, Timestamp};
 use serde::{Deserialize, Serialize};
 
-use crate::VmRef;
+use crate::{VmRef, WriteCounters};
 
 /// Freeze a point in time over all listed disks and export it for reading.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -82,8 +82,22 @@ pub struct Begun {
     pub frozen_ms: Option<u64>,
     /// Creation time of the new mark as the hypervisor records it, seconds.
     pub mark_created_s: Option<i64>,
+    /// What was learnt of the disks right after the point in time.
+    pub disks: Vec<BegunDisk>,
     /// What the user should know (an agent that did not answer, …).
     pub warnings: Vec<String>,
+}
+
+/// What is known of a disk right after the point in time was taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BegunDisk {
+    /// Target name.
+    pub target: String,
+    /// Granularity of the new mark's bitmap, bytes, if the disk got one.
+    pub granularity: Option<u32>,
+    /// What the guest has written so far. Read after the point: every write
+    /// that is not counted here is in the new mark's bitmap.
+    pub counters: Option<WriteCounters>,
 }
 
 /// Where a disk of the point in time can be read.

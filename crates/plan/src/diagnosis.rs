@@ -449,6 +449,7 @@ mod tests {
     use highwater_model::Timestamp;
 
     use super::*;
+    use crate::audit::AuditDuty;
 
     fn repo(n: u8) -> RepoId {
         RepoId::from_bytes([n; 16])
@@ -478,6 +479,7 @@ mod tests {
             parent: mark.point(),
             since: mark.clone(),
             tail_from: None,
+            audit: AuditDuty::Sampled,
         }
     }
 
@@ -562,7 +564,7 @@ mod tests {
         check(&[], |it, _| (it.job, it.is_held) = (ours, true));
         check(&["hand: foreign-job"], |it, _| it.job = JobView::Foreign);
         check(&["hand: paused-on-error"], |it, _| {
-            it.state = VmState::Stuck
+            it.state = VmState::Stuck;
         });
     }
 

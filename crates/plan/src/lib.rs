@@ -5,27 +5,37 @@
 //! A missing or surprising fact never becomes a guess; it becomes a named
 //! reason, which is printed and stored in the manifest.
 
+mod audit;
 mod diagnosis;
 mod disk;
+mod hot;
+mod identity;
 mod marks;
 mod origin;
+mod partitions;
 mod programs;
 mod rows;
+mod strata;
 mod vm;
 mod why;
 
+pub use audit::{AuditChoice, AuditDuty, AuditView, AuditWish, MOUNTED_BYTES, choose_audit};
 pub use diagnosis::{
     Finding, MarkOnDisk, MarkView, Problem, Remedy, Scene, Strange, Verdict, diagnose, judge_marks,
 };
 pub use disk::{
-    BitmapView, DiskPlan, DiskView, History, Identity, ImageLink, Level, MarkSupport, ParentView,
-    Place, Record, RootView, plan_disk,
+    BitmapView, Counted, DiskPlan, DiskView, History, Level, MarkSupport, ParentView, Record,
+    RootView, WritesSince, plan_disk,
 };
+pub use hot::{DirtySample, HOT_MAX, HotChunk, next_hot};
+pub use identity::{Identity, ImageLink, Place};
 pub use marks::{
     FoundMark, MarkUse, Parent, superseded_marks, unfinished_marks, useless_marks_below,
 };
 pub use origin::{Process, is_original};
+pub use partitions::mounted_places;
 pub use programs::known_program;
 pub use rows::{ROWS, Row};
+pub use strata::Strata;
 pub use vm::{JobView, VmGate, VmState, gate};
 pub use why::{Refusal, Why};

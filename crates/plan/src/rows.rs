@@ -41,6 +41,14 @@ macro_rules! with_rows {
             bitmap_disabled: "the bitmap does not record" => "`rescan: bitmap-not-recording`";
             bitmap_remade_only_in_memory:
                 "the bitmap was made anew and is not kept in the image" => "`rescan: bitmap-not-persistent`";
+            bitmap_remade_with_other_granularity:
+                "the bitmap was made anew with another granularity" => "`rescan: bitmap-granularity`";
+            bitmap_remade_over_qmp:
+                "the bitmap was made anew behind libvirt's back: it lies"
+                => "`rescan: bitmap-lied` in the same run, if the audit meets what it hides ([how likely](#what-cannot-be-seen))";
+            bitmap_cleared: "the bitmap was cleared: it lies" => "the same";
+            data_file_written_around_qemu:
+                "somebody wrote to the raw data file of a running VM: the bitmap lies" => "the same";
             bitmaps_gone_on_some_disks:
                 "the bitmap is broken on some disks of the VM" => "those `rescan`, the others `incremental`";
             bitmap_in_use: "an export or a job of somebody else uses the bitmap" => "refused until that has ended";
@@ -89,8 +97,13 @@ macro_rules! with_rows {
             snapshot_behind_libvirt:
                 "the guest writes to another node than libvirt would export (a snapshot over QMP)"
                 => "refused until that is merged, or the VM was started anew from what it writes to";
+            image_moved:
+                "the image has another inode number: it was copied, or mounted anew"
+                => "as its bitmap says; `incremental` only with a mandatory audit";
             older_copy_moved_into_place:
-                "the image, or the raw data file of a qcow2, has another inode number" => "`rescan: image-replaced`";
+                "the same, of an older copy" => "the same; mostly `rescan: bitmap-missing`";
+            older_data_file: "the raw data file of a qcow2, or that qcow2, has another inode number"
+                => "`rescan: image-replaced`";
             older_copy_written_into_place:
                 "the image file has the content of an older copy" => "`rescan: bitmap-missing`";
             older_copy_with_its_mark_in_place:
@@ -107,6 +120,8 @@ macro_rules! with_rows {
             grown_while_running: "the disk has grown" => "`incremental`; the new part is read in full";
             grown_while_off: "the same, while the VM was off" => "the same";
             shrunk: "the disk became smaller" => "`full: disk-shrank`, then `incremental`";
+            shrunk_then_grown: "the disk became smaller and as large again: the bitmap lies"
+                => "`rescan: bitmap-lied` in the same run: the audit reads the highest block that held data";
             raw_and_version_2: "raw, or qcow2 version 2" => "`rescan: no-marks-on-raw`, `rescan: no-marks-on-qcow2-v2`";
             write_errors_reported:
                 "`error_policy` is `report`" => "as without, with a scratch file whose space is reserved before";

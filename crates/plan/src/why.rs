@@ -34,6 +34,8 @@ pub enum Why {
     BitmapNotPersistent,
     /// The mark's bitmap has another granularity than it had.
     BitmapGranularity,
+    /// Writes are missing from the mark's bitmap.
+    BitmapLied,
     /// Somebody made a mark of the same name.
     MarkRemade,
     /// The hypervisor forgot the mark and refused to be told.
@@ -67,6 +69,7 @@ impl Why {
             Self::BitmapNotRecording => "bitmap-not-recording",
             Self::BitmapNotPersistent => "bitmap-not-persistent",
             Self::BitmapGranularity => "bitmap-granularity",
+            Self::BitmapLied => "bitmap-lied",
             Self::MarkRemade => "mark-remade",
             Self::MarkRefused => "mark-refused",
             Self::NoMarksOnRaw => "no-marks-on-raw",
@@ -94,6 +97,7 @@ impl Why {
             Self::BitmapNotRecording => "bitmap not recording",
             Self::BitmapNotPersistent => "bitmap not persistent",
             Self::BitmapGranularity => "the bitmap's granularity is another one",
+            Self::BitmapLied => "bitmap lied: it calls blocks clean that were written to",
             Self::MarkRemade => "mark was re-made by somebody else",
             Self::MarkRefused => "the hypervisor forgot the mark and refused it",
             Self::NoMarksOnRaw => "raw images cannot carry marks",

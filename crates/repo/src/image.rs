@@ -8,7 +8,7 @@ use crate::error::{RepoError, RepoErrorKind};
 use crate::hash::{FAN_OUT, depth};
 use crate::manifest::ImageRoot;
 use crate::objects::Objects;
-use crate::page::{Page, check_bounds, page_number, slot_of};
+use crate::page::{Page, SLOTS, check_bounds, page_number, slot_of};
 use crate::wire::{narrow, wide};
 
 /// An image whose root was proven; its pages are proven as they are read.
@@ -77,6 +77,50 @@ impl ImageReader {
             id = self.page(&page, level, number)?.child(slot_of(child));
         }
         Ok(id)
+    }
+
+    /// Returns the last present chunk before `chunk_index`. Reads at most twice
+    /// as many pages as the tree has levels.
+    pub fn last_before(&self, chunk_index: u64) -> Result<Option<u64>, RepoError> {
+        let last = chunk_index.min(self.count()).checked_sub(1);
+        let (Some(last), Some(top), Some(level)) =
+            (last, self.root.top, self.levels().checked_sub(1))
+        else {
+            return Ok(None);
+        };
+        self.last_in(&top, level, 0, last)
+    }
+
+    /// Returns the last present chunk of a page at or before `last`.
+    fn last_in(
+        &self,
+        id: &ObjectId,
+        level: usize,
+        number: u64,
+        last: u64,
+    ) -> Result<Option<u64>, RepoError> {
+        let page = self.page(id, level, number)?;
+        let below = level.checked_sub(1);
+        // Only the page on the way to `last` has slots beyond it.
+        let highest = if page_number(last, level) == number {
+            slot_of(below.map_or(last, |below| page_number(last, below)))
+        } else {
+            SLOTS.saturating_sub(1)
+        };
+        for slot in (0..=highest).rev() {
+            let Some(child) = page.child(slot) else {
+                continue;
+            };
+            let number = number.saturating_mul(FAN_OUT).saturating_add(wide(slot));
+            let Some(below) = below else {
+                return Ok(Some(number));
+            };
+            // A page is never empty, so at most the first child has nothing.
+            if let Some(found) = self.last_in(&child, below, number, last)? {
+                return Ok(Some(found));
+            }
+        }
+        Ok(None)
     }
 
     fn levels(&self) -> usize {

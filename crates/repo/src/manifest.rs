@@ -127,6 +127,9 @@ pub struct DiskRecord {
     pub read_bytes: u64,
     /// Bytes added to the repository for its chunks, as stored.
     pub stored_bytes: u64,
+    /// Blocks the bitmap called clean that were read again and compared.
+    #[serde(default)]
+    pub audited_blocks: u64,
     /// Whether the mark of this point is on this disk.
     pub marked: bool,
     /// What proves the mark, and the disk, next time.
@@ -151,6 +154,14 @@ pub struct Evidence {
     pub counters: Option<(u64, u64)>,
     /// The smallest size this disk was ever seen with, bytes.
     pub smallest_size_bytes: u64,
+    /// Chunks that are often dirty, each with a score: the first that an audit
+    /// looks at. Manifests of before there was an audit have none.
+    #[serde(
+        default,
+        deserialize_with = "limited",
+        skip_serializing_if = "Vec::is_empty"
+    )]
+    pub hot: Vec<(u64, u32)>,
 }
 
 /// One image of a disk's chain.

@@ -211,6 +211,39 @@ fn an_unchanged_image_stores_nothing_at_all() {
     assert_eq!(store.keys(), before);
 }
 
+/// Around the places where a page ends, and with nothing at all before.
+#[test]
+fn the_last_chunk_before_a_place_is_found_wherever_it_is() {
+    let repo = init(Arc::new(MemStore::default()), None).unwrap();
+    let places = [3_u64, 63, 64, 127, 4095, 4096, 70_000, 262_143, 262_200];
+    let size = 300_000 * CHUNK as u64;
+    let writer = repo.writer(options()).unwrap();
+    let mut lane = writer.lane();
+    let mut tree = writer.tree(None, size).unwrap();
+    for place in places {
+        tree.set(place, lane.add(&vec![1; CHUNK]).unwrap().id)
+            .unwrap();
+    }
+    let root = tree.finish().unwrap();
+    drop(lane);
+    writer.flush().unwrap();
+    let reader = repo.image(&root).unwrap();
+    let near = places
+        .iter()
+        .flat_map(|place| place.saturating_sub(1)..place + 3);
+    for before in near.chain([0, 1, 299_999, 300_000, u64::MAX]) {
+        let expected = places.iter().copied().rfind(|place| *place < before);
+        assert_eq!(reader.last_before(before).unwrap(), expected, "{before}");
+    }
+    let empty = writer_of_nothing(&repo, size);
+    assert_eq!(repo.image(&empty).unwrap().last_before(9).unwrap(), None);
+}
+
+fn writer_of_nothing(repo: &Repository, size: u64) -> ImageRoot {
+    let writer = repo.writer(options()).unwrap();
+    writer.tree(None, size).unwrap().finish().unwrap()
+}
+
 #[test]
 fn calls_that_make_no_sense_are_refused() {
     let repo = init(Arc::new(MemStore::default()), None).unwrap();

@@ -10,8 +10,9 @@ use highwater_model::{Clock as _, SystemClock, format_size};
 
 use crate::advice::{self, CliError};
 use crate::args::{self, Backup, Global, JsonStyle};
+use crate::commands::{each_once, names_of_vms};
 use crate::progress::Progress;
-use crate::{guard_process, json, nearest, output, settings, signals, times};
+use crate::{guard_process, json, output, settings, signals, times};
 
 /// What came of one VM.
 enum Outcome {
@@ -65,16 +66,6 @@ pub(crate) fn run(global: &Global, args: &Backup) -> Result<u8, CliError> {
         return Ok(outcome.code());
     }
     run.several(&vms)
-}
-
-fn each_once(names: &[String]) -> Vec<String> {
-    let mut once: Vec<String> = Vec::new();
-    for name in names {
-        if !once.contains(name) {
-            once.push(name.clone());
-        }
-    }
-    once
 }
 
 struct Run<'a> {
@@ -180,30 +171,14 @@ fn with_names(error: BackupError, name: &str, guard: &Guard) -> CliError {
         &error,
         BackupError::Observe { source, .. } if source.kind == ErrorKind::NoSuchVm
     );
-    let Some(vms) = guard
-        .list()
-        .ok()
-        .filter(|vms| is_unknown && !vms.is_empty())
-    else {
-        return CliError::from(error);
-    };
-    let names = || vms.iter().map(|(vm, _)| vm.name.as_str());
-    let hint = match nearest::to(name, names()) {
-        Some(near) => format!("did you mean `{near}`? `virsh list --all` shows all VMs"),
-        None if vms.len() <= NAMES_SHOWN => {
-            let all: Vec<&str> = names().collect();
-            format!("the VMs of this connection are: {}", all.join(", "))
-        }
-        None => return CliError::from(error),
-    };
-    CliError::NoSuchVm {
-        error: Box::new(error),
-        hint,
+    match names_of_vms(name, guard).filter(|_| is_unknown) {
+        Some(hint) => CliError::NoSuchVm {
+            error: Box::new(error),
+            hint,
+        },
+        None => CliError::from(error),
     }
 }
-
-/// More names than this in a hint help nobody.
-const NAMES_SHOWN: usize = 8;
 
 fn running_vms(guard: &Guard) -> Result<Vec<String>, CliError> {
     let vms = guard.list()?.into_iter();
@@ -218,7 +193,7 @@ fn running_vms(guard: &Guard) -> Result<Vec<String>, CliError> {
     Ok(names)
 }
 
-fn options(args: &Backup) -> BackupOptions {
+pub(super) fn options(args: &Backup) -> BackupOptions {
     let mut tuning = Tuning {
         read_limit: args.limit,
         ..Tuning::default()
@@ -250,6 +225,7 @@ fn options(args: &Backup) -> BackupOptions {
         compression: args.compression.unwrap_or(Compression::Zstd(1)),
         tuning,
         threshold: args.threshold,
+        audit: args.audit.map(|audit| audit.0),
         tags: args.tags.clone(),
         group: args.group.clone(),
         host: rustix::system::uname()

@@ -235,6 +235,7 @@ fn back_up(bed: &Bed, lie: Lie) -> Result<Report> {
         compression: Compression::Zstd(1),
         tuning: Tuning::default(),
         threshold: None,
+        audit: None,
         tags: Vec::new(),
         group: None,
         host: "test".to_owned(),

@@ -8,6 +8,7 @@
     reason = "a test may stop at the first surprise"
 )]
 
+mod audit;
 mod bad_input;
 mod bad_input_names;
 mod bad_input_nbd;
@@ -15,6 +16,8 @@ mod bad_input_places;
 mod bad_input_space;
 mod correctness;
 mod disks;
+mod doctor;
+mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
 mod healing;

@@ -18,7 +18,7 @@ use highwater_engine::{
 };
 use highwater_hypervisor::{Driver, ErrorKind, HypervisorError, Quiesce};
 use highwater_model::SystemClock;
-use highwater_testkit::{DiskSpec, NumberedWriter, Numbering};
+use highwater_testkit::{DiskSpec, Guest, NumberedWriter, Numbering};
 
 use crate::support::Bed;
 
@@ -94,6 +94,7 @@ fn options(bed: &Bed) -> BackupOptions {
         compression: Compression::Zstd(1),
         tuning: Tuning::default(),
         threshold: None,
+        audit: None,
         tags: Vec::new(),
         group: None,
         host: "test".to_owned(),
@@ -101,7 +102,7 @@ fn options(bed: &Bed) -> BackupOptions {
     }
 }
 
-fn take(bed: &Bed, moment: &Moment<'_>) -> Result<Report> {
+fn take(bed: &Bed, observer: &dyn Observer) -> Result<Report> {
     let store = highwater_store::open(bed.repo().to_str().unwrap())?;
     let repo = Repository::open(store, None)?;
     let context = BackupContext {
@@ -109,7 +110,7 @@ fn take(bed: &Bed, moment: &Moment<'_>) -> Result<Report> {
         guard: &guard(bed)?,
         restart_guard: &no_other_guard,
         clock: &SystemClock,
-        observer: moment,
+        observer,
         cancel: &Cancel::default(),
     };
     Ok(backup(&context, "web01", &options(bed))?)
@@ -185,4 +186,36 @@ fn every_point_is_one_moment_of_all_disks_while_the_guest_overwrites_them() -> R
         newest = last;
     }
     Ok(())
+}
+
+/// Has the guest write once, after the VM was looked at and before the point.
+struct LateWrite<'a>(&'a Guest);
+
+impl Observer for LateWrite<'_> {
+    fn event(&self, event: &Event<'_>) {
+        if *event == Event::Beginning {
+            let write = "dd if=/dev/urandom of=/dev/vda bs=4096 count=1 && sync";
+            self.0.run(write).unwrap();
+        }
+    }
+}
+
+/// The write is in the point, and not in what the new mark recorded. Counted as
+/// a write since the point it would make a liar of a bitmap that is right.
+#[test]
+fn a_write_just_before_the_point_makes_no_bitmap_a_liar() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::qcow2("vda", 64 << 20))
+        .guest()
+        .start()?;
+    let guest = vm.guest()?;
+    for expected in ["full", "incremental", "incremental"] {
+        let report = take(&bed, &LateWrite(&guest))?;
+        assert_eq!(report.disks[0].mode, expected, "{:?}", report.warnings);
+        assert!(report.warnings.is_empty(), "{:?}", report.warnings);
+    }
+    bed.assert_tidy(&vm, 1)
 }

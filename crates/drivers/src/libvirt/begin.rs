@@ -3,14 +3,15 @@
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Consistency, DiskOrder, ErrorKind, Export, ExportAddress, HypervisorError,
-    Quiesce, ReadMode, RunState, VmRef,
+    BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
+    HypervisorError, Quiesce, ReadMode, RunState, VmRef,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
-use super::connection::LibvirtDriver;
+use super::blocks::Blocks;
+use super::connection::{LibvirtDriver, query_blocks};
 use super::directories::{SessionPaths, free_bytes};
 use super::disks::skip_reason;
 use super::domain_xml::{DiskXml, DomainXml};
@@ -18,7 +19,7 @@ use super::end::stop_job;
 use super::error::explain;
 use super::host::{self, User};
 use super::jobs::{self, backup_job, run_state};
-use super::observe::{checkpoints, read_definition};
+use super::observe::{checkpoints, read_definition, write_counters};
 use super::quiesce::{self, Frozen, Outcome};
 use super::record_xml::BackupJob;
 use super::scratch;
@@ -381,7 +382,9 @@ fn report(
             .find(|record| record.mark.as_ref() == Some(&mark.name))
             .and_then(|record| record.created_s),
     };
+    let disks = begun_disks(order, domain)?;
     Ok(Begun {
+        disks,
         exports: order
             .disks
             .iter()
@@ -404,6 +407,47 @@ fn report(
         mark_created_s,
         warnings,
     })
+}
+
+/// Learns what proves the new mark next time, and makes sure that it is there:
+/// a mark that does not record would have the next backup read everything, and
+/// one on the wrong node would have it miss what changed.
+fn begun_disks(
+    order: &BeginOrder,
+    domain: &DomainHandle,
+) -> Result<Vec<BegunDisk>, HypervisorError> {
+    let definition = read_definition(&order.vm, domain, true)?;
+    let counters = write_counters(domain, &definition);
+    let blocks = match &order.new_mark {
+        Some(_) => query_blocks(&order.vm, domain)?,
+        None => Blocks::default(),
+    };
+    let granularity = |target: &str| {
+        let Some(mark) = &order.new_mark else {
+            return Ok(None);
+        };
+        if !mark.disks.iter().any(|marked| marked == target) {
+            return Ok(None);
+        }
+        let disk = definition.disks.iter().find(|disk| disk.target == *target);
+        let index = disk.and_then(|disk| disk.chain.first()?.index);
+        let found = blocks.new_bitmap(index, &mark.name.to_string());
+        found.map(Some).map_err(|what| {
+            HypervisorError::new(ErrorKind::BadMark, cannot_begin(&order.vm))
+                .because(format!("the new bitmap of disk `{target}` {what}"))
+        })
+    };
+    order
+        .disks
+        .iter()
+        .map(|disk| {
+            Ok(BegunDisk {
+                target: disk.target.clone(),
+                granularity: granularity(&disk.target)?,
+                counters: counters.get(&disk.target).copied(),
+            })
+        })
+        .collect()
 }
 
 /// Says which session broke, and how.

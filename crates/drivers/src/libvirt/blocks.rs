@@ -139,6 +139,21 @@ impl Blocks {
             .map(|(name, _)| name.as_str())
     }
 
+    /// Returns the granularity of a new mark's bitmap, or what is wrong with it.
+    /// Only on the node that libvirt exports does it record what the guest does.
+    pub(crate) fn new_bitmap(&self, index: Option<u32>, name: &str) -> Result<u32, &'static str> {
+        let bitmap = index
+            .and_then(|index| self.libvirt_node(index))
+            .and_then(|node| self.nodes.get(node))
+            .and_then(|node| node.bitmaps.iter().find(|bitmap| bitmap.name == name));
+        match bitmap {
+            None => Err("is not there"),
+            Some(bitmap) if !bitmap.recording || bitmap.inconsistent => Err("does not record"),
+            Some(bitmap) if !bitmap.persistent => Err("is not persistent"),
+            Some(bitmap) => Ok(bitmap.granularity),
+        }
+    }
+
     /// Returns all nodes that libvirt made for the image with this number.
     pub(crate) fn libvirt_nodes(&self, index: u32) -> impl Iterator<Item = &str> {
         let prefix = format!("libvirt-{index}-");
@@ -419,6 +434,20 @@ mod tests {
         assert!(!node.bitmaps[0].in_image && node.bitmaps[1].in_image);
         assert!(blocks.nodes["#block7"].bitmaps.is_empty());
         assert_eq!(blocks.holders("m"), ["libvirt-1-format"]);
+    }
+
+    #[test]
+    fn a_new_mark_is_there_only_if_its_bitmap_records_on_the_exported_node() {
+        let mut blocks = blocks("libvirt-1-format", "throttle");
+        assert_eq!(blocks.new_bitmap(Some(1), "m"), Ok(65_536));
+        assert_eq!(blocks.new_bitmap(Some(1), "broken"), Err("does not record"));
+        for (index, name) in [(Some(1), "n"), (Some(2), "m"), (Some(3), "m"), (None, "m")] {
+            assert_eq!(blocks.new_bitmap(index, name), Err("is not there"));
+        }
+        let node = blocks.nodes.get_mut("libvirt-1-format").unwrap();
+        node.bitmaps[0].persistent = false;
+        let found = blocks.new_bitmap(Some(1), "m");
+        assert_eq!(found, Err("is not persistent"));
     }
 
     #[test]

@@ -337,3 +337,46 @@ mod tests {
         assert_eq!(found(base.path(), "web01"), []);
     }
 }
+
+#[cfg(test)]
+mod with_a_real_guest {
+    use highwater_hypervisor::Driver as _;
+    use highwater_testkit::{DiskSpec, Lab, MIB, guest};
+
+    use super::*;
+    use crate::libvirt::LibvirtOptions;
+
+    #[test]
+    fn a_guest_that_a_dead_session_froze_is_thawed_and_one_that_others_froze_is_not() {
+        let lab = Lab::start().unwrap();
+        guest::make_ext4(&lab.path("files.raw"), 16 * MIB).unwrap();
+        let files = DiskSpec::existing("vda", &lab.path("files.raw"), "raw");
+        let vm = lab.vm("web01").disk(files).guest().start().unwrap();
+        let inside = vm.guest().unwrap();
+        inside.wait_for_agent().unwrap();
+        let mut driver = LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap();
+        let found = driver.find("web01").unwrap();
+        let places = [lab.path("run"), lab.path("scratch")];
+        let mut left = |froze: bool| {
+            let session = SessionId::random();
+            let [run, scratch] = places
+                .each_ref()
+                .map(|place| place.join(session.to_string()));
+            let paths = SessionPaths::of_leftover(session, &run, &scratch);
+            paths.create(&found, None).unwrap();
+            if froze {
+                paths.note_freezing().unwrap();
+            }
+            let swept = driver.sweep(&found, &places).unwrap();
+            assert_eq!(swept.sessions, [session]);
+            swept.warnings
+        };
+        lab.virsh(&["domfsfreeze", "web01"]).unwrap();
+        assert!(left(false).is_empty());
+        assert!(inside.is_frozen().unwrap(), "somebody else froze it");
+        assert!(left(true)[0].contains("left frozen"));
+        assert!(!inside.is_frozen().unwrap());
+        // It was thawed in time by somebody, who did not get to say so.
+        assert!(left(true).is_empty());
+    }
+}

@@ -1,5 +1,6 @@
 //! Reports everything about a VM. Changes nothing.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -31,6 +32,13 @@ impl LibvirtDriver {
         let run_state = jobs::run_state(vm, &domain)?;
         let is_on = run_state != RunState::Off;
         let definition = read_definition(vm, &domain, is_on)?;
+        // Before the bitmaps: a write that came between the two questions, and
+        // was counted, would look like one that its bitmap has missed.
+        let counters = if is_on {
+            write_counters(&domain, &definition)
+        } else {
+            BTreeMap::new()
+        };
         let blocks = if is_on {
             Some(query_blocks(vm, &domain)?)
         } else {
@@ -39,7 +47,7 @@ impl LibvirtDriver {
         let queries = Queries {
             connection: &self.connection,
             domain: &domain,
-            is_on,
+            counters,
         };
         let mut found = Vec::new();
         let mut skipped = Vec::new();
@@ -167,7 +175,26 @@ fn versions(
 struct Queries<'a> {
     connection: &'a Arc<ConnectionHandle>,
     domain: &'a DomainHandle,
-    is_on: bool,
+    counters: BTreeMap<String, WriteCounters>,
+}
+
+/// Asks what the guest has written to each disk, by target name.
+pub(super) fn write_counters(
+    domain: &DomainHandle,
+    definition: &DomainXml,
+) -> BTreeMap<String, WriteCounters> {
+    let of_disk = |target: &String| {
+        let stats = domain.block_stats(target).ok()?;
+        // libvirt says -1 where QEMU counts nothing.
+        let counters = WriteCounters {
+            bytes: u64::try_from(stats.write_bytes).ok()?,
+            operations: u64::try_from(stats.write_requests).ok()?,
+        };
+        Some((target.clone(), counters))
+    };
+    let disks = definition.disks.iter();
+    let backed_up = disks.filter(|disk| disks::skip_reason(disk).is_none());
+    backed_up.filter_map(|disk| of_disk(&disk.target)).collect()
 }
 
 impl DiskQueries for Queries<'_> {
@@ -183,14 +210,6 @@ impl DiskQueries for Queries<'_> {
     }
 
     fn counters(&self, target: &str) -> Option<WriteCounters> {
-        if !self.is_on {
-            return None;
-        }
-        // libvirt says -1 where QEMU counts nothing.
-        let stats = self.domain.block_stats(target).ok()?;
-        Some(WriteCounters {
-            bytes: u64::try_from(stats.write_bytes).ok()?,
-            operations: u64::try_from(stats.write_requests).ok()?,
-        })
+        self.counters.get(target).copied()
     }
 }

@@ -20,8 +20,10 @@ use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use highwater_hypervisor::{ErrorKind, Export, HypervisorError};
 use highwater_model::{ByteRange, ObjectId};
 use highwater_nbd::{Canceller, NbdError};
-use highwater_repo::{ImageRoot, RepoError, RepoErrorKind, Writer};
+use highwater_plan::DirtySample;
+use highwater_repo::{ImageRoot, RepoError, RepoErrorKind, Repository, Writer};
 
+use super::audit::{AuditOrder, Audited};
 use super::disk_copy::run_disk;
 use super::pool::Pool;
 use crate::{Cancel, DiskDone, DiskProgress, Event, Limiter, Observer};
@@ -90,6 +92,7 @@ pub(super) enum ReadPlan {
     Dirty {
         context: String,
         tail_from: Option<u64>,
+        audit: AuditOrder,
     },
 }
 
@@ -103,12 +106,15 @@ pub(super) struct DiskCopied {
 }
 
 /// A disk that was read whole.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub(super) struct Copied {
     pub(super) image: ImageRoot,
     pub(super) dirty_bytes: u64,
     pub(super) read_bytes: u64,
     pub(super) stored_bytes: u64,
+    /// What was dirty, for the next audit.
+    pub(super) sample: DirtySample,
+    pub(super) audited: Audited,
 }
 
 /// Why a disk was not read whole.
@@ -190,6 +196,7 @@ pub(super) struct Progress {
 
 /// What all threads of one copy share.
 pub(super) struct Shared<'a> {
+    pub(super) repo: &'a Repository,
     pub(super) writer: &'a Writer,
     pub(super) tuning: Tuning,
     pub(super) chunk_size: highwater_model::ChunkSize,
@@ -255,6 +262,7 @@ impl Shared<'_> {
 /// Copies all disks. An error means that nothing of this session can be kept;
 /// trouble with single disks is in their results.
 pub(super) fn copy_disks(
+    repo: &Repository,
     writer: &Writer,
     jobs: &[CopyJob],
     tuning: &Tuning,
@@ -269,6 +277,7 @@ pub(super) fn copy_disks(
     let buffers = (tuning.buffer_bytes / buffer_len).max(buffers_min);
     let (filled, work) = bounded(tuning.workers.max(2).saturating_mul(FILLED_PER_WORKER));
     let shared = Shared {
+        repo,
         writer,
         tuning: *tuning,
         chunk_size,
@@ -442,6 +451,18 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
 }
 
 fn tell_done(observer: &dyn Observer, copied: &DiskCopied) {
+    let rescan = copied.result.as_ref().ok();
+    if let Some(rescan) = rescan.and_then(|done| done.audited.rescan.as_ref()) {
+        // The plan that was carried out in the end.
+        observer.event(&Event::Planned {
+            disk: &copied.target,
+            mode: "rescan",
+            reason: Some(rescan.why.word()),
+            sentence: Some(rescan.why.sentence()),
+            size_bytes: copied.size_bytes,
+            dirty_bytes: copied.size_bytes,
+        });
+    }
     let failure = copied
         .result
         .as_ref()

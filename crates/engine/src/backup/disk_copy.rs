@@ -9,8 +9,10 @@ use crossbeam_channel::{Receiver, Sender, TryRecvError, bounded, unbounded};
 use highwater_hypervisor::ExportAddress;
 use highwater_model::{ByteRange, ChunkSize};
 use highwater_nbd::{ConnectOptions, Connection, Endpoint, NbdError};
+use highwater_plan::DirtySample;
 use highwater_repo::{ImageRoot, TreeBuilder};
 
+use super::audit::Audited;
 use super::chunk_map::{ChunkMap, Run, WINDOW_CHUNKS};
 use crate::guard::end_connection;
 
@@ -23,15 +25,15 @@ const ALLOCATION: &str = "base:allocation";
 /// `NBD_STATE_ZERO` of `base:allocation` (NBD protocol, "Metadata querying").
 const STATE_ZERO: u64 = 1 << 1;
 /// Bit 0 of `qemu:dirty-bitmap:*` (QEMU `docs/interop/nbd.rst`).
-const STATE_DIRTY: u64 = 1;
+pub(super) const STATE_DIRTY: u64 = 1;
 /// Items between map and tree; bounds what the collector may have to hold
 /// while one slow request keeps it waiting.
 const ITEMS_UNDER_WAY: usize = 512;
 /// Requests in flight per connection. QEMU serves 16 and then stops reading.
-const REQUESTS_NEAR: usize = 16;
+pub(super) const REQUESTS_NEAR: usize = 16;
 /// Bytes in flight per connection. More make a server that is near no faster,
 /// and leave the processor's cache before they are used.
-const BYTES_NEAR: u64 = 4 << 20;
+pub(super) const BYTES_NEAR: u64 = 4 << 20;
 /// A server that takes longer than this for the first reply is far away, or
 /// reads from something slow.
 const FAR: Duration = Duration::from_millis(10);
@@ -48,9 +50,9 @@ struct Item {
 }
 
 /// What the threads of one disk share.
-struct Disk<'a> {
-    shared: &'a Shared<'a>,
-    job: &'a CopyJob,
+pub(super) struct Disk<'a> {
+    pub(super) shared: &'a Shared<'a>,
+    pub(super) job: &'a CopyJob,
     progress: &'a Arc<Progress>,
     /// The server takes long to answer.
     far: AtomicBool,
@@ -58,14 +60,25 @@ struct Disk<'a> {
     error: Mutex<Option<CopyError>>,
 }
 
-impl Disk<'_> {
+impl<'a> Disk<'a> {
+    fn new(shared: &'a Shared<'a>, job: &'a CopyJob, progress: &'a Arc<Progress>) -> Self {
+        Self {
+            shared,
+            job,
+            progress,
+            far: AtomicBool::new(false),
+            failed: AtomicBool::new(false),
+            error: Mutex::new(None),
+        }
+    }
+
     fn fail(&self, error: CopyError) {
         let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert(error);
         self.failed.store(true, Ordering::SeqCst);
     }
 
-    fn stopped(&self) -> bool {
+    pub(super) fn stopped(&self) -> bool {
         self.failed.load(Ordering::SeqCst) || self.shared.stopped()
     }
 
@@ -111,39 +124,87 @@ impl Drop for Link {
 
 /// Copies one disk; returns its exported size (the planned one if it could not
 /// even be asked) and what became of it.
+///
+/// What a bitmap says is audited first. If it cannot be believed, the disk is
+/// read as a whole over the same export.
 pub(super) fn run_disk(
     shared: &Shared<'_>,
     job: &CopyJob,
     progress: &Arc<Progress>,
 ) -> (u64, Result<Copied, CopyError>) {
-    let disk = Disk {
-        shared,
-        job,
-        progress,
-        far: AtomicBool::new(false),
-        failed: AtomicBool::new(false),
-        error: Mutex::new(None),
+    let failed = |size_bytes, error| (size_bytes, Err(error));
+    let disk = Disk::new(shared, job, progress);
+    let ReadPlan::Dirty { context, audit, .. } = &job.read else {
+        return match disk.connect(vec![ALLOCATION.to_owned()]) {
+            Ok(link) => copy_all(&disk, link),
+            Err(error) => failed(job.size_bytes, error),
+        };
     };
-    let context = match &job.read {
-        ReadPlan::All => ALLOCATION,
-        ReadPlan::Dirty { context, .. } => context,
+    let mut link = match disk.connect(vec![context.clone()]) {
+        Ok(link) => link,
+        Err(error) => return failed(job.size_bytes, error),
     };
-    let first = match disk.connect(vec![context.to_owned()]) {
-        Ok(first) => first,
-        Err(error) => return (job.size_bytes, Err(error)),
+    let size_bytes = link.0.export().size_bytes;
+    if let Err(error) = check_size(job, size_bytes) {
+        return failed(size_bytes, error);
+    }
+    let audited = match super::audit::audit(&disk, &mut link.0, context, audit) {
+        Ok(audited) => audited,
+        Err(error) => return failed(size_bytes, error),
     };
-    let size_bytes = first.0.export().size_bytes;
-    let mapper = match &job.read {
-        ReadPlan::All => Mapper {
-            dirty: None,
-            allocation: Some(first),
-        },
-        ReadPlan::Dirty { .. } => Mapper {
-            dirty: Some(first),
+    if audited.rescan.is_none() {
+        let mapper = Mapper {
+            dirty: Some(link),
             allocation: None,
-        },
+            sample: DirtySample::new(&audit.hot),
+        };
+        let copied = copy(&disk, mapper, size_bytes);
+        return (
+            size_bytes,
+            copied.map(|copied| Copied { audited, ..copied }),
+        );
+    }
+    drop(link);
+    // Without the parent: nothing of what it says is taken over unread.
+    let whole = CopyJob {
+        read: ReadPlan::All,
+        parent: None,
+        ..job.clone()
     };
-    (size_bytes, copy(&disk, mapper, size_bytes))
+    let disk = Disk::new(shared, &whole, progress);
+    match disk.connect(vec![ALLOCATION.to_owned()]) {
+        Ok(link) => {
+            let (size_bytes, copied) = copy_all(&disk, link);
+            (
+                size_bytes,
+                copied.map(|copied| Copied { audited, ..copied }),
+            )
+        }
+        Err(error) => failed(size_bytes, error),
+    }
+}
+
+fn copy_all(disk: &Disk<'_>, link: Link) -> (u64, Result<Copied, CopyError>) {
+    let size_bytes = link.0.export().size_bytes;
+    let mapper = Mapper {
+        dirty: None,
+        allocation: Some(link),
+        sample: DirtySample::default(),
+    };
+    (size_bytes, copy(disk, mapper, size_bytes))
+}
+
+fn check_size(job: &CopyJob, exported: u64) -> Result<(), CopyError> {
+    if exported == job.size_bytes {
+        return Ok(());
+    }
+    // The plan's tail was computed for another size: somebody resized the
+    // disk in the moment between. The next run sees the new size.
+    Err(CopyError::SizeChanged {
+        disk: job.target.clone(),
+        exported,
+        planned: job.size_bytes,
+    })
 }
 
 /// The connections that ask about the disk. One per context: a server answers
@@ -152,6 +213,8 @@ pub(super) fn run_disk(
 struct Mapper {
     dirty: Option<Link>,
     allocation: Option<Link>,
+    /// What the next audit looks at first.
+    sample: DirtySample,
 }
 
 impl Mapper {
@@ -166,15 +229,7 @@ impl Mapper {
 
 fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, CopyError> {
     let job = disk.job;
-    if size_bytes != job.size_bytes {
-        // The plan's tail was computed for another size: somebody resized the
-        // disk in the moment between. The next run sees the new size.
-        return Err(CopyError::SizeChanged {
-            disk: job.target.clone(),
-            exported: size_bytes,
-            planned: job.size_bytes,
-        });
-    }
+    check_size(job, size_bytes)?;
     let store = |source| CopyError::Store {
         source: Box::new(source),
     };
@@ -273,6 +328,8 @@ fn copy(disk: &Disk<'_>, mut mapper: Mapper, size_bytes: u64) -> Result<Copied, 
         dirty_bytes: load(&disk.progress.dirty),
         read_bytes: load(&disk.progress.read),
         stored_bytes: load(&disk.progress.stored),
+        sample: mapper.sample,
+        audited: Audited::default(),
     })
 }
 
@@ -361,14 +418,20 @@ fn map_window(
                 .dirty
                 .fetch_add(window.len(), Ordering::Relaxed);
         }
-        ReadPlan::Dirty { context, tail_from } => {
+        ReadPlan::Dirty {
+            context, tail_from, ..
+        } => {
             let mut dirty = 0_u64;
-            let connection = &mut mapper.dirty.as_mut().expect("made for this plan").0;
+            let chunk_bytes = disk.shared.chunk_size.bytes();
+            let (link, sample) = (&mut mapper.dirty, &mut mapper.sample);
+            let connection = &mut link.as_mut().expect("made for this plan").0;
             connection
                 .map(context, window, &mut |range, state| {
                     if state & STATE_DIRTY != 0 {
                         dirty += range.len();
                         map.want(range);
+                        let end = range.end().div_ceil(chunk_bytes);
+                        sample.dirty(range.start() / chunk_bytes, end);
                     }
                     Ok(())
                 })
@@ -502,7 +565,7 @@ fn has_room(disk: &Disk<'_>, requests: usize, bytes: u64) -> bool {
     requests < 2 || (requests < REQUESTS_NEAR && bytes < BYTES_NEAR)
 }
 
-fn read_error(
+pub(super) fn read_error(
     disk: &Disk<'_>,
     range: ByteRange,
     source: impl std::error::Error + Send + Sync + 'static,

@@ -8,6 +8,7 @@ use highwater_model::PointId;
 use highwater_plan::{DiskPlan, VmGate, gate};
 
 use super::observe::{self, PlannedDisk};
+use super::outlook::without_our_session;
 use super::settle::{Tidying, words};
 use super::{BackupContext, BackupError, BackupOptions, Job, record};
 use crate::Event;
@@ -76,10 +77,7 @@ pub fn estimate(
         VmGate::Open => {}
         VmGate::EndLeftoverFirst(session) => {
             would_heal.push(format!("wait for session {session}, or end what it left"));
-            facts.job = None;
-            for bitmap in facts.disks.iter_mut().flat_map(|disk| &mut disk.bitmaps) {
-                bitmap.busy = false;
-            }
+            without_our_session(&mut facts);
         }
         VmGate::Busy => return Err(job.busy(&facts)),
         VmGate::WrongState => return Err(job.wrong_state(&facts)),
@@ -105,7 +103,7 @@ pub fn estimate(
 }
 
 /// Shows the facts as they would be after the tidying.
-fn foresee(tidying: Tidying, facts: &mut VmFacts, would_heal: &mut Vec<String>) {
+pub(super) fn foresee(tidying: Tidying, facts: &mut VmFacts, would_heal: &mut Vec<String>) {
     for mark in tidying.unfinished {
         would_heal.push(words::remove_unfinished(&mark));
     }
@@ -121,7 +119,7 @@ fn foresee(tidying: Tidying, facts: &mut VmFacts, would_heal: &mut Vec<String>) 
     }
 }
 
-fn disk_estimate(disk: &PlannedDisk) -> DiskEstimate {
+pub(super) fn disk_estimate(disk: &PlannedDisk) -> DiskEstimate {
     let dirty_bytes = dirty_bytes(disk);
     DiskEstimate {
         disk: disk.facts.target.clone(),

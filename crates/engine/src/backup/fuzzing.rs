@@ -141,6 +141,7 @@ fn options(level: Level) -> BackupOptions {
         compression: Compression::None,
         tuning: Tuning::default(),
         threshold: None,
+        audit: None,
         tags: Vec::new(),
         group: None,
         host: String::new(),

@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
     BitmapFacts, DiskFacts, JobFacts, MarkSupport, NoMarks, Place, RootNode, RunState, VmFacts,
+    WriteErrorPolicy,
 };
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
-    self as plan, BitmapView, DiskPlan, DiskView, Identity, ImageLink, JobView, Level, ParentView,
-    Record, RootView, VmState, Why, plan_disk,
+    self as plan, BitmapView, Counted, DiskPlan, DiskView, HOT_MAX, HotChunk, Identity, ImageLink,
+    JobView, Level, ParentView, Record, RootView, VmState, Why, WritesSince, plan_disk,
 };
 use highwater_repo::{
     DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, RepoErrorKind,
@@ -30,6 +31,8 @@ pub(super) struct History {
     pub(super) parents: BTreeMap<String, ParentRecord>,
     /// Smallest size each disk was ever seen with, bytes.
     pub(super) smallest: BTreeMap<String, u64>,
+    /// Disks whose parent's mark a later backup found lying.
+    pub(super) lied: BTreeSet<String>,
     /// Disks that are in some point.
     seen: BTreeSet<String>,
     /// Points whose manifest cannot be read, and why.
@@ -101,6 +104,11 @@ impl History {
                     .insert(disk.target.clone(), disk.evidence.smallest_size_bytes);
             }
             let Some(mark) = manifest.mark.as_ref().filter(|_| disk.marked) else {
+                // It could leave no mark of its own to take the liar's place.
+                let lied = disk.reason.as_deref() == Some(Why::BitmapLied.word());
+                if lied && !self.parents.contains_key(&disk.target) {
+                    self.lied.insert(disk.target.clone());
+                }
                 continue;
             };
             self.parents
@@ -131,6 +139,10 @@ pub(super) struct PlannedDisk {
     pub(super) plan: DiskPlan,
     /// The tree an increment is built on.
     pub(super) parent_image: Option<ImageRoot>,
+    /// What the guest wrote most often before.
+    pub(super) hot: Vec<HotChunk>,
+    /// The smallest size the disk was ever seen with.
+    pub(super) smallest_bytes: u64,
 }
 
 impl PlannedDisk {
@@ -172,7 +184,8 @@ pub(super) fn plan_disks(
         .map(|disk| {
             let parent = history.parents.get(&disk.target);
             let view = disk_view(disk, facts, parent);
-            let parent_view = parent.map(|parent| parent_view(repo, parent));
+            let mark_lied = history.lied.contains(&disk.target);
+            let parent_view = parent.map(|parent| parent_view(repo, parent, mark_lied));
             let plan = plan_disk(
                 options.level,
                 history.of_disk(&disk.target),
@@ -191,6 +204,12 @@ pub(super) fn plan_disks(
                 facts: disk.clone(),
                 plan,
                 parent_image,
+                hot: parent.map(hot_chunks).unwrap_or_default(),
+                smallest_bytes: history
+                    .smallest
+                    .get(&disk.target)
+                    .copied()
+                    .unwrap_or(u64::MAX),
             }
         })
         .collect()
@@ -223,7 +242,43 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
             RootNode::Differs { .. } => RootView::Differs,
             RootNode::Unknown(_) => RootView::Unknown,
         },
+        writes: parent.and_then(|parent| writes_since(disk, vm, parent)),
     }
+}
+
+/// Compares what was counted when the parent was taken with what is now.
+fn writes_since(disk: &DiskFacts, vm: &VmFacts, parent: &ParentRecord) -> Option<WritesSince> {
+    // A write that failed in silence is counted, and may have dirtied nothing.
+    if disk.write_errors == WriteErrorPolicy::Ignore {
+        return None;
+    }
+    let evidence = &parent.disk.evidence;
+    let (bytes, operations) = evidence.counters?;
+    let then = Counted {
+        process: evidence.process.clone()?,
+        bytes,
+        operations,
+    };
+    let process = vm.process.as_ref()?;
+    let counters = disk.counters?;
+    let now = Counted {
+        process: (process.pid, process.start_ticks, process.boot_id.clone()),
+        bytes: counters.bytes,
+        operations: counters.operations,
+    };
+    let name = parent.mark.name.to_string();
+    let bitmaps = disk.bitmaps.iter().filter(|bitmap| bitmap.name == name);
+    let dirty = bitmaps.map(|bitmap| bitmap.dirty_bytes);
+    WritesSince::between(&then, &now, dirty.fold(0, u64::saturating_add))
+}
+
+fn hot_chunks(parent: &ParentRecord) -> Vec<HotChunk> {
+    let hot = parent.disk.evidence.hot.iter().take(HOT_MAX);
+    hot.map(|(chunk, score)| HotChunk {
+        chunk: *chunk,
+        score: *score,
+    })
+    .collect()
 }
 
 fn identity(disk: &DiskFacts) -> Identity {
@@ -299,7 +354,7 @@ pub(super) fn record_view(vm: &VmFacts, mark: &MarkRecord) -> Record {
     }
 }
 
-fn parent_view(repo: &Repository, parent: &ParentRecord) -> ParentView {
+fn parent_view(repo: &Repository, parent: &ParentRecord, mark_lied: bool) -> ParentView {
     let evidence = &parent.disk.evidence;
     ParentView {
         point: parent.point,
@@ -312,6 +367,7 @@ fn parent_view(repo: &Repository, parent: &ParentRecord) -> ParentView {
         },
         granularity: evidence.granularity,
         same_chunk_size: parent.disk.image.chunk_bytes == repo.chunk_size(),
+        mark_lied,
         tree_is_readable: tree_is_readable(repo, &parent.disk.image),
     }
 }

@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use highwater_hypervisor::{Consistency, DiskFacts, DiskSource, SkipReason, VmFacts};
-use highwater_plan::{DiskPlan, Why};
+use highwater_plan::{DiskPlan, HotChunk, Why, next_hot};
 use highwater_repo::{
     DiskRecord, Evidence, EvidenceLink, Manifest, MarkRecord, Origin, SavedFile, SkippedRecord,
 };
 
-use super::copy::DiskCopied;
+use super::copy::{Copied, DiskCopied};
 use super::observe::{History, PlannedDisk};
 use super::{Begin, Job};
 
@@ -47,11 +47,12 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
                 .iter()
                 .find(|copied| copied.target == disk.facts.target)?;
             let outcome = copied.result.as_ref().ok()?;
+            let plan = &carried_out(disk, outcome);
             Some(DiskRecord {
                 target: disk.facts.target.clone(),
-                mode: mode_word(&disk.plan).to_owned(),
-                reason: reason(&disk.plan).map(|why| why.word().to_owned()),
-                parent: parent(&disk.plan),
+                mode: mode_word(plan).to_owned(),
+                reason: reason(plan).map(|why| why.word().to_owned()),
+                parent: parent(plan),
                 image: outcome.image,
                 file_bytes: odd_length(&disk.facts, outcome.image.size_bytes),
                 format: disk.facts.format.clone(),
@@ -59,8 +60,9 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
                 dirty_bytes: outcome.dirty_bytes,
                 read_bytes: outcome.read_bytes,
                 stored_bytes: outcome.stored_bytes,
+                audited_blocks: outcome.audited.blocks,
                 marked: disk.takes_mark(job.options.level),
-                evidence: evidence(&disk.facts, facts, history, outcome.image.size_bytes),
+                evidence: evidence(parts, disk, outcome),
             })
         })
         .collect();
@@ -175,7 +177,17 @@ fn skipped(
     unfit.chain(unwanted).chain(failed).chain(gone).collect()
 }
 
-fn evidence(disk: &DiskFacts, vm: &VmFacts, history: &History, size_bytes: u64) -> Evidence {
+/// The plan as it was carried out: an audit may have turned it into a rescan.
+fn carried_out(disk: &PlannedDisk, copied: &Copied) -> DiskPlan {
+    let rescan = copied.audited.rescan.as_ref();
+    rescan.map_or_else(|| disk.plan.clone(), |rescan| DiskPlan::Rescan(rescan.why))
+}
+
+fn evidence(parts: &Parts<'_>, planned: &PlannedDisk, copied: &Copied) -> Evidence {
+    let disk = &planned.facts;
+    let size_bytes = copied.image.size_bytes;
+    let mut begun = parts.session.begun.disks.iter();
+    let begun = begun.find(|it| it.target == disk.target);
     Evidence {
         serial: disk.serial.clone(),
         device: disk.device.clone(),
@@ -189,18 +201,40 @@ fn evidence(disk: &DiskFacts, vm: &VmFacts, history: &History, size_bytes: u64) 
                 stamp: link.stamp(),
             })
             .collect(),
-        granularity: None,
-        process: vm
+        granularity: begun.and_then(|begun| begun.granularity),
+        process: parts
+            .facts
             .process
             .as_ref()
             .map(|process| (process.pid, process.start_ticks, process.boot_id.clone())),
-        counters: disk
-            .counters
+        // Those of after the point: the observed ones of before lack writes
+        // that are in this point, and not in its mark's bitmap.
+        counters: begun
+            .and_then(|begun| begun.counters)
             .map(|counters| (counters.bytes, counters.operations)),
-        smallest_size_bytes: history
+        smallest_size_bytes: parts
+            .history
             .smallest
             .get(&disk.target)
             .map_or(size_bytes, |smallest| size_bytes.min(*smallest)),
+        hot: hot(planned, copied),
+    }
+}
+
+/// Returns the blocks that the next audit looks at first. Only an increment
+/// learns what is dirty in it; the others keep what is known.
+fn hot(planned: &PlannedDisk, copied: &Copied) -> Vec<(u64, u32)> {
+    let plain = |hot: &HotChunk| (hot.chunk, hot.score);
+    match carried_out(planned, copied) {
+        DiskPlan::Incremental { .. } => next_hot(&planned.hot, &copied.sample)
+            .iter()
+            .map(plain)
+            .collect(),
+        DiskPlan::Differential { .. }
+        | DiskPlan::Rescan(_)
+        | DiskPlan::Full(_)
+        | DiskPlan::Copy
+        | DiskPlan::Refuse(_) => planned.hot.iter().map(plain).collect(),
     }
 }
 

@@ -62,6 +62,8 @@ pub struct DiskReport {
     pub read_bytes: u64,
     /// Bytes stored.
     pub stored_bytes: u64,
+    /// Blocks the bitmap called clean that were read again and compared.
+    pub audited_blocks: u64,
     /// Root hash.
     pub root: Option<String>,
     /// How long reading it took.
@@ -89,6 +91,7 @@ pub(super) fn report(
             dirty_bytes: disk.dirty_bytes,
             read_bytes: disk.read_bytes,
             stored_bytes: disk.stored_bytes,
+            audited_blocks: disk.audited_blocks,
             root: Some(disk.image.hash.to_string()),
             elapsed: copied
                 .iter()
@@ -108,6 +111,7 @@ pub(super) fn report(
             dirty_bytes: 0,
             read_bytes: 0,
             stored_bytes: 0,
+            audited_blocks: 0,
             root: None,
             elapsed: disk.elapsed,
             failure: chain(&error),
@@ -143,6 +147,7 @@ pub(super) fn without_point(
         dirty_bytes: estimate::dirty_bytes(disk),
         read_bytes: 0,
         stored_bytes: 0,
+        audited_blocks: 0,
         root: None,
         elapsed: Duration::ZERO,
         failure: Vec::new(),

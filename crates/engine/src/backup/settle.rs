@@ -273,7 +273,7 @@ pub(crate) mod words {
 }
 
 /// All marks of any Highwater at the VM, as records or as bitmaps.
-fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
+pub(super) fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
     let records = facts
         .checkpoints
         .iter()
@@ -345,6 +345,18 @@ fn forgotten_marks(facts: &VmFacts, history: &History) -> Vec<Redefinition> {
 fn is_forgotten(facts: &VmFacts, disk: &DiskFacts, mark: &MarkRecord) -> bool {
     record_view(facts, mark) == Record::Forgotten
         && matches!(bitmap_view(disk, &mark.name), BitmapView::Recording { .. })
+}
+
+/// Each disk's parent as long as no other backup is committed.
+pub(super) fn parents_now(facts: &VmFacts, history: &History) -> Vec<Parent> {
+    let of_disk = |disk: &DiskFacts| {
+        let parent = history.parents.get(&disk.target)?;
+        Some(Parent {
+            target: disk.target.clone(),
+            mark: parent.mark.name.clone(),
+        })
+    };
+    facts.disks.iter().filter_map(of_disk).collect()
 }
 
 /// Each disk's parent once this backup is committed.

@@ -117,10 +117,7 @@ impl Guard {
 
     /// Takes the VM's lock; the guard holds it until it ends or locks another.
     pub fn lock(&self, vm: &VmRef) -> Result<(), GuardError> {
-        self.done(Request::Lock {
-            vm: vm.clone(),
-            wait_ms: LOCK_WAIT_MS,
-        })
+        self.lock_within(vm, LOCK_WAIT_MS)
     }
 
     /// Returns who holds the VM's lock, without taking it.
@@ -131,11 +128,11 @@ impl Guard {
         }
     }
 
-    /// Takes the VM's lock if nobody holds it now.
-    pub fn try_lock(&self, vm: &VmRef) -> Result<(), GuardError> {
+    /// Like [`lock`](Self::lock), with a patience of so many milliseconds.
+    pub fn lock_within(&self, vm: &VmRef, wait_ms: u64) -> Result<(), GuardError> {
         self.done(Request::Lock {
             vm: vm.clone(),
-            wait_ms: 0,
+            wait_ms,
         })
     }
 

@@ -314,6 +314,7 @@ mod tests {
                 taken_at: Timestamp::from_unix_ms(0),
                 frozen_ms: None,
                 mark_created_s: None,
+                disks: Vec::new(),
                 warnings: Vec::new(),
             };
             self.note("begin", begun)

@@ -7,8 +7,8 @@ use highwater_model::{MarkName, PointId, RepoId, Timestamp};
 
 use crate::disk::plan_disk;
 use crate::{
-    BitmapView, DiskPlan, DiskView, FoundMark, History, Identity, ImageLink, Level, MarkSupport,
-    Parent, ParentView, Place, Record, Refusal, RootView, Why,
+    AuditDuty, BitmapView, DiskPlan, DiskView, FoundMark, History, Identity, ImageLink, Level,
+    MarkSupport, Parent, ParentView, Place, Record, Refusal, RootView, Why,
 };
 
 pub(super) const OURS: RepoId = RepoId::from_bytes([1; 16]);
@@ -39,6 +39,7 @@ pub(super) fn disk() -> DiskView {
         },
         record: Record::Proven,
         root: RootView::Same,
+        writes: None,
     }
 }
 
@@ -53,6 +54,7 @@ pub(super) fn parent() -> ParentView {
         granularity: Some(65_536),
         same_chunk_size: true,
         tree_is_readable: true,
+        mark_lied: false,
     }
 }
 
@@ -79,6 +81,7 @@ pub(super) fn incremental() -> DiskPlan {
         parent: parent.point,
         since: parent.mark,
         tail_from: None,
+        audit: AuditDuty::Sampled,
     }
 }
 

@@ -301,6 +301,7 @@ fn manifest_of(at: i64, roots: &[ImageRoot]) -> Manifest {
         dirty_bytes: image.size_bytes,
         read_bytes: image.size_bytes,
         stored_bytes: 0,
+        audited_blocks: 0,
         marked: number == 0,
         evidence: Evidence {
             serial: Some("s".to_owned()),
@@ -315,6 +316,7 @@ fn manifest_of(at: i64, roots: &[ImageRoot]) -> Manifest {
             process: Some((1, 2, "b".to_owned())),
             counters: Some((1, 2)),
             smallest_size_bytes: 65536,
+            hot: Vec::new(),
         },
     };
     Manifest {

@@ -132,6 +132,7 @@ pub fn manifest(vm: &VmIdentity, at: i64, disks: &[ImageRoot]) -> Manifest {
         dirty_bytes: image.size_bytes,
         read_bytes: image.size_bytes,
         stored_bytes: 0,
+        audited_blocks: 0,
         marked: false,
         evidence: Evidence::default(),
     };

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, ensure};
 use highwater_testkit::{DiskSpec, ErrorPolicy, KIB};
-use serde_json::Value;
+use serde_json::{Value, json};
 
+use super::marks::finds_the_lie;
 use super::tracked::{SIZE, Tracked, qemu_img, text};
 use crate::matrix::{Reading, Subject, take};
 use crate::support::{Bed, disk, mode};
@@ -172,6 +173,17 @@ pub(super) fn grown_while_off() -> Result<()> {
 
 pub(super) fn shrunk() -> Result<()> {
     crate::matrix_changes::a_disk_made_smaller_is_read_as_a_whole_and_tracked_again()
+}
+
+pub(super) fn shrunk_then_grown() -> Result<()> {
+    let mut it = Tracked::start()?;
+    it.heals("incremental")?;
+    let node = it.node("vda")?;
+    for size in [SIZE / 2, SIZE] {
+        it.qmp("block_resize", &json!({"node-name": node, "size": size}))?;
+    }
+    finds_the_lie(&mut it)?;
+    it.ends_well()
 }
 
 pub(super) fn raw_and_version_2() -> Result<()> {
