@@ -334,6 +334,11 @@ fn of_backup(error: &BackupError) -> Advice {
                 Some(JobFacts::ForeignBackup(_)) => format!(
                     "wait until that program is done; if it is dead, `virsh domjobabort {vm}` ends its job"
                 ),
+                Some(JobFacts::Forgotten) => format!(
+                    "until the VM is shut down, libvirtd restarted, and `{vm}` started again, in this \
+                     order, libvirt refuses to back it up, save, migrate and snapshot it; the guest \
+                     is not harmed"
+                ),
                 _ => "wait until it has ended".to_owned(),
             };
             Advice::code(BUSY).state(NO_POINT).hint(hint)

@@ -318,7 +318,7 @@ mod tests {
         );
         check("repos = 1", "did you mean `repo`?");
         check("password_file = \"x\"", "did you mean `password-file`?");
-        check("colour = 1", "the keys are: compression, connect");
+        check("colour = 1", "the keys are: audit, compression, connect");
         check("password = \"x\"", "no secret may stand in this file");
         check("[profile.a]\n\nrepoo = 1", "line 3: unknown key `repoo`");
         check("quiet = \"yes\"", "line 1: `quiet` wants true or false");

@@ -33,6 +33,7 @@ mod marks;
 mod observe;
 mod quiesce;
 mod record_xml;
+mod remains;
 mod scratch;
 mod scratch_image;
 mod survey;

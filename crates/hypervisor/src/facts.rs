@@ -292,6 +292,9 @@ pub enum JobFacts {
     /// A backup job that somebody else began, and where its data go: nothing
     /// else tells whose it is.
     ForeignBackup(Option<String>),
+    /// A backup job that the hypervisor lost when it died, and believes in as
+    /// long as this process runs: nobody can end it.
+    Forgotten,
     /// Another kind of job (the hypervisor's word for it).
     Other(String),
 }

@@ -100,8 +100,9 @@ mod tests {
 
     fn after(before: &[HotChunk], runs: &[(u64, u64)]) -> Vec<HotChunk> {
         let mut dirty = DirtySample::new(before);
-        runs.iter()
-            .for_each(|(first, end)| dirty.dirty(*first, *end));
+        for (first, end) in runs {
+            dirty.dirty(*first, *end);
+        }
         next_hot(before, &dirty)
     }
 

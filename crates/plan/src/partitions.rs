@@ -203,7 +203,7 @@ mod tests {
             assert!(places.len() <= 3 + 3 * PARTITIONS_MAX);
             assert!(places.iter().all(|place| *place < size));
         }
-        let (zeroes, ones) = ([0; 65536], [255; 65536]);
+        let (zeroes, ones) = (vec![0; 65536], vec![255; 65536]);
         assert!(mounted_places(&zeroes, 0).is_empty());
         assert!(mounted_places(&ones, u64::MAX).len() < 100);
     }

@@ -49,9 +49,11 @@ pub(super) fn faults(texts: &[Text]) -> Vec<String> {
             continue;
         };
         for (section, used) in dependencies(&manifest.text) {
-            // Tests may stand on the testkit, and on features of the crate itself
-            // that only tests switch on.
-            let for_tests = section == Section::Tests && (used == "testkit" || used == name);
+            // Tests may stand on the testkit, on features of the crate itself that
+            // only tests switch on, and on the plan's list of rows, each of which
+            // the program has to prove.
+            let for_tests = section == Section::Tests
+                && (used == "testkit" || used == name || (name == "cli" && used == "plan"));
             if !for_tests && !allowed.contains(&used.as_str()) {
                 faults.push(format!("{}: {name} must not use {used}", manifest.path));
             }

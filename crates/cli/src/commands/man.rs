@@ -48,7 +48,10 @@ const CODES: [(u8, &str); 10] = [
         advice::SOME_FAILED,
         "some of several VMs, or one disk of a VM, failed",
     ),
-    (advice::WARNED, "done with warnings, under --strict"),
+    (
+        advice::WARNED,
+        "done with warnings, under --strict; doctor: something is to be done",
+    ),
     (advice::NO_REPOSITORY, "no repository"),
     (advice::BUSY, "the VM is locked or busy"),
     (advice::WRONG_KEY, "wrong key"),

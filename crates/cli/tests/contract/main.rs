@@ -90,6 +90,7 @@ fn no_repository_ends_with_10_and_a_hint_for_every_command() -> Result<()> {
             &["list", "-r", dir][..],
             &["show", "web01", "-r", dir],
             &["backup", "web01", "-r", dir],
+            &["doctor", "--all", "-r", dir],
             &["restore", "web01", "--to", "/nowhere", "-r", dir],
         ] {
             shelf.say(args)?.expect(10, &["hint: check the path"]);
@@ -126,6 +127,7 @@ fn what_cannot_be_meant_is_a_usage_error_with_a_hint() -> Result<()> {
         ),
         (&["backup"], 2, "<VM>"),
         (&["backup", "web01", "--all"], 2, "cannot be used with"),
+        (&["doctor", "--fix"], 2, "<VM>"),
         (&["backup", "web01", "--compression", "zstd:0"], 2, "zstd:1"),
     ] {
         shelf.say(args)?.expect(code, &[part]);

@@ -307,3 +307,101 @@ fn a_libvirtd_killed_in_mid_copy_costs_no_point_and_no_mark() -> Result<()> {
     heals(&bed, &vm)?;
     pulse.check().map(drop)
 }
+
+#[test]
+fn a_libvirtd_restarted_before_and_during_the_look_at_the_vm_costs_one_backup_at_most() -> Result<()>
+{
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let marks = vm.checkpoints()?;
+    let pulse = Pulse::of(&bed);
+    bed.lab.restart_libvirtd()?;
+    // From connecting, over the look at the VM, into the start call.
+    for after in [0, 40, 80, 120, 160].map(Duration::from_millis) {
+        let mover = begin(&bed)?;
+        std::thread::sleep(after);
+        bed.lab.kill_libvirtd()?;
+        let output = mover.wait_with_output()?;
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        ensure!(
+            output.status.code() == Some(1),
+            "{}: {stderr}",
+            output.status
+        );
+        bed.lab.start_libvirtd()?;
+    }
+    // What the last of them could not take away, the next one does.
+    heals(&bed, &vm)?;
+    ensure!(vm.checkpoints()? != marks, "{marks:?}");
+    pulse.check().map(drop)
+}
+
+#[test]
+fn a_libvirtd_that_dies_between_commit_and_settling_costs_no_point_and_no_mark() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let pulse = Pulse::of(&bed);
+    let manifests = || -> Result<usize> {
+        let find = tool("find").arg(bed.repo().join("points"));
+        Ok(find.args(["-type", "f"]).run()?.lines().count())
+    };
+    let before = manifests()?;
+    let mover = begin_with(&bed, "zstd:1")?;
+    wait("the manifest", Duration::from_secs(20), || {
+        Ok(manifests()? > before)
+    })?;
+    bed.lab.kill_libvirtd()?;
+    let output = mover.wait_with_output()?;
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    // The point is there, and nobody says that it is not.
+    ensure!(output.status.success(), "{}: {stderr}", output.status);
+    eprintln!("libvirtd died after the commit: {stderr}");
+    bed.lab.start_libvirtd()?;
+    let report = heals(&bed, &vm)?;
+    let dirty = report["disks"][0]["dirty_bytes"].as_u64();
+    ensure!(dirty == Some(0), "not since the newest point: {report}");
+    pulse.check().map(drop)
+}
+
+/// libvirtd dies within the start call, at each moment of it.
+#[test]
+fn a_libvirtd_that_dies_within_the_start_call_is_told_of_with_the_way_out() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let pulse = pulse_socket(&bed);
+    let mut stuck = 0;
+    for after in [0, 5, 20].map(Duration::from_millis) {
+        let mover = begin_with(&bed, "zstd:1")?;
+        wait_for_socket(&bed)?;
+        std::thread::sleep(after);
+        bed.lab.kill_libvirtd()?;
+        let output = mover.wait_with_output()?;
+        ensure!(output.status.code() == Some(1), "{output:?}");
+        bed.lab.start_libvirtd()?;
+        let mut next = bed.output(&["backup", "web01", "--json"])?;
+        let told = String::from_utf8_lossy(&next.stderr).into_owned();
+        if next.status.code() == Some(11) {
+            // libvirt has forgotten the job and cannot forget that there was one.
+            stuck += 1;
+            ensure!(told.contains("has lost what it knew of the job"), "{told}");
+            ensure!(
+                told.contains("hint: until the VM is shut down, libvirtd"),
+                "{told}"
+            );
+            let jobs = vm.monitor(&serde_json::json!({"execute": "query-jobs"}))?;
+            ensure!(jobs == serde_json::json!([]), "QEMU still copies: {jobs}");
+            vm.destroy()?;
+            bed.lab.restart_libvirtd()?;
+            vm.start()?;
+            next = bed.output(&["backup", "web01", "--json"])?;
+        }
+        eprintln!("{after:?}: {next:?}");
+        ensure!(next.status.success(), "{next:?}");
+        heals(&bed, &vm)?;
+        std::fs::remove_dir_all(bed.lab.path("restored"))?;
+        std::fs::remove_file(bed.lab.path("now.raw"))?;
+        vm.write("vda", "write -P 9 1M 64k")?;
+    }
+    eprintln!("{stuck} of 3 were stuck; {}", greeting(&pulse)?.as_millis());
+    Ok(())
+}

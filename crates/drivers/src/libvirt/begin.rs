@@ -22,6 +22,7 @@ use super::jobs::{self, backup_job, run_state};
 use super::observe::{checkpoints, read_definition, write_counters};
 use super::quiesce::{self, Frozen, Outcome};
 use super::record_xml::BackupJob;
+use super::remains;
 use super::scratch;
 use super::sys::events::EventListener;
 use super::sys::handles::DomainHandle;
@@ -69,6 +70,8 @@ impl LibvirtDriver {
         if let Some(job) = jobs::running_job(&order.vm, &domain, &definition)? {
             return Err(jobs::busy(&order.vm, &job));
         }
+        // An NBD server that is left over would make the start call fail.
+        let cleared = remains::clear(&order.vm, &domain)?;
         let paths = SessionPaths::of_order(order);
         let ordered = match_disks(order, &definition, &domain, &paths)?;
         let qemu = order
@@ -80,7 +83,9 @@ impl LibvirtDriver {
         paths.create(&order.vm, qemu.as_ref())?;
         pass(Step::DirectoriesMade);
         let begun = self.begin_prepared(order, state, &domain, &ordered, &paths, qemu.as_ref());
-        begun.map_err(|error| self.undo(order, &domain, &paths, error))
+        let mut begun = begun.map_err(|error| self.undo(order, &domain, &paths, error))?;
+        begun.warnings.extend(cleared.told());
+        Ok(begun)
     }
 
     /// Everything after the directories were made; what fails here is undone by

@@ -241,6 +241,28 @@ pub(crate) fn version(text: &str) -> Result<String, ReplyError> {
     Ok(format!("{major}.{minor}.{micro}"))
 }
 
+/// Returns the jobs that use one of these nodes, from the reply to
+/// [`QUERY_GRAPH`].
+pub(crate) fn jobs_on(graph: &str, nodes: &[String]) -> Result<Vec<String>, ReplyError> {
+    let graph: WireGraph = reply(graph)?;
+    let is_named = |node: &&WireGraphNode| nodes.contains(&node.name);
+    let ids: Vec<u64> = graph
+        .nodes
+        .iter()
+        .filter(is_named)
+        .map(|it| it.id)
+        .collect();
+    let uses = |job: &WireGraphNode| {
+        let mut edges = graph.edges.iter();
+        edges.any(|edge| edge.parent == job.id && ids.contains(&edge.child))
+    };
+    let jobs = graph.nodes.iter().filter(|node| node.kind == "block-job");
+    Ok(jobs
+        .filter(|job| uses(job))
+        .map(|job| job.name.clone())
+        .collect())
+}
+
 /// Writes the command that removes a bitmap from a node.
 pub(crate) fn remove_bitmap(node: &str, bitmap: &str) -> String {
     serde_json::json!({
@@ -349,6 +371,8 @@ struct WireGraph {
 #[derive(Deserialize)]
 struct WireGraphNode {
     id: u64,
+    #[serde(default, rename = "type")]
+    kind: String,
     #[serde(default)]
     name: String,
 }

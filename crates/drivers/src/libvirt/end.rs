@@ -17,6 +17,7 @@ use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
 use super::jobs::{backup_job, run_state};
 use super::quiesce;
+use super::remains;
 use super::scratch::forget_secret;
 use super::sys::handles::DomainHandle;
 
@@ -83,7 +84,7 @@ impl LibvirtDriver {
     ) -> Result<Ended, HypervisorError> {
         let domain = self.domain(vm)?;
         let Some(job) = backup_job(vm, &domain)?.filter(|job| job.session == Some(session)) else {
-            return Ok(Ended::default());
+            return clear_forgotten(vm, &domain);
         };
         let scratch = job.disks.iter().find_map(|disk| disk.scratch.as_deref());
         let dir = |file: Option<&Path>| file.and_then(Path::parent).map(Path::to_path_buf);
@@ -101,6 +102,18 @@ impl LibvirtDriver {
         ended.warnings.extend(paths.remove());
         Ok(ended)
     }
+}
+
+/// Ends a job in QEMU that libvirt knows nothing of any more.
+fn clear_forgotten(vm: &VmRef, domain: &DomainHandle) -> Result<Ended, HypervisorError> {
+    if run_state(vm, domain)? == RunState::Off || backup_job(vm, domain)?.is_some() {
+        return Ok(Ended::default());
+    }
+    let cleared = remains::clear(vm, domain)?;
+    Ok(Ended {
+        ended_job: !cleared.sessions.is_empty(),
+        warnings: cleared.warnings,
+    })
 }
 
 /// Aborts the job if it is this session's, waits until it is gone, and lets
@@ -132,6 +145,11 @@ pub(super) fn stop_job(
             Err(error) if error.code == code::OPERATION_INVALID => {}
             Err(error) => return Err(explain(message(), &error)),
         }
+    }
+    if ended.ended_job && run_state(vm, domain)? != RunState::Off {
+        // Silent where it has to remove something: a job of ours was ended, and
+        // that is all of it.
+        ended.warnings.extend(remains::clear(vm, domain)?.warnings);
     }
     ended.warnings.extend(forget_secret(session, domain));
     if paths.froze_guest() {

@@ -6,6 +6,7 @@ use super::sys::{CallError, LoadError};
 
 /// Numbers of `virErrorNumber` that mean something to us.
 pub(crate) mod code {
+    pub(crate) const INTERNAL: i32 = 1;
     pub(crate) const NO_SUPPORT: i32 = 3;
     pub(crate) const NO_CONNECT: i32 = 5;
     pub(crate) const INVALID_CONNECTION: i32 = 6;

@@ -5,6 +5,7 @@ use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState, VmRef
 use super::domain_xml::DomainXml;
 use super::error::{code, explain};
 use super::record_xml::{self, BackupJob};
+use super::remains;
 use super::sys::CallError;
 use super::sys::handles::DomainHandle;
 
@@ -87,6 +88,15 @@ pub(super) fn running_job(
             code: code::OPERATION_INVALID,
             ..
         }) => return Ok(None),
+        // It died within a start call: it holds the VM for a backup job, and
+        // has nothing that tells of the job.
+        Err(CallError {
+            code: code::INTERNAL,
+            ..
+        }) => {
+            let ours = remains::forgotten_session(vm, domain)?;
+            return Ok(Some(ours.map_or(JobFacts::Forgotten, JobFacts::Ours)));
+        }
         Err(error) => {
             return Err(explain(
                 format!("cannot look for jobs of VM `{}`", vm.name),
@@ -121,6 +131,9 @@ pub(super) fn busy(vm: &VmRef, job: &JobFacts) -> HypervisorError {
         JobFacts::ForeignBackup(_) => error
             .because("another program's backup job runs on it")
             .hint("wait for it, or end it with `virsh domjobabort` if its program is gone"),
+        JobFacts::Forgotten => error
+            .because("libvirt holds it for a backup job that it has lost")
+            .hint("shut the VM down, restart libvirtd, and start the VM again"),
         JobFacts::Other(word) => error.because(format!("a {word} runs on it")),
     }
 }

@@ -215,6 +215,7 @@ fn occupied_bytes(dir: &Path) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
     use std::os::unix::fs::symlink;
 
     use super::*;
@@ -224,6 +225,11 @@ mod tests {
             name: name.to_owned(),
             uuid: None,
         }
+    }
+
+    fn put(path: &Path, bytes: &[u8]) {
+        let mut file = fs::File::create(path).unwrap();
+        file.write_all(bytes).unwrap();
     }
 
     fn session(n: u8) -> SessionId {
@@ -298,8 +304,8 @@ mod tests {
             fs::create_dir(&dir).unwrap();
             match kind {
                 "link" => symlink(real.join(&label), own).unwrap(),
-                "garbage" => fs::write(own, "{\"vm\":").unwrap(),
-                "copy" => fs::write(own, &good).unwrap(),
+                "garbage" => put(&own, b"{\"vm\":"),
+                "copy" => put(&own, &good),
                 "dir" => fs::create_dir(own).unwrap(),
                 _ => {}
             }
@@ -312,7 +318,7 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let precious = base.path().join("precious");
         fs::create_dir(&precious).unwrap();
-        fs::write(precious.join("file"), "kept").unwrap();
+        put(&precious.join("file"), b"kept");
         let paths = left(base.path(), "web01", 1);
         let dir = base.path().join("scratch").join(session(1).to_string());
         for (name, to) in [("vda.scratch", "file"), ("vdb.scratch", "")] {
@@ -329,7 +335,7 @@ mod tests {
         let base = tempfile::tempdir().unwrap();
         let paths = left(base.path(), "web01", 1);
         let dir = base.path().join("scratch").join(session(1).to_string());
-        fs::write(dir.join("strange"), "").unwrap();
+        put(&dir.join("strange"), b"");
         assert_eq!(paths.remove().len(), 1);
         assert_eq!(found(base.path(), "web01"), [session(1)]);
         fs::remove_file(dir.join("strange")).unwrap();

@@ -111,6 +111,9 @@ fn job_words(job: Option<&JobFacts>) -> String {
         Some(JobFacts::ForeignBackup(Some(place))) => {
             format!("another program's backup job runs on it (its data go to `{place}`)")
         }
+        Some(JobFacts::Forgotten) => "libvirt died while it started a backup job, has lost what \
+             it knew of the job, and holds the VM for it"
+            .to_owned(),
         Some(JobFacts::Other(word)) => format!("a job runs on it ({word})"),
     }
 }

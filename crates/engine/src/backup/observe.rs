@@ -401,6 +401,8 @@ pub(super) const fn job_view(facts: &VmFacts) -> JobView {
     match &facts.job {
         None => JobView::None,
         Some(JobFacts::Ours(session)) => JobView::Ours(*session),
-        Some(JobFacts::ForeignBackup(_) | JobFacts::Other(_)) => JobView::Foreign,
+        Some(JobFacts::ForeignBackup(_) | JobFacts::Forgotten | JobFacts::Other(_)) => {
+            JobView::Foreign
+        }
     }
 }

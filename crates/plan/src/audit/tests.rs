@@ -145,7 +145,7 @@ fn wrong_blocks_are_met_as_often_as_the_formula_says() {
                         ..view(N)
                     });
                     let mut drawn = choice.anywhere.chain(choice.on_data);
-                    let first = mixed(u64::from(mark.len() as u32) ^ k) % (N - k * spread + 1);
+                    let first = mixed((mark.len() as u64) ^ k) % (N - k * spread + 1);
                     drawn.any(|chunk| {
                         chunk >= first
                             && (chunk - first).is_multiple_of(spread)

@@ -1,5 +1,10 @@
 //! A look at a VM as JSON: schema 1.
 
+#![expect(
+    clippy::struct_field_names,
+    reason = "the names of fields are the schema"
+)]
+
 use highwater_engine::{Checkup, DiskEstimate, Finding, MarkReport, Problem, Verdict};
 use highwater_hypervisor::JobFacts;
 use serde::Serialize;
@@ -153,6 +158,7 @@ fn job(checkup: &Checkup) -> Option<Job> {
     let (kind, session, what) = match checkup.job.as_ref()? {
         JobFacts::Ours(session) => ("ours", Some(session.to_string()), None),
         JobFacts::ForeignBackup(_) => ("foreign-backup", None, None),
+        JobFacts::Forgotten => ("forgotten", None, None),
         JobFacts::Other(word) => ("other", None, Some(word.clone())),
     };
     Some(Job {

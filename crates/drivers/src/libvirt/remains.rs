@@ -1,0 +1,278 @@
+//! What libvirt leaves of a session of ours in QEMU.
+//!
+//! libvirt tidies up after a job in several steps, and forgets those that are
+//! left when it dies in between: an NBD server (QEMU has one, and the next
+//! backup needs it), exports, and scratch nodes, which hold their files open.
+//! They are known by the names of our scratch files, so nobody else's are
+//! touched. Whoever calls holds the VM's lock and has seen that no job runs:
+//! then no session is alive.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+use highwater_hypervisor::{ErrorKind, HypervisorError, VmRef};
+use highwater_model::SessionId;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::backup_xml::session_of_export;
+use super::blocks::{QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
+use super::error::explain;
+use super::sys::handles::DomainHandle;
+
+const QUERY_EXPORTS: &str = r#"{"execute":"query-block-exports"}"#;
+
+/// An export lets go of its node when its connections are closed.
+const TRIES: usize = 50;
+const TRY_INTERVAL: Duration = Duration::from_millis(20);
+
+/// What of ours is in a QEMU without a job.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Remains {
+    sessions: BTreeSet<SessionId>,
+    /// Nodes of our scratch files.
+    nodes: Vec<String>,
+    /// Jobs that use these nodes.
+    jobs: Vec<String>,
+    /// Exports of these nodes.
+    exports: Vec<String>,
+    /// Whether there are exports of others.
+    is_shared: bool,
+}
+
+/// What was removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct Cleared {
+    pub(super) sessions: BTreeSet<SessionId>,
+    /// What could not be.
+    pub(super) warnings: Vec<String>,
+}
+
+impl Cleared {
+    /// Tells what was removed and what could not be.
+    pub(super) fn told(self) -> impl Iterator<Item = String> {
+        let removed = |session| format!("removed what session {session} had left in QEMU");
+        self.sessions.into_iter().map(removed).chain(self.warnings)
+    }
+}
+
+/// Removes what dead sessions have left in a QEMU in which no job runs.
+pub(super) fn clear(vm: &VmRef, domain: &DomainHandle) -> Result<Cleared, HypervisorError> {
+    let remains = look(vm, domain)?;
+    let mut warnings = Vec::new();
+    for job in &remains.jobs {
+        let arguments = json!({"device": job, "force": true});
+        let cancel = json!({"execute": "block-job-cancel", "arguments": arguments});
+        warnings.extend(run(domain, &cancel).err());
+    }
+    for command in server_commands(&remains) {
+        warnings.extend(run(domain, &command).err());
+    }
+    warnings.extend(remove_nodes(vm, domain, remains.nodes));
+    let in_vm = |warning| {
+        format!(
+            "cannot remove remains of a backup in VM `{}`: {warning}",
+            vm.name
+        )
+    };
+    Ok(Cleared {
+        sessions: remains.sessions,
+        warnings: warnings.into_iter().map(in_vm).collect(),
+    })
+}
+
+/// Returns a session of which a job is left in QEMU that libvirt has forgotten.
+pub(super) fn forgotten_session(
+    vm: &VmRef,
+    domain: &DomainHandle,
+) -> Result<Option<SessionId>, HypervisorError> {
+    Ok(look(vm, domain)?.sessions.first().copied())
+}
+
+fn look(vm: &VmRef, domain: &DomainHandle) -> Result<Remains, HypervisorError> {
+    let message = || format!("cannot look for remains of backups in VM `{}`", vm.name);
+    let ask = |query: &str| {
+        let answer = domain.monitor_command(query);
+        answer.map_err(|error| explain(message(), &error))
+    };
+    let malformed = |error: ReplyError| {
+        HypervisorError::new(ErrorKind::Other, message()).because(error.to_string())
+    };
+    let (nodes, exports) = (ask(QUERY_NODES)?, ask(QUERY_EXPORTS)?);
+    let mut remains = find(&nodes, &exports).map_err(malformed)?;
+    if !remains.nodes.is_empty() {
+        let graph = ask(QUERY_GRAPH)?;
+        remains.jobs = jobs_on(&graph, &remains.nodes).map_err(malformed)?;
+    }
+    Ok(remains)
+}
+
+/// Ends the server if it serves nothing but ours: libvirt started it then.
+fn server_commands(remains: &Remains) -> Vec<Value> {
+    if remains.exports.is_empty() {
+        return Vec::new();
+    }
+    if !remains.is_shared {
+        return vec![json!({"execute": "nbd-server-stop"})];
+    }
+    let delete = |id: &String| {
+        let arguments = json!({"id": id, "mode": "hard"});
+        json!({"execute": "block-export-del", "arguments": arguments})
+    };
+    remains.exports.iter().map(delete).collect()
+}
+
+/// Removes nodes, each after the ones that stand on it, and returns why some
+/// could not be.
+fn remove_nodes(vm: &VmRef, domain: &DomainHandle, mut nodes: Vec<String>) -> Vec<String> {
+    for tries_left in (0..TRIES).rev() {
+        let mut why = Vec::new();
+        for node in &nodes {
+            let arguments = json!({"node-name": node});
+            let delete = json!({"execute": "blockdev-del", "arguments": arguments});
+            why.extend(run(domain, &delete).err());
+        }
+        if why.is_empty() || tries_left == 0 {
+            return why;
+        }
+        std::thread::sleep(TRY_INTERVAL);
+        // libvirt may remove them, too, as soon as it hears of their job's end.
+        match look(vm, domain) {
+            Ok(left) => nodes = left.nodes,
+            Err(error) => return vec![error.to_string()],
+        }
+    }
+    Vec::new()
+}
+
+fn run(domain: &DomainHandle, command: &Value) -> Result<(), String> {
+    let answer = domain
+        .monitor_command(&command.to_string())
+        .map_err(|error| error.message)?;
+    let outcome = reply::<Value>(&answer);
+    outcome.map(drop).map_err(|error| error.to_string())
+}
+
+/// Finds what is ours in QEMU's answers.
+fn find(nodes: &str, exports: &str) -> Result<Remains, ReplyError> {
+    let nodes: Vec<WireNode> = reply(nodes)?;
+    let exports: Vec<WireExport> = reply(exports)?;
+    let ours: BTreeMap<String, SessionId> = nodes
+        .into_iter()
+        .filter_map(|node| Some((node.node_name?, session_of_scratch(&node.file?)?)))
+        .collect();
+    let (exports, others): (Vec<_>, Vec<_>) = exports
+        .into_iter()
+        .partition(|export| ours.contains_key(&export.node_name));
+    Ok(Remains {
+        sessions: ours.values().copied().collect(),
+        nodes: ours.into_keys().collect(),
+        jobs: Vec::new(),
+        exports: exports.into_iter().map(|export| export.id).collect(),
+        is_shared: !others.is_empty(),
+    })
+}
+
+/// Returns the session whose scratch file this is. QEMU writes a file with
+/// options (encryption) as JSON that ends with its path.
+fn session_of_scratch(file: &str) -> Option<SessionId> {
+    let name = file.rsplit('/').next()?;
+    session_of_export(name).filter(|_| name.contains(".scratch"))
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct WireNode {
+    node_name: Option<String>,
+    file: Option<String>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct WireExport {
+    id: String,
+    node_name: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SCRATCH: &str = "/s/0101010101010101/hw-0101010101010101-vda.scratch";
+
+    fn remains(nodes: &[(&str, &str)], exports: &[(&str, &str)]) -> Remains {
+        let nodes: Vec<Value> = nodes
+            .iter()
+            .map(|(name, file)| json!({"node-name": name, "file": file, "drv": "qcow2"}))
+            .collect();
+        let exports: Vec<Value> = exports
+            .iter()
+            .map(|(id, node)| json!({"id": id, "node-name": node, "type": "nbd"}))
+            .collect();
+        let answer = |list: Vec<Value>| json!({"return": list, "id": "x"}).to_string();
+        find(&answer(nodes), &answer(exports)).unwrap()
+    }
+
+    #[test]
+    fn a_scratch_file_tells_its_session_however_qemu_writes_its_name() {
+        let session = Some(SessionId::from_bytes([1; 8]));
+        assert_eq!(session_of_scratch(SCRATCH), session);
+        let with_options =
+            format!(r#"json:{{"driver":"qcow2","file":{{"filename":"{SCRATCH}"}}}}"#);
+        assert_eq!(session_of_scratch(&with_options), session);
+        for other in [
+            "/s/vda.scratch",
+            "/s/hw-vda.scratch",
+            "/s/hw-01-vda.scratch",
+            "/s/hw-0101010101010101-vda.qcow2",
+            "/s/hw-0101010101010101-vda.scratch/vda.qcow2",
+            "",
+        ] {
+            assert_eq!(session_of_scratch(other), None, "{other}");
+        }
+    }
+
+    #[test]
+    fn only_nodes_of_our_scratch_files_and_their_exports_are_remains() {
+        let vda = ("libvirt-1-format", "/images/vda.qcow2");
+        let left = [
+            ("libvirt-9-format", SCRATCH),
+            ("libvirt-9-storage", SCRATCH),
+        ];
+        assert_eq!(remains(&[vda], &[("user", vda.0)]).nodes, [""; 0]);
+        let found = remains(&[vda, left[0], left[1]], &[("e", left[0].0)]);
+        assert_eq!(found.nodes, ["libvirt-9-format", "libvirt-9-storage"]);
+        assert_eq!((found.exports.len(), found.is_shared), (1, false));
+        assert_eq!(found.sessions.len(), 1);
+    }
+
+    #[test]
+    fn only_jobs_on_our_nodes_are_remains() {
+        let node = |id: u64, kind: &str, name: &str| json!({"id": id, "type": kind, "name": name});
+        let edge = |parent: u64, child: u64| json!({"parent": parent, "child": child, "name": "x"});
+        let graph = json!({"return": {
+            "nodes": [node(1, "block-job", "backup-vda"), node(2, "block-driver", "ours"),
+                node(3, "block-job", "theirs"), node(4, "block-driver", "libvirt-1-format"),
+                node(5, "block-driver", "#block1")],
+            "edges": [edge(1, 2), edge(1, 4), edge(3, 4), edge(5, 2)]}});
+        let jobs = jobs_on(&graph.to_string(), &["ours".to_owned()]);
+        assert_eq!(jobs.unwrap(), ["backup-vda"]);
+    }
+
+    #[test]
+    fn a_server_that_somebody_else_uses_is_not_stopped() {
+        let vda = ("libvirt-1-format", "/images/vda.qcow2");
+        let left = ("libvirt-9-format", SCRATCH);
+        let commands = |exports: &[(&str, &str)]| {
+            let found = server_commands(&remains(&[vda, left], exports));
+            let names = found
+                .iter()
+                .map(|it| it["execute"].as_str().unwrap().to_owned());
+            names.collect::<Vec<_>>()
+        };
+        assert_eq!(commands(&[("user", vda.0)]), [""; 0]);
+        assert_eq!(commands(&[("e", left.0)]), ["nbd-server-stop"]);
+        let both = [("user", vda.0), ("e", left.0)];
+        assert_eq!(commands(&both), ["block-export-del"]);
+    }
+}
