@@ -41,6 +41,13 @@ macro_rules! with_rows {
             bitmap_disabled: "the bitmap does not record" => "`rescan: bitmap-not-recording`";
             bitmap_remade_only_in_memory:
                 "the bitmap was made anew and is not kept in the image" => "`rescan: bitmap-not-persistent`";
+            bitmap_remade_with_other_granularity:
+                "the bitmap was made anew with another granularity" => "`rescan: bitmap-granularity`";
+            bitmap_remade_over_qmp:
+                "the bitmap was made anew behind libvirt's back: it lies"
+                => "`rescan: bitmap-lied` in the same run, if the audit meets what it hides ([how likely](#what-cannot-be-seen))";
+            data_file_written_around_qemu:
+                "somebody wrote to the raw data file of a running VM: the bitmap lies" => "the same";
             bitmaps_gone_on_some_disks:
                 "the bitmap is broken on some disks of the VM" => "those `rescan`, the others `incremental`";
             bitmap_in_use: "an export or a job of somebody else uses the bitmap" => "refused until that has ended";
@@ -100,9 +107,13 @@ macro_rules! with_rows {
             snapshot_behind_libvirt:
                 "the guest writes to another node than libvirt would export (a snapshot over QMP)"
                 => "refused until that is merged, or the VM was started anew from what it writes to";
+            image_moved:
+                "the image has another inode number: it was copied, or mounted anew"
+                => "as its bitmap says; `incremental` only with a mandatory audit";
             older_copy_moved_into_place:
-                "the image has another inode number; or the raw data file of a qcow2, or that qcow2, has"
-                => "as its bitmap says, and at most `incremental` with a mandatory audit; with a data file `rescan: image-replaced`";
+                "the same, of an older copy" => "the same; mostly `rescan: bitmap-missing`";
+            older_data_file: "the raw data file of a qcow2, or that qcow2, has another inode number"
+                => "`rescan: image-replaced`";
             older_copy_written_into_place:
                 "the image file has the content of an older copy" => "`rescan: bitmap-missing`";
             older_copy_with_its_mark_in_place:

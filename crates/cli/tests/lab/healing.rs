@@ -32,28 +32,6 @@ fn heals(bed: &Bed, vm: &Vm, expected: &str) -> Result<serde_json::Value> {
     Ok(report)
 }
 
-#[test]
-fn an_image_replaced_by_a_copy_of_itself_is_believed_after_an_audit() -> Result<()> {
-    let bed = Bed::start()?;
-    let vm = vm(&bed)?;
-    bed.backup(&vm, &[])?;
-    vm.destroy()?;
-    let image = vm.image("vda");
-    let copy = image.with_extension("copy");
-    std::fs::copy(&image, &copy)?;
-    highwater_testkit::tool("qemu-io")
-        .args(["-f", "qcow2", "-c", "write -P 5 1M 1M"])
-        .arg(&copy)
-        .run()?;
-    highwater_testkit::tool("mv").arg(&copy).arg(&image).run()?;
-    vm.start()?;
-    // The write to the copy is in the bitmap that came along with it.
-    let report = heals(&bed, &vm, "incremental")?;
-    let healed = report["healed"].to_string();
-    assert!(healed.contains("believed the mark of disk vda"), "{healed}");
-    Ok(())
-}
-
 /// Kills the program with SIGKILL in the middle of copying.
 fn killed_while_copying(bed: &Bed, vm: &Vm) -> Result<()> {
     let mut child = bed.spawn_slow(&["backup", "web01"])?;

@@ -84,6 +84,33 @@ fn bitmap_remade_only_in_memory() {
     bitmap(BitmapView::NotPersistent, Why::BitmapNotPersistent);
 }
 
+fn bitmap_remade_with_other_granularity() {
+    let plan = plan(|disk, _| disk.bitmap = BitmapView::Recording { granularity: 4096 });
+    assert_eq!(plan, rescan(Why::BitmapGranularity));
+}
+
+/// A bitmap that lies looks like one that does not. Only counted writes that
+/// are in none of it give it away before anything is read; and once it was
+/// found out, nobody believes it.
+fn lies() {
+    let writes =
+        |bytes, dirty_bytes| plan(|disk, _| disk.writes = Some(WritesSince { bytes, dirty_bytes }));
+    assert_eq!(writes(4096, 0), rescan(Why::BitmapLied));
+    assert_eq!(writes(4096, 65_536), incremental());
+    assert_eq!(writes(0, 0), incremental());
+    let found_out = plan(|_, parent| parent.mark_lied = true);
+    assert_eq!(found_out, rescan(Why::BitmapLied));
+    assert_eq!(plan(|_, _| {}).audit(), Some(AuditDuty::Sampled));
+}
+
+fn bitmap_remade_over_qmp() {
+    lies();
+}
+
+fn data_file_written_around_qemu() {
+    lies();
+}
+
 /// Each disk is planned from its own facts alone.
 fn bitmaps_gone_on_some_disks() {
     assert_eq!(plan(|_, _| {}), incremental());
@@ -273,22 +300,33 @@ fn snapshot_behind_libvirt() {
     }
 }
 
+/// All that QEMU would keep with the image came along with it.
+fn image_moved() {
+    let moved = plan(|disk, _| disk.identity.chain[0].inode = Some((1, 8)));
+    let must = Some(AuditDuty::Mandatory(Why::ImageReplaced));
+    assert_eq!(moved.audit(), must);
+    assert_eq!(plan(|_, _| {}).audit(), Some(AuditDuty::Sampled));
+}
+
 fn older_copy_moved_into_place() {
-    let image = plan(|disk, _| {
+    image_moved();
+    let without_the_mark = plan(|disk, _| {
         disk.identity.chain[0].inode = Some((1, 8));
         disk.bitmap = BitmapView::Missing;
     });
-    assert_eq!(image, rescan(Why::BitmapMissing));
-    let whole = plan(|disk, _| disk.identity.chain[0].inode = Some((1, 8)));
-    let must = Some(AuditDuty::Mandatory(Why::ImageReplaced));
-    assert_eq!(whole.audit(), must);
-    let data = plan(|disk, parent| {
-        let data = link("/a.data", highwater_model::DATA_FILE_FORMAT);
-        parent.identity.chain.push(data.clone());
-        disk.identity.chain.push(data);
-        disk.identity.chain[1].inode = Some((1, 8));
-    });
-    assert_eq!(data, rescan(Why::ImageReplaced));
+    assert_eq!(without_the_mark, rescan(Why::BitmapMissing));
+}
+
+fn older_data_file() {
+    for place in [0, 1] {
+        let other = plan(|disk, parent| {
+            let data = link("/a.data", highwater_model::DATA_FILE_FORMAT);
+            parent.identity.chain.push(data.clone());
+            disk.identity.chain.push(data);
+            disk.identity.chain[place].inode = Some((1, 8));
+        });
+        assert_eq!(other, rescan(Why::ImageReplaced));
+    }
 }
 
 fn older_copy_written_into_place() {

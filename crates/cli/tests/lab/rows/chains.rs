@@ -1,12 +1,15 @@
 //! What becomes of the images that a disk consists of.
 
+use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use highwater_testkit::{DiskSpec, tool};
 use serde_json::json;
 
-use super::tracked::{SIZE, Tracked, qemu_img, text, write_outside};
+use super::marks::finds_the_lie;
+use super::tracked::{SIZE, Tracked, qemu_img, says, text, write_outside};
 use crate::support::Bed;
 
 /// libvirt puts an overlay on `vda`, and on no other disk.
@@ -204,21 +207,55 @@ fn write_into(from: &Path, to: &Path) -> Result<()> {
         .map(drop)
 }
 
+pub(super) fn image_moved() -> Result<()> {
+    let mut it = Tracked::two()?;
+    let (image, copy) = (it.vm.image("vdb"), it.bed.lab.path("copy"));
+    it.while_off(|| {
+        write_into(&image, &copy)?;
+        tool("mv").arg(&copy).arg(&image).run().map(drop)
+    })?;
+    let report = it.heals("incremental")?;
+    says(&report, "healed", "believed the mark of disk vdb")?;
+    // The file has its place; nothing is surprising about it any more.
+    let report = it.heals("incremental")?;
+    ensure!(report["healed"] == json!([]), "{report}");
+    it.ends_well()
+}
+
 pub(super) fn older_copy_moved_into_place() -> Result<()> {
     let mut it = Tracked::start()?;
     let (image, copy) = (it.vm.image("vda"), it.bed.lab.path("older"));
-    it.while_off(|| write_into(&image, &copy))?;
+    let take_copy = || write_into(&image, &copy);
+    let move_copy = || tool("mv").arg(&copy).arg(&image).run().map(drop);
+    // With the bitmap that the parent needs, right for its data.
+    it.while_off(take_copy)?;
     it.write()?;
-    it.while_off(|| tool("mv").arg(&copy).arg(&image).run().map(drop))?;
-    // The copy brought its bitmap along, which is right for its data.
+    it.while_off(move_copy)?;
+    let report = it.heals("incremental")?;
+    says(&report, "healed", "believed the mark of disk vda")?;
+    it.write()?;
+    // And with one that nobody needs any more.
+    it.while_off(take_copy)?;
     it.heals("incremental")?;
-    it.ends_well()?;
-    an_older_data_file_beside_the_same_image()
+    it.while_off(move_copy)?;
+    it.heals("rescan: bitmap-missing")?;
+    it.ends_well()
+}
+
+pub(super) fn data_file_written_around_qemu() -> Result<()> {
+    let mut it = Tracked::with(&[DiskSpec::qcow2("vda", SIZE).data_file()])?;
+    it.heals("incremental")?;
+    let data = it.vm.image("vda").with_extension("data");
+    let file = fs::OpenOptions::new().write(true).open(data)?;
+    file.write_all_at(&vec![7; 2 << 20], 0)?;
+    file.sync_all()?;
+    finds_the_lie(&mut it)?;
+    it.ends_well()
 }
 
 /// The bitmap lies in the qcow2 and speaks of a file beside it, so an older copy
 /// of that file alone is a lie.
-fn an_older_data_file_beside_the_same_image() -> Result<()> {
+pub(super) fn older_data_file() -> Result<()> {
     let mut it = Tracked::with(&[DiskSpec::qcow2("vda", SIZE).data_file()])?;
     let data = it.vm.image("vda").with_extension("data");
     let older = it.bed.lab.path("older");

@@ -51,10 +51,11 @@ fn remove(it: &Tracked, target: &str) -> Result<()> {
 }
 
 /// Makes a bitmap of the mark's name anew, behind libvirt's back.
-fn remake(it: &Tracked, persistent: bool) -> Result<()> {
+fn remake(it: &Tracked, persistent: bool, granularity: u32) -> Result<()> {
     let (node, name) = (it.node("vda")?, it.mark()?);
     remove(it, "vda")?;
-    let new = json!({"node": node, "name": name, "persistent": persistent});
+    let new =
+        json!({"node": node, "name": name, "persistent": persistent, "granularity": granularity});
     it.qmp("block-dirty-bitmap-add", &new).map(drop)
 }
 
@@ -89,8 +90,28 @@ pub(super) fn bitmap_disabled() -> Result<()> {
 
 pub(super) fn bitmap_remade_only_in_memory() -> Result<()> {
     let mut it = Tracked::start()?;
-    remake(&it, false)?;
+    remake(&it, false, 64 << 10)?;
     it.heals("rescan: bitmap-not-persistent")?;
+    it.ends_well()
+}
+
+pub(super) fn bitmap_remade_with_other_granularity() -> Result<()> {
+    let mut it = Tracked::start()?;
+    remake(&it, true, 4 << 10)?;
+    it.heals("rescan: bitmap-granularity")?;
+    it.ends_well()
+}
+
+/// The bitmap hides something; the disk is so small that the audit reads all of it.
+pub(super) fn finds_the_lie(it: &mut Tracked) -> Result<()> {
+    let report = it.heals_with_warnings(&["rescan: bitmap-lied"])?;
+    says(&report, "warnings", "bitmap lied")
+}
+
+pub(super) fn bitmap_remade_over_qmp() -> Result<()> {
+    let mut it = Tracked::start()?;
+    remake(&it, true, 64 << 10)?;
+    finds_the_lie(&mut it)?;
     it.ends_well()
 }
 
