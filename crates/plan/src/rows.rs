@@ -82,7 +82,7 @@ macro_rules! with_rows {
             bitmap_cleared:
                 "the bitmap was cleared, or the image written around it, and a block that it calls clean is not as it was stored"
                 => "`rescan: bitmap-lied` in the same run, if the block is among those that are audited";
-            shrunk_and_grown: "the same, because the disk was shrunk and grown again" => "the same; found for certain";
+            shrunk_and_grown: "the same, because the disk was shrunk and grown again" => "the same; found unless the audit ends early";
             writes_in_no_bitmap: "the guest has written, and the bitmap calls nothing dirty" => "`rescan: bitmap-lied`";
             lie_found_by_a_differential:
                 "a differential found one of these, and left no mark of its own" => "`rescan: bitmap-lied`";
