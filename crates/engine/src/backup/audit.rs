@@ -58,6 +58,23 @@ pub(super) struct Rescan {
     pub(super) warning: String,
 }
 
+impl Rescan {
+    /// The parent's tree cannot be read where it is needed.
+    pub(super) fn of_damage(disk: &str, source: &RepoError) -> Self {
+        Self {
+            why: Why::ParentDamaged,
+            warning: format!(
+                "disk {disk} was read as a whole: {}",
+                super::report::chain(source).join(": ")
+            ),
+        }
+    }
+
+    pub(super) fn is_of_damage(&self) -> bool {
+        self.why == Why::ParentDamaged
+    }
+}
+
 /// What ends an audit early.
 enum End {
     /// Its time or its number of reads is used up.
@@ -134,13 +151,7 @@ pub(super) fn audit(
         Err(End::Failed(CopyError::Store { source }))
             if source.kind() == RepoErrorKind::Damaged =>
         {
-            Some(Rescan {
-                why: Why::ParentDamaged,
-                warning: format!(
-                    "disk {name} was read as a whole: {}",
-                    super::report::chain(source.as_ref()).join(": ")
-                ),
-            })
+            Some(Rescan::of_damage(name, &source))
         }
         Err(End::Failed(error)) => match (order.duty, &error) {
             // What cannot be proven is not believed.

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm};
 use serde_json::json;
 
@@ -313,9 +313,38 @@ pub(super) fn parent_unreadable() -> Result<()> {
         }
         it.loses_its_points();
         it.heals("rescan: parent-damaged")?;
-        it.ends_well()?;
+        it.ends_well()
+            .with_context(|| format!("all packs are gone: {is_gone}"))?;
+    }
+    for is_dirty in [true, false] {
+        damaged_where_nobody_looks_first(is_dirty)
+            .with_context(|| format!("where the damage is, the disk is dirty: {is_dirty}"))?;
     }
     Ok(())
+}
+
+/// Damage in a page of the tree that is not on the way to its first chunk: found
+/// by the audit, or only when an increment changes that page.
+fn damaged_where_nobody_looks_first(is_dirty: bool) -> Result<()> {
+    let mut it = Tracked::unseen(&[DiskSpec::qcow2("vda", 16 << 20)])?;
+    // Bytes that no drawn write repeats: that would find its copy damaged.
+    let far = ["write -P 254 9M 64k", "flush"].map(str::to_owned);
+    it.vm.write_all("vda", &far)?;
+    it.back_up(&[])?;
+    let packs = files_below(&it.bed.repo().join("packs"))?;
+    it.heals("incremental")?;
+    for pack in packs {
+        fs::write(&pack, vec![0x55; fs::read(&pack)?.len()])?;
+    }
+    it.loses_its_points();
+    if is_dirty {
+        it.vm.write("vda", "write -P 253 9M 64k")?;
+    }
+    let report = it.heals_with_warnings(&["rescan: parent-damaged"])?;
+    says(&report, "warnings", "disk vda was read as a whole")?;
+    it.ends_right()
+        .with_context(|| format!("the point of {report}"))?;
+    it.ends_well()
 }
 
 fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
