@@ -247,7 +247,7 @@ pub(super) fn data_file_written_around_qemu() -> Result<()> {
     it.heals("incremental")?;
     let data = it.vm.image("vda").with_extension("data");
     let file = fs::OpenOptions::new().write(true).open(data)?;
-    file.write_all_at(&[7; 2 << 20], 0)?;
+    file.write_all_at(&vec![7; 2 << 20], 0)?;
     file.sync_all()?;
     finds_the_lie(&mut it)?;
     it.ends_well()
