@@ -405,12 +405,14 @@ impl Job<'_> {
             .repo
             .writer(WriterOptions {
                 compression: self.options.compression,
-                // Where a part of the tree is damaged, so may be its neighbours:
-                // to count them as stored would be to build upon them.
-                believe_stored: !planned.iter().any(PlannedDisk::has_damaged_parent),
                 ..WriterOptions::default()
             })
             .map_err(store)?;
+        // Where a part of the tree is damaged, so may be its neighbours: to
+        // count them as stored would be to build upon them.
+        if planned.iter().any(PlannedDisk::has_damaged_parent) {
+            writer.disbelieve_stored();
+        }
         let mut unsaved = Vec::new();
         let files = files::save_files(&writer, facts, self.context.clock, &mut unsaved);
         for warning in unsaved {

@@ -39,9 +39,6 @@ pub struct WriterOptions {
     /// Threads that make complete packs durable. They wait more than they work:
     /// for a disk, or for an answer.
     pub upload_threads: usize,
-    /// Whether what the index shows counts as stored. Without it everything is
-    /// stored again: for whoever has found damage, and would else build upon it.
-    pub believe_stored: bool,
 }
 
 impl Default for WriterOptions {
@@ -50,7 +47,6 @@ impl Default for WriterOptions {
             compression: Compression::default(),
             pack_bytes: 32 << 20,
             upload_threads: 3,
-            believe_stored: true,
         }
     }
 }
@@ -97,7 +93,7 @@ impl Writer {
         let pack_len = narrow(options.pack_bytes.clamp(PACK_BYTES_MIN, PACK_BYTES_MAX))
             .map_err(|flaw| RepoError::usage(what, flaw.to_string()))?
             .max(longest.saturating_add(HEADER_LEN));
-        let session = Arc::new(Session::new(objects, options, pack_len));
+        let session = Arc::new(Session::new(objects, options.compression, pack_len));
         let threads = options.upload_threads.max(1);
         // The shelves bound how many packs there are.
         let (uploads, packs) = crossbeam_channel::unbounded();
@@ -130,6 +126,13 @@ impl Writer {
     /// Opens a way for one worker thread.
     pub fn lane(&self) -> Lane<'_> {
         Lane::new(self).expect("the compression was tried when the writer was made")
+    }
+
+    /// From now on nothing counts as stored because the index shows it: for
+    /// whoever has found damage, and would else build upon it. Readers find the
+    /// new copy where the old one is damaged.
+    pub fn disbelieve_stored(&self) {
+        self.session.disbelieve_stored();
     }
 
     /// Starts the tree of an image of `size_bytes`, on top of the parent's.

@@ -183,11 +183,10 @@ fn what_lies_in_a_damaged_pack_is_stored_again_by_whom_it_is_not_believed() {
     }
     for believe_stored in [true, false] {
         let repo = Repository::open(store.clone(), None).unwrap();
-        let writer = repo.writer(WriterOptions {
-            believe_stored,
-            ..options()
-        });
-        let writer = writer.unwrap();
+        let writer = repo.writer(options()).unwrap();
+        if !believe_stored {
+            writer.disbelieve_stored();
+        }
         let root = store_full(&writer, &bytes).unwrap();
         commit(
             writer.flush().unwrap(),

@@ -8,7 +8,7 @@ mod auditor;
 
 use highwater_nbd::Connection;
 use highwater_plan::{AuditDuty, AuditWish, HotChunk, Why};
-use highwater_repo::RepoErrorKind;
+use highwater_repo::{RepoError, RepoErrorKind};
 
 use super::copy::CopyError;
 use super::disk_copy::Disk;
@@ -43,6 +43,23 @@ pub(super) struct Rescan {
     pub(super) why: Why,
     /// What the user is told.
     pub(super) warning: String,
+}
+
+impl Rescan {
+    /// The parent's tree cannot be read where it is needed.
+    pub(super) fn of_damage(disk: &str, source: &RepoError) -> Self {
+        Self {
+            why: Why::ParentDamaged,
+            warning: format!(
+                "disk {disk} was read as a whole: {}",
+                super::report::chain(source).join(": ")
+            ),
+        }
+    }
+
+    pub(super) fn is_of_damage(&self) -> bool {
+        self.why == Why::ParentDamaged
+    }
 }
 
 /// Audits a disk over the connection on which its bitmap is exported.
@@ -126,13 +143,7 @@ pub(super) fn audit(
         Err(End::Failed(CopyError::Store { source }))
             if source.kind() == RepoErrorKind::Damaged =>
         {
-            Some(Rescan {
-                why: Why::ParentDamaged,
-                warning: format!(
-                    "disk {name} was read as a whole: {}",
-                    chain(source.as_ref())
-                ),
-            })
+            Some(Rescan::of_damage(name, &source))
         }
         Err(End::Failed(error)) => return Err(error),
     };

@@ -10,9 +10,9 @@ use highwater_hypervisor::ExportAddress;
 use highwater_model::{ByteRange, ChunkSize};
 use highwater_nbd::{ConnectOptions, Connection, Endpoint, NbdError};
 use highwater_plan::DirtySample;
-use highwater_repo::{ImageRoot, TreeBuilder};
+use highwater_repo::{ImageRoot, RepoErrorKind, TreeBuilder};
 
-use super::audit::Audited;
+use super::audit::{Audited, Rescan};
 use super::chunk_map::{ChunkMap, Run, WINDOW_CHUNKS};
 use crate::guard::end_connection;
 
@@ -148,7 +148,7 @@ pub(super) fn run_disk(
     if let Err(error) = check_size(job, size_bytes) {
         return failed(size_bytes, error);
     }
-    let audited = match super::audit::audit(&disk, &mut link.0, context, audit) {
+    let mut audited = match super::audit::audit(&disk, &mut link.0, context, audit) {
         Ok(audited) => audited,
         Err(error) => return failed(size_bytes, error),
     };
@@ -165,13 +165,26 @@ pub(super) fn run_disk(
             allocation: None,
             sample: DirtySample::new(&audit.hot),
         };
-        let copied = copy(&disk, mapper, size_bytes);
-        return (
-            size_bytes,
-            copied.map(|copied| Copied { audited, ..copied }),
-        );
+        match copy(&disk, mapper, size_bytes) {
+            // No audit reads the whole tree, and what it left out may be what
+            // an increment changes.
+            Err(CopyError::Store { source }) if source.kind() == RepoErrorKind::Damaged => {
+                audited.rescan = Some(Rescan::of_damage(&job.target, &source));
+            }
+            copied => {
+                return (
+                    size_bytes,
+                    copied.map(|copied| Copied { audited, ..copied }),
+                );
+            }
+        }
+    } else {
+        drop(link);
     }
-    drop(link);
+    if audited.rescan.as_ref().is_some_and(Rescan::is_of_damage) {
+        // What is damaged must not count as stored.
+        shared.writer.disbelieve_stored();
+    }
     // Without the parent: nothing of what it says is taken over unread.
     let whole = CopyJob {
         read: ReadPlan::All,

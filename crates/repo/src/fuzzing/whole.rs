@@ -59,7 +59,6 @@ impl Base {
                 compression: Compression::Zstd(1),
                 pack_bytes: 1 << 20,
                 upload_threads: 1,
-                believe_stored: true,
             })?;
             let mut saved = Vec::new();
             for bytes in [small_image(at), tall_image(at)] {

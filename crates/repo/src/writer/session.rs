@@ -15,9 +15,9 @@ use crate::index::{IndexPack, IndexRow, encode};
 use crate::objects::Objects;
 use crate::pack::PackKind;
 use crate::wire::{to_hex, wide};
+use crate::writer::WriterStats;
 use crate::writer::open_pack::{Body, FinishedPack, OpenPack};
 use crate::writer::shelf::{Shelf, Slot};
-use crate::writer::{WriterOptions, WriterStats};
 
 /// Objects after which an index file is written in mid-session: 24 MB of rows.
 const SEGMENT_ROWS_MAX: usize = 500_000;
@@ -34,7 +34,7 @@ pub(crate) struct Session {
     pub(crate) objects: Arc<Objects>,
     pub(crate) compression: Compression,
     pub(crate) pack_len: usize,
-    believes_stored: bool,
+    believes_stored: AtomicBool,
     chunk_packs: Shelf,
     page_packs: Shelf,
     claims: Claims,
@@ -63,12 +63,12 @@ struct Segment {
 }
 
 impl Session {
-    pub(crate) fn new(objects: Arc<Objects>, options: &WriterOptions, pack_len: usize) -> Self {
+    pub(crate) fn new(objects: Arc<Objects>, compression: Compression, pack_len: usize) -> Self {
         Self {
             objects,
-            compression: options.compression,
+            compression,
             pack_len,
-            believes_stored: options.believe_stored,
+            believes_stored: AtomicBool::new(true),
             chunk_packs: Shelf::new(CHUNK_PACKS_MAX),
             page_packs: Shelf::new(PAGE_PACKS_MAX),
             claims: Claims::new(),
@@ -79,12 +79,17 @@ impl Session {
         }
     }
 
+    pub(crate) fn disbelieve_stored(&self) {
+        self.believes_stored.store(false, Ordering::SeqCst);
+    }
+
     /// Takes an object on, unless it is stored or somebody else has taken it.
     pub(crate) fn claim(&self, id: ObjectId) -> Result<bool, RepoError> {
         if self.claims.contains(&id) {
             return Ok(false);
         }
-        if self.believes_stored && self.objects.index.find(&id)?.is_some() {
+        let believes = self.believes_stored.load(Ordering::SeqCst);
+        if believes && self.objects.index.find(&id)?.is_some() {
             return Ok(false);
         }
         // Between look-up and claim another lane may have stored it and an

@@ -45,7 +45,6 @@ pub fn options() -> WriterOptions {
         compression: Compression::Zstd(1),
         pack_bytes: 1 << 20,
         upload_threads: 1,
-        believe_stored: true,
     }
 }
 

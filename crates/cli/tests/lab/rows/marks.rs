@@ -4,12 +4,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm};
 use serde_json::json;
 
 use super::tracked::{SIZE, Tracked, qemu_img, says, text};
-use crate::support::Bed;
+use crate::support::{Bed, assert_same, mode, point, reference};
 
 pub(super) fn all_is_well() -> Result<()> {
     let mut it = Tracked::two()?;
@@ -308,9 +308,29 @@ pub(super) fn parent_unreadable() -> Result<()> {
         }
         it.loses_its_points();
         it.heals("rescan: parent-damaged")?;
-        it.ends_well()?;
+        it.ends_well()
+            .with_context(|| format!("all packs are gone: {is_gone}"))?;
     }
-    Ok(())
+    damaged_where_the_audit_looks().context("where the audit looks")?;
+    damaged_where_the_guest_wrote().context("where the guest wrote")
+}
+
+/// In a page of the tree that is not on the way to its first chunk.
+fn damaged_where_the_audit_looks() -> Result<()> {
+    let mut it = Tracked::unseen(&[DiskSpec::qcow2("vda", 16 << 20)])?;
+    // Bytes that no drawn write repeats: that would find its copy damaged.
+    let far = ["write -P 254 9M 64k", "flush"].map(str::to_owned);
+    it.vm.write_all("vda", &far)?;
+    it.back_up(&[])?;
+    let packs = files_below(&it.bed.repo().join("packs"))?;
+    it.heals("incremental")?;
+    damage(&packs)?;
+    it.loses_its_points();
+    let report = it.heals_with_warnings(&["rescan: parent-damaged"])?;
+    says(&report, "warnings", "disk vda was read as a whole")?;
+    it.ends_right()
+        .with_context(|| format!("the point of {report}"))?;
+    it.ends_well()
 }
 
 fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
@@ -325,4 +345,38 @@ fn files_below(dir: &Path) -> Result<Vec<PathBuf>> {
     }
     ensure!(!files.is_empty(), "nothing in {}", dir.display());
     Ok(files)
+}
+
+/// In a page that an increment changes, of a disk so large that the audit comes
+/// there once in a hundred runs.
+fn damaged_where_the_guest_wrote() -> Result<()> {
+    let bed = Bed::start()?;
+    let disk = DiskSpec::qcow2("vda", 16 << 30);
+    let vm = bed.lab.vm("web01").disk(disk).start()?;
+    vm.write("vda", "write -P 1 4M 64k")?;
+    bed.backup(&vm, &[])?;
+    let packs = files_below(&bed.repo().join("packs"))?;
+    vm.write_all(
+        "vda",
+        &["write -P 2 0 64k", "write -P 3 10G 64k"].map(str::to_owned),
+    )?;
+    bed.backup(&vm, &[])?;
+    damage(&packs)?;
+    vm.write("vda", "write -P 4 4M 64k")?;
+    for expected in ["rescan: parent-damaged", "incremental"] {
+        let report = bed.backup(&vm, &[])?;
+        ensure!(mode(&report, "vda") == expected, "{report}");
+        let now = reference(&bed, &vm, "vda", expected)?;
+        let dir = bed.restore(&point(&report), &format!("out {expected}"), &[])?;
+        assert_same(&now, &dir.join("vda.qcow2"))?;
+        vm.write("vda", "write -P 5 5M 64k")?;
+    }
+    bed.assert_tidy(&vm, 1)
+}
+
+fn damage(packs: &[PathBuf]) -> Result<()> {
+    for pack in packs {
+        fs::write(pack, vec![0x55; fs::read(pack)?.len()])?;
+    }
+    Ok(())
 }

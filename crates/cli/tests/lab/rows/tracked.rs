@@ -215,7 +215,7 @@ impl Tracked {
     }
 
     /// Every point taken so far is right.
-    pub(super) fn ends_right(self) -> Result<()> {
+    pub(super) fn ends_right(&self) -> Result<()> {
         for taken in &self.points {
             check(&self.bed, taken)?;
         }
