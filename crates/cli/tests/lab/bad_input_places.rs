@@ -47,7 +47,7 @@ fn a_scratch_directory_that_cannot_be_used_costs_nothing() -> Result<()> {
             &[
                 "error: cannot freeze a point in time of VM `web01`",
                 "  because: cannot use scratch directory `LAB/full/HASH`",
-                "  because: it has 2 MiB free, and 16 MiB are needed",
+                "  because: it has 1.9 MiB free, and 16 MiB are needed",
                 TIDIED,
                 "hint: free some space, or choose another one with `--scratch-dir`",
             ],

@@ -115,7 +115,10 @@ fn a_save_asked_for_in_mid_backup_waits_and_the_saved_vm_goes_on_incrementally()
 #[test]
 fn a_backup_job_ended_by_an_admin_is_a_clear_error_and_the_next_backup_heals() -> Result<()> {
     let mut story = busy()?;
-    let mover = begin(&story)?;
+    // It must not have read everything: then the job is no longer needed.
+    let slowly = ["backup", "web01", "--json", "--limit", "8MiB"];
+    let mover = story.bed.spawn(&slowly)?;
+    wait_for_job(&story.vm)?;
     story.bed.lab.virsh(&["domjobabort", "web01"])?;
     let told = ended(mover, 1)?;
     ensure!(told.contains("no restore point was added"), "{told}");
