@@ -184,6 +184,10 @@ fn stats_add_up() -> Result<()> {
     let mut golden = golden("stats", &shelf)
         .text(stats["stored_bytes"].to_string(), "ALL")
         .text(stored["manifests"].to_string(), "MANIFESTS")
+        .text(
+            format!(" {saving:.0} x smaller in all"),
+            " 000 x smaller in all",
+        )
         .text(saving.to_string(), "SAVING");
     say(&mut golden, &shelf, "stats")?;
     say(&mut golden, &shelf, "stats --json")?;

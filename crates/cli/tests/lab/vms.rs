@@ -123,7 +123,7 @@ fn a_backups_json_has_the_fields_of_schema_1() -> Result<()> {
     };
     let expected = "consistency disks healed point schema seconds status vm vm_uuid warnings";
     assert_eq!(keys(&report).join(" "), expected);
-    let expected = "dirty_bytes disk mode read_bytes reason root seconds size_bytes stored_bytes";
+    let expected = "audited_blocks dirty_bytes disk mode read_bytes reason root seconds size_bytes stored_bytes";
     assert_eq!(keys(&report["disks"][0]).join(" "), expected);
     assert_eq!(report["schema"], 1);
     assert_eq!(report["status"], "ok");
