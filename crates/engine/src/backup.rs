@@ -28,6 +28,7 @@ mod settle;
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use highwater_hypervisor::{
@@ -35,7 +36,7 @@ use highwater_hypervisor::{
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
-use highwater_plan::{AuditDuty, AuditWish, DiskPlan, Level, VmGate, Why, gate};
+use highwater_plan::{AuditDuty, AuditWish, DiskPlan, Level, VmGate, gate};
 use highwater_repo::{Compression, Manifest, RepoErrorKind, Repository, VmIdentity, WriterOptions};
 
 use crate::guard::{Guard, GuardError, Outcome};
@@ -138,17 +139,21 @@ pub fn backup(
         return Ok(job.too_little(&planned, started));
     }
     let session = job.begin(&facts, &planned)?;
-    let (manifest, copied) =
-        match job.copy_and_commit(&facts, &history, &planned, &session, started) {
-            Ok(done) => done,
-            Err(error) => {
-                let outcome = error.outcome();
-                job.finish_session(&session, outcome);
-                return Err(error);
-            }
-        };
+    let liars = Liars::default();
+    let done = job.copy_and_commit(&facts, &history, &planned, &session, (started, &liars));
+    let liars = liars.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let (manifest, copied) = match done {
+        Ok(done) => done,
+        Err(error) => {
+            let outcome = error.outcome();
+            job.finish_session(&session, outcome);
+            job.distrust(&liars, &history, &planned);
+            return Err(error);
+        }
+    };
     job.finish_session(&session, Outcome::Committed);
     pass(Step::SessionEnded);
+    job.distrust(&liars, &history, &planned);
     job.give_up_superseded_marks(&history, &manifest, &planned);
     job.merge_index();
     pass(Step::IndexMerged);
@@ -168,6 +173,9 @@ impl BackupOptions {
         [self.socket_dir.clone(), self.scratch_dir.clone()]
     }
 }
+
+/// Disks whose bitmaps were found to lie.
+type Liars = Mutex<BTreeSet<String>>;
 
 struct Job<'a> {
     context: &'a BackupContext<'a>,
@@ -218,8 +226,12 @@ impl Job<'_> {
             facts = self.observe()?;
             planned = observe::plan_disks(self.context.repo, self.options, &facts, &history);
         }
+        // Before anything can fail or be refused: the next write of the guest
+        // hides what proves the lie now.
+        let liars = observe::proven_liars(&planned);
+        self.distrust(&liars, &history, &planned);
+        self.warn_of_lies(&history, &liars);
         self.tell_plan(&facts, &planned)?;
-        self.warn_of_lies(&history, &planned);
         pass(Step::Planned);
         Ok((facts, history, planned))
     }
@@ -396,7 +408,7 @@ impl Job<'_> {
         history: &History,
         planned: &[PlannedDisk],
         session: &Begin,
-        started: Instant,
+        (started, liars): (Instant, &Liars),
     ) -> Result<(Manifest, Vec<DiskCopied>), BackupError> {
         let vm = &self.vm.name;
         let store = |source| BackupError::repository(vm, source);
@@ -424,6 +436,10 @@ impl Job<'_> {
             cancel: self.context.cancel,
             lost: &|| self.context.guard.lost(),
             entrust: &|socket| self.context.guard.entrust(&socket),
+            lied: &|disk| {
+                let mut liars = liars.lock().unwrap_or_else(PoisonError::into_inner);
+                liars.insert(disk.to_owned());
+            },
             observer: self.context.observer,
         };
         let copied = copy_disks(
@@ -492,12 +508,8 @@ impl Job<'_> {
     }
 
     /// Says of which disks the bitmap is known to lie before anything is read.
-    fn warn_of_lies(&mut self, history: &History, planned: &[PlannedDisk]) {
-        for disk in planned {
-            if disk.plan != DiskPlan::Rescan(Why::BitmapLied) {
-                continue;
-            }
-            let target = &disk.facts.target;
+    fn warn_of_lies(&mut self, history: &History, liars: &BTreeSet<String>) {
+        for target in liars {
             let how = if history.lied.contains(target) {
                 "an earlier backup found blocks that it calls clean and that were written to"
             } else {

@@ -151,6 +151,14 @@ pub struct Ended {
 pub enum MarkOrder {
     /// Give the whole mark up: its record and its bitmaps, on all disks.
     Remove(MarkName),
+    /// Take a mark off one disk, whose bitmap was found to lie: the others go on
+    /// with theirs.
+    Distrust {
+        /// Its name.
+        name: MarkName,
+        /// The nodes of the disk on which its bitmap is.
+        nodes: Vec<String>,
+    },
     /// Tell the hypervisor about a mark that is on the disks but not in its records.
     Redefine(Redefinition),
 }

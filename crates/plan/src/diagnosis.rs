@@ -181,6 +181,11 @@ pub enum Problem {
         /// Target name.
         disk: String,
     },
+    /// The bitmap that the next increment of a disk would be built on lies.
+    BitmapLied {
+        /// Target name.
+        disk: String,
+    },
     /// Directories of a dead session.
     LeftDirectories(SessionId),
     /// A mark that should not be there, or not so.
@@ -213,6 +218,7 @@ impl Problem {
             Self::GraphChanged { .. } => "graph-changed",
             Self::GraphUnknown { .. } => "graph-unknown",
             Self::BitmapBusy { .. } => "bitmap-busy",
+            Self::BitmapLied { .. } => "bitmap-lied",
             Self::LeftDirectories(_) => "left-directories",
             Self::Mark { verdict, .. } => match verdict {
                 Verdict::Forgotten(_) => "forgotten-mark",
@@ -396,6 +402,12 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
             DiskPlan::Refuse(Refusal::GraphUnknown) => {
                 tell(Problem::GraphUnknown { disk }, Remedy::Hand);
             }
+            DiskPlan::Rescan(Why::BitmapLied)
+            | DiskPlan::Refuse(Refusal::NoIncrement(Why::BitmapLied))
+                if has_bitmap(scene, &disk) =>
+            {
+                tell(Problem::BitmapLied { disk }, now(Remedy::Fix));
+            }
             // The job that uses it is told of.
             DiskPlan::Refuse(Refusal::BitmapBusy) if scene.job == JobView::None => {
                 tell(Problem::BitmapBusy { disk }, now(Remedy::Hand));
@@ -444,6 +456,16 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
     }
     findings.sort_by_key(|finding| finding.remedy);
     findings
+}
+
+/// Returns whether the bitmap of the parent's mark is on a disk.
+fn has_bitmap(scene: &Scene<'_>, disk: &str) -> bool {
+    let parent = scene.parents.iter().find(|parent| parent.target == disk);
+    let mark = parent.and_then(|parent| scene.marks.iter().find(|it| it.name == parent.mark));
+    mark.is_some_and(|mark| {
+        let mut there = mark.disks.iter();
+        there.any(|it| it.target == disk && it.bitmap != BitmapView::Missing)
+    })
 }
 
 /// Returns the digits of the repository in a mark's name.

@@ -320,6 +320,10 @@ fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
         return Some(Doubt::Tracked(why));
     }
     let tracked = |why| Some(Doubt::Tracked(why));
+    // Before the bitmap, which was taken off the disk for it, is missed.
+    if parent.mark_lied {
+        return tracked(Why::BitmapLied);
+    }
     match (disk.bitmap, disk.record) {
         (BitmapView::Missing, _) => return tracked(Why::BitmapMissing),
         (BitmapView::Inconsistent, _) => return tracked(Why::BitmapInconsistent),
@@ -336,7 +340,7 @@ fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
             }
         }
     }
-    if parent.mark_lied || disk.writes.is_some_and(WritesSince::prove_a_lie) {
+    if disk.writes.is_some_and(WritesSince::prove_a_lie) {
         return tracked(Why::BitmapLied);
     }
     if !parent.same_chunk_size {

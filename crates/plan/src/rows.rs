@@ -85,7 +85,7 @@ macro_rules! with_rows {
             shrunk_and_grown: "the same, because the disk was shrunk and grown again" => "the same; found unless the audit ends early";
             writes_in_no_bitmap: "the guest has written, and the bitmap calls nothing dirty" => "`rescan: bitmap-lied`";
             lie_found_by_a_differential:
-                "a differential found one of these, and left no mark of its own" => "`rescan: bitmap-lied`";
+                "a differential found one of these, left no mark of its own, and took off the one that lied" => "`rescan: bitmap-lied`";
 
             managed_save: "the VM was saved and restored" => "`incremental`";
             internal_snapshot: "an internal snapshot was made" => "`incremental`";

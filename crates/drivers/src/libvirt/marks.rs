@@ -32,6 +32,7 @@ impl LibvirtDriver {
     ) -> Result<(), HypervisorError> {
         match order {
             MarkOrder::Remove(name) => self.remove_mark(vm, &name.to_string()),
+            MarkOrder::Distrust { name, nodes } => self.distrust_mark(vm, &name.to_string(), nodes),
             MarkOrder::Redefine(mark) => self.redefine_mark(vm, mark),
         }
     }
@@ -70,6 +71,30 @@ impl LibvirtDriver {
         };
         Err(because.into_iter().fold(
             HypervisorError::new(kind, message()),
+            HypervisorError::because,
+        ))
+    }
+
+    /// Removes the bitmaps of a mark from some nodes. libvirt keeps the record,
+    /// which the other disks need.
+    fn distrust_mark(
+        &mut self,
+        vm: &VmRef,
+        name: &str,
+        nodes: &[String],
+    ) -> Result<(), HypervisorError> {
+        let domain = self.domain(vm)?;
+        let message = || format!("cannot take mark `{name}` off a disk of VM `{}`", vm.name);
+        let there = query_blocks(vm, &domain)?.holders(name);
+        let mut because = Vec::new();
+        for node in nodes.iter().filter(|node| there.contains(node)) {
+            because.extend(remove_bitmap(&domain, node, name).err());
+        }
+        if because.is_empty() {
+            return Ok(());
+        }
+        Err(because.into_iter().fold(
+            HypervisorError::new(ErrorKind::Other, message()),
             HypervisorError::because,
         ))
     }

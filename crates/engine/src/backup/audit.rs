@@ -57,6 +57,10 @@ impl Rescan {
         }
     }
 
+    pub(super) fn is_of_a_lie(&self) -> bool {
+        self.why == Why::BitmapLied
+    }
+
     pub(super) fn is_of_damage(&self) -> bool {
         self.why == Why::ParentDamaged
     }

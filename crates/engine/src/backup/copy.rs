@@ -158,6 +158,8 @@ pub(super) struct CopyWatch<'a> {
     pub(super) lost: &'a (dyn Fn() -> Option<HypervisorError> + Sync),
     /// Gives the guard the means to cut a connection.
     pub(super) entrust: &'a (dyn Fn(OwnedFd) -> Result<(), HypervisorError> + Sync),
+    /// Is told which disk's bitmap was found to lie, whatever comes of it.
+    pub(super) lied: &'a (dyn Fn(&str) + Sync),
     pub(super) observer: &'a dyn Observer,
 }
 
@@ -194,6 +196,14 @@ pub(super) struct Progress {
     pub(super) stored: AtomicU64,
 }
 
+impl Progress {
+    /// Begins anew; what was read and stored stays counted.
+    pub(super) fn begin_anew(&self) {
+        self.done.store(0, Ordering::Relaxed);
+        self.dirty.store(0, Ordering::Relaxed);
+    }
+}
+
 /// What all threads of one copy share.
 pub(super) struct Shared<'a> {
     pub(super) repo: &'a Repository,
@@ -205,6 +215,7 @@ pub(super) struct Shared<'a> {
     pub(super) stop: AtomicBool,
     store_error: Mutex<Option<RepoError>>,
     entrust: &'a (dyn Fn(OwnedFd) -> Result<(), HypervisorError> + Sync),
+    pub(super) lied: &'a (dyn Fn(&str) + Sync),
     cancellers: Mutex<Vec<Canceller>>,
     pub(super) filled: Sender<Filled>,
     pub(super) pool: Pool,
@@ -285,6 +296,7 @@ pub(super) fn copy_disks(
         stop: AtomicBool::new(false),
         store_error: Mutex::new(None),
         entrust: watch.entrust,
+        lied: watch.lied,
         cancellers: Mutex::new(Vec::new()),
         filled,
         pool: Pool::new(buffers),

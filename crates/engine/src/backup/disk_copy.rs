@@ -152,6 +152,9 @@ pub(super) fn run_disk(
         Ok(audited) => audited,
         Err(error) => return failed(size_bytes, error),
     };
+    if audited.rescan.as_ref().is_some_and(Rescan::is_of_a_lie) {
+        (shared.lied)(&job.target);
+    }
     if audited.rescan.is_none() {
         if audited.warning.is_some() {
             drop(link);
@@ -181,6 +184,7 @@ pub(super) fn run_disk(
     } else {
         drop(link);
     }
+    progress.begin_anew();
     if audited.rescan.as_ref().is_some_and(Rescan::is_of_damage) {
         // What is damaged must not count as stored.
         shared.writer.disbelieve_stored();

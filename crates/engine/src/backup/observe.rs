@@ -9,7 +9,7 @@ use highwater_hypervisor::{
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
     self as plan, BitmapView, Counted, DiskPlan, DiskView, HOT_MAX, HotChunk, Identity, ImageLink,
-    JobView, Level, ParentView, Record, RootView, VmState, Why, WritesSince, plan_disk,
+    JobView, Level, ParentView, Record, Refusal, RootView, VmState, Why, WritesSince, plan_disk,
 };
 use highwater_repo::{
     DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, RepoErrorKind,
@@ -155,6 +155,19 @@ impl PlannedDisk {
     pub(super) fn takes_mark(&self, level: Level) -> bool {
         level.leaves_a_mark() && self.facts.marks == MarkSupport::Yes
     }
+}
+
+/// Returns the disks whose bitmap is known to lie before anything is read.
+pub(super) fn proven_liars(planned: &[PlannedDisk]) -> BTreeSet<String> {
+    let lied = |disk: &&PlannedDisk| {
+        matches!(
+            disk.plan,
+            DiskPlan::Rescan(Why::BitmapLied)
+                | DiskPlan::Refuse(Refusal::NoIncrement(Why::BitmapLied))
+        )
+    };
+    let liars = planned.iter().filter(lied);
+    liars.map(|disk| disk.facts.target.clone()).collect()
 }
 
 fn has_mark_of(disk: &DiskFacts, repo: &Repository) -> bool {

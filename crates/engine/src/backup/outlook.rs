@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{JobFacts, Redefinition, VmFacts};
+use highwater_hypervisor::{JobFacts, MarkOrder, Redefinition, VmFacts};
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{DiskPlan, JobView, MarkOnDisk, MarkView, Parent, VmState};
 use highwater_repo::{RepoError, Repository, VmIdentity};
 
 use super::estimate::{DiskEstimate, disk_estimate, foresee};
 use super::observe::{self, History, bitmap_view};
-use super::settle::{Tidying, found_marks, parents_now};
+use super::settle::{Tidying, distrust_order, found_marks, parents_now};
 use super::{BackupOptions, report};
 
 /// What is known of a VM and its restore points.
@@ -28,6 +28,8 @@ pub(crate) struct Outlook {
     pub(crate) marks: Vec<MarkView>,
     /// Needed marks that the hypervisor forgot.
     pub(crate) forgotten: BTreeMap<MarkName, Redefinition>,
+    /// How the mark of each disk is taken off it, should it lie.
+    pub(crate) distrust: BTreeMap<String, MarkOrder>,
     /// How each disk would be read, once all is tidied.
     pub(crate) plans: Vec<(String, DiskPlan)>,
     /// The same, with numbers.
@@ -61,6 +63,11 @@ pub(crate) fn outlook(
         job: observe::job_view(facts),
         parents: parents_now(facts, &history),
         marks: mark_views(facts),
+        distrust: facts
+            .disks
+            .iter()
+            .filter_map(|disk| Some((disk.target.clone(), distrust_order(disk, &history)?)))
+            .collect(),
         forgotten,
         plans: planned
             .iter()

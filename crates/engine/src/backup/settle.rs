@@ -144,7 +144,8 @@ impl Job<'_> {
         planned: &[PlannedDisk],
     ) -> bool {
         let marks = marks_on_disks(facts, history, planned);
-        let useless = useless_marks_below(self.context.repo.id(), &marks);
+        let mut useless = useless_marks_below(self.context.repo.id(), &marks);
+        useless.retain(|mark| is_known(history, mark));
         for mark in &useless {
             // Not worth more than a warning: it is tried again at the end.
             if let Err(error) = self.remove_mark(mark) {
@@ -223,12 +224,38 @@ impl Job<'_> {
             }
         };
         let parents = parents_after(&facts, history, manifest, planned);
-        for mark in superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents) {
+        let mut superseded =
+            superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents);
+        superseded.retain(|mark| is_known(history, mark));
+        for mark in superseded {
             let removed = self.remove_mark(&mark);
             pass(Step::MarkGivenUp);
             if let Err(error) = removed {
                 self.warn(format!(
                     "cannot give up old mark {mark}: {}",
+                    one_line(&error)
+                ));
+            }
+        }
+    }
+
+    /// Takes the marks off disks whose bitmaps lie. What proved a lie once may
+    /// be hidden by the guest's next write; nobody may believe the bitmap again,
+    /// and nobody can use it.
+    pub(super) fn distrust(
+        &mut self,
+        liars: &BTreeSet<String>,
+        history: &History,
+        planned: &[PlannedDisk],
+    ) {
+        for disk in planned.iter().filter(|it| liars.contains(&it.facts.target)) {
+            let Some(order) = distrust_order(&disk.facts, history) else {
+                continue;
+            };
+            if let Err(error) = self.context.guard.mark(self.vm, &order) {
+                self.warn(format!(
+                    "cannot take the mark that lies off disk {}: {}",
+                    disk.facts.target,
                     one_line(&error)
                 ));
             }
@@ -277,6 +304,22 @@ pub(crate) mod words {
         };
         format!("{past} {rest}")
     }
+}
+
+/// Whether the point of a mark can be read: else nobody knows what the mark is
+/// good for.
+fn is_known(history: &History, mark: &MarkName) -> bool {
+    let mut unreadable = history.unreadable.iter();
+    unreadable.all(|(point, _)| *point != mark.point())
+}
+
+/// Says how the parent's mark is taken off one disk, if it is there.
+pub(super) fn distrust_order(disk: &DiskFacts, history: &History) -> Option<MarkOrder> {
+    let name = history.parents.get(&disk.target)?.mark.name.clone();
+    let text = name.to_string();
+    let there = disk.bitmaps.iter().filter(|bitmap| bitmap.name == text);
+    let nodes: Vec<String> = there.map(|bitmap| bitmap.node.clone()).collect();
+    (!nodes.is_empty()).then_some(MarkOrder::Distrust { name, nodes })
 }
 
 /// All marks of any Highwater at the VM, as records or as bitmaps.

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
-    DiskFacts, HypervisorError, Redefinition, RootNode, RunState, Surroundings, VmFacts,
+    DiskFacts, HypervisorError, MarkOrder, Redefinition, RootNode, RunState, Surroundings, VmFacts,
     WriteErrorPolicy,
 };
 use highwater_model::{MarkName, PointId, SessionId};
@@ -21,6 +21,8 @@ const NBD: &str = "nbd";
 pub(super) struct Examined {
     pub(super) checkup: Checkup,
     pub(super) forgotten: BTreeMap<MarkName, Redefinition>,
+    /// How the mark of each disk is taken off it.
+    pub(super) distrust: BTreeMap<String, MarkOrder>,
 }
 
 impl Ward<'_> {
@@ -78,6 +80,7 @@ impl Ward<'_> {
         let marks = mark_reports(&outlook, verdicts);
         Ok(Examined {
             forgotten: outlook.forgotten,
+            distrust: outlook.distrust,
             checkup: Checkup {
                 vm: facts.vm.clone(),
                 state: facts.run_state,

@@ -62,6 +62,13 @@ impl Ward<'_> {
                 self.note(done, words::end_job(*session), ended);
             }
             Problem::LeftDirectories(session) => self.sweep(*session, done),
+            Problem::BitmapLied { disk } => {
+                if let Some(order) = examined.distrust.get(disk) {
+                    let what = format!("remove the mark that lies from disk {disk}");
+                    let changed = self.change(order);
+                    self.note(done, what, changed);
+                }
+            }
             Problem::Mark { name, verdict } => self.repair_mark(name, verdict, examined, done),
             // Nothing else is ours to repair.
             _ => {}

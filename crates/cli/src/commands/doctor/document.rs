@@ -176,7 +176,8 @@ fn told(finding: &Finding, checkup: &Checkup) -> Told {
         Problem::Mark { name, .. } => (Some(name.to_string()), None),
         Problem::GraphChanged { disk }
         | Problem::GraphUnknown { disk }
-        | Problem::BitmapBusy { disk } => (None, Some(disk.clone())),
+        | Problem::BitmapBusy { disk }
+        | Problem::BitmapLied { disk } => (None, Some(disk.clone())),
         _ => (None, None),
     };
     Told {

@@ -35,6 +35,12 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
             format!("disk {disk}: something uses the bitmap of its mark, so a backup is refused"),
             vec!["end the job or export that uses it".to_owned()],
         ),
+        Problem::BitmapLied { disk } => (
+            format!(
+                "disk {disk}: the bitmap of its mark lies: blocks that it calls clean were written to"
+            ),
+            Vec::new(),
+        ),
         Problem::LeftDirectories(session) => (left_directories(*session, checkup), Vec::new()),
         Problem::Mark { name, verdict } => (mark(name, verdict), Vec::new()),
         Problem::UnreadablePoint(point) => (
