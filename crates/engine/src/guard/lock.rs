@@ -4,15 +4,15 @@
 //! is no stale lock and no clock to trust. The file's text only tells people
 //! who holds it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{Read as _, Seek as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, VmRef};
 use highwater_model::{Clock, SystemClock, Timestamp};
-use rustix::fs::FlockOperation;
+use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 /// How long between two tries; a dying holder needs a second or two.
@@ -85,10 +85,11 @@ pub(super) fn holder(dir: &Path, vm: &VmRef) -> Result<Option<LockHolder>, Hyper
         .because(format!("cannot use {}", path.display()))
         .because(cause.to_string())
     };
-    let mut file = match File::open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(cannot(&error)),
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let mut file = match rustix::fs::openat(CWD, &path, flags, Mode::empty()) {
+        Ok(opened) => File::from(opened),
+        Err(rustix::io::Errno::NOENT) => return Ok(None),
+        Err(source) => return Err(cannot(&source)),
     };
     // Shared, and given back at once: whoever wants the lock tries again.
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockShared) {
@@ -117,14 +118,14 @@ pub(super) fn take(dir: &Path, vm: &VmRef, wait: Duration) -> Result<VmLock, Hyp
         .mode(0o711)
         .create(dir)
         .map_err(|source| cannot(&source))?;
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .open(&path)
-        .map_err(|source| cannot(&source))?;
+    let safe_dir = open_dir(dir).map_err(|why| {
+        cannot(&why).hint(format!(
+            "make {} a directory of your own that nobody else may write to (`chmod go-w`), or name \
+             another one in HIGHWATER_RUNTIME_DIR",
+            dir.display()
+        ))
+    })?;
+    let mut file = open_file(&safe_dir, &path).map_err(|why| cannot(&why))?;
     let until = Instant::now() + wait;
     loop {
         match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
@@ -150,6 +151,58 @@ pub(super) fn take(dir: &Path, vm: &VmRef, wait: Duration) -> Result<VmLock, Hyp
     Ok(VmLock { _file: file })
 }
 
+/// Opens the directory of the locks if no stranger can change what is in it.
+///
+/// A stranger who could would have us write to a file of his choice, or give
+/// two backups of one VM two different files to lock.
+fn open_dir(dir: &Path) -> Result<File, String> {
+    let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::RDONLY | OFlags::CLOEXEC;
+    let opened = match rustix::fs::openat(CWD, dir, flags, Mode::empty()) {
+        Ok(opened) => File::from(opened),
+        // A link shows as either, depending on the kernel.
+        Err(rustix::io::Errno::LOOP | rustix::io::Errno::NOTDIR) => {
+            return Err(format!("{} is no directory, or a link", dir.display()));
+        }
+        Err(source) => return Err(source.to_string()),
+    };
+    let about = opened.metadata().map_err(|source| source.to_string())?;
+    let us = rustix::process::geteuid().as_raw();
+    match danger_of_dir(about.mode(), about.uid(), us) {
+        None => Ok(opened),
+        Some(danger) => Err(format!("directory {} {danger}", dir.display())),
+    }
+}
+
+/// Says why a directory of this mode and owner is no place for a lock.
+fn danger_of_dir(mode: u32, owner: u32, us: u32) -> Option<String> {
+    let others_write = mode & 0o022 != 0;
+    let is_sticky = mode & 0o1000 != 0;
+    if owner != us && owner != 0 {
+        return Some(format!("belongs to user {owner}"));
+    }
+    (others_write && !is_sticky).then(|| "may be written to by others".to_owned())
+}
+
+/// Opens the lock file, and makes it if there is none.
+fn open_file(dir: &File, path: &Path) -> Result<File, String> {
+    let name = path.file_name().unwrap_or_default();
+    // What others may have put into a sticky directory is not followed, and a
+    // pipe is not waited for.
+    let flags = OFlags::RDWR | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::NONBLOCK;
+    let opened = rustix::fs::openat(dir, name, flags | OFlags::CLOEXEC, Mode::from(0o600));
+    let file = match opened {
+        Ok(opened) => File::from(opened),
+        Err(rustix::io::Errno::LOOP) => return Err("it is a link".to_owned()),
+        Err(source) => return Err(source.to_string()),
+    };
+    let about = file.metadata().map_err(|source| source.to_string())?;
+    // Our note would overwrite what a second name of the file stands for.
+    if FileType::from_raw_mode(about.mode()) != FileType::RegularFile || about.nlink() != 1 {
+        return Err("it is not a plain file of one name".to_owned());
+    }
+    Ok(file)
+}
+
 fn held(file: &mut File, vm: &VmRef) -> HypervisorError {
     let who = LockHolder::read(file).words(SystemClock.now());
     HypervisorError::new(ErrorKind::Busy, format!("cannot lock VM `{}`", vm.name))
@@ -159,6 +212,9 @@ fn held(file: &mut File, vm: &VmRef) -> HypervisorError {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
     use super::*;
 
     fn vm() -> VmRef {
@@ -181,6 +237,63 @@ mod tests {
         );
         drop(held);
         assert!(take(dir.path(), &vm(), Duration::ZERO).is_ok());
+    }
+
+    fn refused(dir: &Path) -> HypervisorError {
+        let error = take(dir, &vm(), Duration::ZERO).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::Other, "{error:?}");
+        error
+    }
+
+    fn set_mode(dir: &Path, mode: u32) {
+        fs::set_permissions(dir, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_link_in_place_of_the_lock_is_not_written_through() {
+        let dir = tempfile::tempdir().unwrap();
+        let victim = dir.path().join("victim");
+        fs::copy("/proc/self/cmdline", &victim).unwrap();
+        set_mode(&victim, 0o600);
+        let before = fs::read(&victim).unwrap();
+        let lock = lock_path(dir.path(), &vm());
+        symlink(&victim, &lock).unwrap();
+        refused(dir.path());
+        fs::remove_file(&lock).unwrap();
+        fs::hard_link(&victim, &lock).unwrap();
+        refused(dir.path());
+        assert_eq!(fs::read(&victim).unwrap(), before);
+    }
+
+    #[test]
+    fn a_directory_that_others_can_change_is_no_place_for_locks() {
+        let parent = tempfile::tempdir().unwrap();
+        let dir = parent.path().join("locks");
+        drop(take(&dir, &vm(), Duration::ZERO).unwrap());
+        for (mode, is_safe) in [
+            (0o711, true),
+            (0o755, true),
+            (0o1777, true),
+            (0o777, false),
+            (0o770, false),
+            (0o702, false),
+        ] {
+            set_mode(&dir, mode);
+            if is_safe {
+                drop(take(&dir, &vm(), Duration::ZERO).unwrap());
+            } else {
+                assert!(refused(&dir).hint.is_some(), "{mode:o}");
+            }
+        }
+        set_mode(&dir, 0o700);
+        let link = parent.path().join("link");
+        symlink(&dir, &link).unwrap();
+        refused(&link);
+        // A stranger's is no better for being closed to all but him.
+        for (owner, us, is_safe) in [(0, 7, true), (7, 7, true), (8, 7, false), (8, 0, false)] {
+            let danger = danger_of_dir(0o755, owner, us);
+            assert_eq!(danger.is_none(), is_safe, "{danger:?}");
+        }
     }
 
     #[test]
