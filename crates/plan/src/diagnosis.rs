@@ -351,8 +351,8 @@ fn of_a_parent(scene: &Scene<'_>, name: &MarkName) -> Verdict {
 }
 
 /// Returns why the mark itself is no good, if that is why the disk is read as a
-/// whole. What may still change (a busy bitmap, an image that cannot be seen)
-/// is no fault of it.
+/// whole. What may still change (a busy bitmap, an image or a process that
+/// cannot be seen) is no fault of it.
 const fn fault_of_mark(plan: &DiskPlan) -> Option<Why> {
     match plan {
         DiskPlan::Rescan(

@@ -168,6 +168,8 @@ pub enum Record {
     Proven,
     /// It is there, but nonce or creation time differ: somebody re-made it.
     Remade,
+    /// It is the recorded one, but nobody knows whether the bitmap is.
+    Unidentified,
     /// The hypervisor does not know it.
     Forgotten,
     /// It was forgotten, and telling the hypervisor again was refused.
@@ -333,6 +335,9 @@ fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
         (BitmapView::Recording { .. }, Record::Remade) => return tracked(Why::MarkRemade),
         (BitmapView::Recording { .. }, Record::Forgotten | Record::Refused) => {
             return tracked(Why::MarkRefused);
+        }
+        (BitmapView::Recording { .. }, Record::Unidentified) => {
+            return tracked(Why::ProcessUnknown);
         }
         (BitmapView::Recording { granularity }, Record::Proven) => {
             if parent.granularity.is_some_and(|then| then != granularity) {

@@ -32,7 +32,7 @@ pub use identity::{Identity, ImageLink, Place};
 pub use marks::{
     FoundMark, MarkUse, Parent, superseded_marks, unfinished_marks, useless_marks_below,
 };
-pub use origin::{Process, is_original};
+pub use origin::{Origin, Process, origin};
 pub use partitions::mounted_places;
 pub use programs::known_program;
 pub use rows::{ROWS, Row};

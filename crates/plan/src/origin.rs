@@ -7,41 +7,59 @@
 /// Which process ran the VM: process id, start time, boot id.
 pub type Process = (u32, u64, String);
 
+/// Whose a bitmap of a mark's name is. The worse is the greater.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Origin {
+    /// It was made with the mark.
+    Mark,
+    /// One of the two processes cannot be identified.
+    Unknown,
+    /// Somebody else made it.
+    Another,
+}
+
 /// Decides whether a bitmap can be the one that was made with its mark.
 ///
 /// A bitmap lives in the process that made it, and beyond that process only in
 /// the image. One that another process holds without having read it from the
-/// image (`is_in_image`) was made there, by somebody else. A process that
-/// nobody can identify counts as another one.
-pub fn is_original(
-    made_by: Option<&Process>,
-    held_by: Option<&Process>,
-    is_in_image: bool,
-) -> bool {
-    is_in_image || (made_by.is_some() && made_by == held_by)
+/// image (`is_in_image`) was made there, by somebody else. Of a process that
+/// nobody can identify nothing is known, and so nothing is believed.
+pub fn origin(made_by: Option<&Process>, held_by: Option<&Process>, is_in_image: bool) -> Origin {
+    if is_in_image {
+        return Origin::Mark;
+    }
+    match (made_by, held_by) {
+        (Some(made_by), Some(held_by)) if made_by == held_by => Origin::Mark,
+        (Some(_), Some(_)) => Origin::Another,
+        (None, _) | (_, None) => Origin::Unknown,
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn check(made_by: Option<u32>, held_by: Option<u32>, is_in_image: bool, expected: bool) {
+    fn check(made_by: Option<u32>, held_by: Option<u32>, is_in_image: bool, expected: Origin) {
         let process = |pid: Option<u32>| pid.map(|pid| (pid, 7, "boot".to_owned()));
         let (made_by, held_by) = (process(made_by), process(held_by));
-        let found = is_original(made_by.as_ref(), held_by.as_ref(), is_in_image);
+        let found = origin(made_by.as_ref(), held_by.as_ref(), is_in_image);
         assert_eq!(found, expected, "{made_by:?} {held_by:?} {is_in_image}");
     }
 
     #[test]
     fn a_bitmap_that_another_process_did_not_read_from_the_image_is_not_the_marks() {
-        check(Some(1), Some(1), false, true);
-        check(Some(1), Some(2), false, false);
-        check(Some(1), Some(2), true, true);
+        check(Some(1), Some(1), false, Origin::Mark);
+        check(Some(1), Some(2), false, Origin::Another);
+        check(Some(1), Some(2), true, Origin::Mark);
+    }
+
+    #[test]
+    fn of_a_process_that_nobody_can_identify_nothing_is_known() {
         // Two unknowns are equal, and prove nothing.
-        check(None, None, false, false);
-        check(Some(1), None, false, false);
-        check(None, Some(1), false, false);
-        check(None, None, true, true);
+        check(None, None, false, Origin::Unknown);
+        check(Some(1), None, false, Origin::Unknown);
+        check(None, Some(1), false, Origin::Unknown);
+        check(None, None, true, Origin::Mark);
     }
 
     #[test]
@@ -50,7 +68,8 @@ mod tests {
         let later = (1, 8, "boot".to_owned());
         let rebooted = (1, 7, "next boot".to_owned());
         for held_by in [later, rebooted] {
-            assert!(!is_original(Some(&made_by), Some(&held_by), false));
+            let found = origin(Some(&made_by), Some(&held_by), false);
+            assert_eq!(found, Origin::Another);
         }
     }
 }

@@ -58,6 +58,9 @@ macro_rules! with_rows {
             bitmap_remade_after_a_crash:
                 "QEMU was killed before it stored the bitmap, and another tool made one of that name: this QEMU has neither made it with the mark nor read it from the image"
                 => "`rescan: mark-remade`; it is removed";
+            process_unknown:
+                "QEMU has made the bitmap itself, and its process cannot be identified (`hidepid`, another pid namespace): nobody knows whether it is the one made with the mark"
+                => "`rescan: process-unknown`, each time until the process can be seen";
             undefined_and_defined:
                 "the VM was undefined and defined again: the bitmap records, libvirt forgot the checkpoint"
                 => "told to libvirt again, which checks it; `incremental`";

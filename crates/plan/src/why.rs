@@ -38,6 +38,9 @@ pub enum Why {
     BitmapLied,
     /// Somebody made a mark of the same name.
     MarkRemade,
+    /// The hypervisor's process cannot be identified, and the mark's bitmap is
+    /// only in that.
+    ProcessUnknown,
     /// The hypervisor forgot the mark and refused to be told.
     MarkRefused,
     /// Raw images cannot carry marks.
@@ -71,6 +74,7 @@ impl Why {
             Self::BitmapGranularity => "bitmap-granularity",
             Self::BitmapLied => "bitmap-lied",
             Self::MarkRemade => "mark-remade",
+            Self::ProcessUnknown => "process-unknown",
             Self::MarkRefused => "mark-refused",
             Self::NoMarksOnRaw => "no-marks-on-raw",
             Self::NoMarksOnQcow2V2 => "no-marks-on-qcow2-v2",
@@ -99,6 +103,9 @@ impl Why {
             Self::BitmapGranularity => "the bitmap's granularity is another one",
             Self::BitmapLied => "bitmap lied: it calls blocks clean that were written to",
             Self::MarkRemade => "mark was re-made by somebody else",
+            Self::ProcessUnknown => {
+                "nobody can tell whether the bitmap is the one made with the mark"
+            }
             Self::MarkRefused => "the hypervisor forgot the mark and refused it",
             Self::NoMarksOnRaw => "raw images cannot carry marks",
             Self::NoMarksOnQcow2V2 => "qcow2 version 2 cannot carry marks",

@@ -9,7 +9,8 @@ use highwater_hypervisor::{
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
     self as plan, BitmapView, Counted, DiskPlan, DiskView, HOT_MAX, HotChunk, Identity, ImageLink,
-    JobView, Level, ParentView, Record, Refusal, RootView, VmState, Why, WritesSince, plan_disk,
+    JobView, Level, Origin, ParentView, Record, Refusal, RootView, VmState, Why, WritesSince,
+    plan_disk,
 };
 use highwater_repo::{
     DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, RepoErrorKind,
@@ -246,7 +247,11 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
         }),
         record: parent.map_or(Record::Forgotten, |parent| {
             match record_view(vm, &parent.mark) {
-                Record::Proven if !is_original(disk, vm, parent) => Record::Remade,
+                Record::Proven => match origin(disk, vm, parent) {
+                    Origin::Mark => Record::Proven,
+                    Origin::Unknown => Record::Unidentified,
+                    Origin::Another => Record::Remade,
+                },
                 found => found,
             }
         }),
@@ -339,16 +344,20 @@ pub(super) fn bitmap_view(disk: &DiskFacts, mark: &MarkName) -> BitmapView {
     }
 }
 
-/// Says whether the bitmap of a mark is the one that was made with it.
-fn is_original(disk: &DiskFacts, vm: &VmFacts, parent: &ParentRecord) -> bool {
+/// Says whether the bitmaps of a mark are those that were made with it; the
+/// worst of them counts.
+fn origin(disk: &DiskFacts, vm: &VmFacts, parent: &ParentRecord) -> Origin {
     let name = parent.mark.name.to_string();
     let held_by = vm
         .process
         .as_ref()
         .map(|process| (process.pid, process.start_ticks, process.boot_id.clone()));
     let made_by = parent.disk.evidence.process.as_ref();
-    let mut bitmaps = disk.bitmaps.iter().filter(|it| it.name == name);
-    bitmaps.all(|it| plan::is_original(made_by, held_by.as_ref(), it.in_image))
+    let bitmaps = disk.bitmaps.iter().filter(|it| it.name == name);
+    bitmaps
+        .map(|it| plan::origin(made_by, held_by.as_ref(), it.in_image))
+        .max()
+        .unwrap_or(Origin::Mark)
 }
 
 /// Compares the hypervisor's record of a mark with the manifest's.

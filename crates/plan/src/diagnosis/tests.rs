@@ -173,7 +173,12 @@ fn a_mark_is_useless_only_if_it_is_its_own_fault_on_every_disk() {
             it.disks.push(("vdb".to_owned(), since(newest)));
         });
     }
-    for why in [Why::ImageUnseen, Why::ParentDamaged, Why::BackingChanged] {
+    for why in [
+        Why::ImageUnseen,
+        Why::ParentDamaged,
+        Why::BackingChanged,
+        Why::ProcessUnknown,
+    ] {
         check(&[], |it, _| it.disks[0].1 = DiskPlan::Rescan(why));
     }
     check(&["fix: forgotten-mark"], |it, newest| {

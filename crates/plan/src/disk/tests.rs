@@ -109,6 +109,10 @@ fn incremental_needs_every_fact_to_be_known_and_right() {
     );
     check(|disk, _| disk.record = Record::Remade, "rescan mark-remade");
     check(
+        |disk, _| disk.record = Record::Unidentified,
+        "rescan process-unknown",
+    );
+    check(
         |disk, _| disk.record = Record::Forgotten,
         "rescan mark-refused",
     );

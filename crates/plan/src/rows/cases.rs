@@ -51,7 +51,12 @@ fn disk_gone() {
 fn bitmap(view: BitmapView, why: Why) {
     assert_eq!(plan(|disk, _| disk.bitmap = view), rescan(why));
     // Whatever libvirt says of the mark.
-    for record in [Record::Remade, Record::Forgotten, Record::Refused] {
+    for record in [
+        Record::Remade,
+        Record::Unidentified,
+        Record::Forgotten,
+        Record::Refused,
+    ] {
         let plan = plan(|disk, _| {
             disk.bitmap = view;
             disk.record = record;
@@ -132,8 +137,19 @@ fn mark_remade_by_libvirt() {
 fn bitmap_remade_after_a_crash() {
     let process = |pid| (pid, 7, "boot".to_owned());
     let (made_by, held_by) = (process(1), process(2));
-    assert!(!crate::is_original(Some(&made_by), Some(&held_by), false));
+    let found = crate::origin(Some(&made_by), Some(&held_by), false);
+    assert_eq!(found, crate::Origin::Another);
     mark_remade_by_libvirt();
+}
+
+fn process_unknown() {
+    let process = (1, 7, "boot".to_owned());
+    for (made_by, held_by) in [(Some(&process), None), (None, Some(&process)), (None, None)] {
+        let found = crate::origin(made_by, held_by, false);
+        assert_eq!(found, crate::Origin::Unknown);
+    }
+    let plan = plan(|disk, _| disk.record = Record::Unidentified);
+    assert_eq!(plan, rescan(Why::ProcessUnknown));
 }
 
 /// Told again, it is proven; only as long as it is not, nothing is believed.

@@ -2,11 +2,12 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::tracked::{SIZE, Tracked, qemu_img, says, text};
 use crate::support::{Bed, assert_same, mode, point, reference};
@@ -157,6 +158,32 @@ pub(super) fn bitmap_in_use() -> Result<()> {
 
 pub(super) fn bitmap_remade_after_a_crash() -> Result<()> {
     crate::losses::v1_a_bitmap_re_made_after_a_crash_by_another_tool_is_not_believed()
+}
+
+/// A second process that bears the VM's UUID: nobody can say which is QEMU.
+pub(super) fn process_unknown() -> Result<()> {
+    let mut it = Tracked::start()?;
+    let uuid = it.vm.uuid()?;
+    // Ends with its stdin, and so with this test.
+    let mut double = Command::new("sh")
+        .args(["-c", "read line", "sh", "-uuid", &uuid])
+        .stdin(Stdio::piped())
+        .spawn()?;
+    for _ in 0..2 {
+        it.heals("rescan: process-unknown")?;
+    }
+    let document: Value = serde_json::from_str(&it.bed.run(&["doctor", "web01", "--json"])?)?;
+    ensure!(document["findings"] == json!([]), "{document:#}");
+    ensure!(
+        document["next_backup"]["disks"][0]["reason"] == "process-unknown",
+        "{document:#}"
+    );
+    drop(double.stdin.take());
+    double.wait()?;
+    // The newest mark was made when nobody knew.
+    it.heals("rescan: process-unknown")?;
+    it.heals("incremental")?;
+    it.ends_well()
 }
 
 pub(super) fn mark_remade_by_libvirt() -> Result<()> {
