@@ -57,8 +57,8 @@ pub struct MarkView {
 pub struct MarkOnDisk {
     /// Target name.
     pub target: String,
-    /// State of its bitmap.
-    pub bitmap: BitmapView,
+    /// State of its bitmap; `None` where nobody can look, as of a VM that is off.
+    pub bitmap: Option<BitmapView>,
     /// What it calls dirty, bytes.
     pub dirty_bytes: u64,
 }
@@ -464,7 +464,10 @@ fn has_bitmap(scene: &Scene<'_>, disk: &str) -> bool {
     let mark = parent.and_then(|parent| scene.marks.iter().find(|it| it.name == parent.mark));
     mark.is_some_and(|mark| {
         let mut there = mark.disks.iter();
-        there.any(|it| it.target == disk && it.bitmap != BitmapView::Missing)
+        there.any(|it| {
+            let is_there = it.bitmap.is_some_and(|view| view != BitmapView::Missing);
+            it.target == disk && is_there
+        })
     })
 }
 

@@ -194,6 +194,8 @@ fn a_healthy_vm_is_called_healthy_whether_it_runs_or_not() -> Result<()> {
     vm.destroy()?;
     let document = finds(&bed, &vm, &[])?;
     assert_eq!(document["state"], "off");
+    // Nobody has looked into the image.
+    assert_eq!(document["marks"][0]["disks"][0]["bitmap"], "unknown");
     assert_eq!(document["next_backup"]["possible"], false);
     vm.start()?;
     cured(&bed, &vm, &[], "incremental")

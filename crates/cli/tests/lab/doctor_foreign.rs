@@ -220,6 +220,27 @@ fn without_marks_images_can_be_checked_and_reverted_to_internal_snapshots() -> R
     backs_up(&bed, &vm, "incremental").map(drop)
 }
 
+/// Without libvirt's record nothing tells of the bitmap in the image.
+#[test]
+fn a_vm_that_is_off_is_never_said_to_be_rid_of_its_marks() -> Result<()> {
+    let (bed, vm) = tracked()?;
+    let mark = vm.checkpoints()?.remove(0);
+    bed.lab
+        .virsh(&["checkpoint-delete", "web01", &mark, "--metadata"])?;
+    vm.destroy()?;
+    let (code, document) = doctor(&bed, &["--purge-marks"])?;
+    assert_eq!((code, &document["marks"]), (1, &json!([])), "{document:#}");
+    assert_eq!(document["status"], "fix-failed");
+    let hint = document["failed"][0]["hint"].as_str().context("a hint")?;
+    assert!(hint.contains("virsh start web01 --paused"), "{hint}");
+    bed.lab.virsh(&["start", "web01", "--paused"])?;
+    assert_eq!(vm.bitmaps("vda")?.len(), 1);
+    let (code, document) = doctor(&bed, &["--purge-marks"])?;
+    assert_eq!(code, 0, "{document:#}");
+    assert_eq!(vm.bitmaps("vda")?.len(), 0);
+    Ok(())
+}
+
 #[test]
 fn of_several_vms_each_is_told_and_one_that_is_not_there_is_3() -> Result<()> {
     let (bed, _vm) = tracked()?;
@@ -331,6 +352,7 @@ fn the_doctor_is_short_and_tells_the_worst_first() -> Result<()> {
     )?;
     vm.destroy()?;
     say(&mut golden, &bed, "doctor web01")?;
+    say(&mut golden, &bed, "doctor web01 --purge-marks")?;
     say(&mut golden, &bed, "doctor wbe01")?;
     golden.check()
 }

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{JobFacts, MarkOrder, Redefinition, VmFacts};
+use highwater_hypervisor::{JobFacts, MarkOrder, Redefinition, RunState, VmFacts};
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{DiskPlan, JobView, MarkOnDisk, MarkView, Parent, VmState};
 use highwater_repo::{RepoError, Repository, VmIdentity};
@@ -94,6 +94,8 @@ pub(super) fn without_our_session(facts: &mut VmFacts) {
 
 /// Says where each mark is.
 fn mark_views(facts: &VmFacts) -> Vec<MarkView> {
+    // Only a QEMU that runs tells of bitmaps.
+    let is_looked_at = facts.run_state != RunState::Off;
     let view = |name: MarkName| {
         let record = facts
             .checkpoints
@@ -106,7 +108,7 @@ fn mark_views(facts: &VmFacts) -> Vec<MarkView> {
             let has_bitmap = bitmaps.clone().next().is_some();
             (has_bitmap || is_recorded).then(|| MarkOnDisk {
                 target: disk.target.clone(),
-                bitmap: bitmap_view(disk, &name),
+                bitmap: is_looked_at.then(|| bitmap_view(disk, &name)),
                 dirty_bytes: bitmaps.fold(0, |sum, it| sum.saturating_add(it.dirty_bytes)),
             })
         });

@@ -233,6 +233,7 @@ fn strange(facts: &VmFacts, around: &Surroundings) -> Vec<Strange> {
 
 /// Returns whether anything of a mark is there.
 pub(super) fn is_there(mark: &MarkReport) -> bool {
-    let has_bitmap = |disk: &MarkOnDisk| disk.bitmap != BitmapView::Missing;
+    let has_bitmap =
+        |disk: &MarkOnDisk| disk.bitmap.is_some_and(|view| view != BitmapView::Missing);
     mark.has_record || mark.disks.iter().any(has_bitmap)
 }

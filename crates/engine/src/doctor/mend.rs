@@ -136,8 +136,14 @@ impl Ward<'_> {
     }
 
     /// Removes every mark of this repository, whatever it is good for. Returns
-    /// whether there was any.
+    /// whether there was any. Of a VM that does not run it always fails.
     fn purge(&self, checkup: &Checkup, done: &mut Done) -> Result<bool, DoctorError> {
+        if !is_up(checkup.state) {
+            // Records may be gone while bitmaps are in the images: to say that
+            // nothing is left would cost the user his internal snapshots.
+            done.failed.push(self.cannot_purge());
+            return Ok(false);
+        }
         let repo = self.context.repo.id();
         let marks = checkup
             .marks
@@ -147,17 +153,19 @@ impl Ward<'_> {
         for mark in marks {
             self.stop_if_cancelled()?;
             any = true;
-            let removed = self.remove(&mark.name).map_err(|error| {
-                if checkup.state == RunState::Off {
-                    let start = format!("virsh start {} --paused", self.vm.name);
-                    error.hint(format!("start the VM for it, paused if need be: `{start}`"))
-                } else {
-                    error
-                }
-            });
+            let removed = self.remove(&mark.name);
             self.note(done, format!("remove mark {}", mark.name), removed);
         }
         Ok(any)
+    }
+
+    fn cannot_purge(&self) -> (String, HypervisorError) {
+        let what = format!("remove the marks of VM `{}`", self.vm.name);
+        let start = format!("virsh start {} --paused", self.vm.name);
+        let error = HypervisorError::new(ErrorKind::WrongState, format!("cannot {what}"))
+            .because("the VM does not run, so nobody knows which bitmaps are in its images")
+            .hint(format!("start the VM for it, paused if need be: `{start}`"));
+        (what, error)
     }
 
     fn note(&self, done: &mut Done, what: String, outcome: Result<Vec<String>, GuardError>) {
@@ -179,6 +187,14 @@ impl Ward<'_> {
             });
         }
         Ok(())
+    }
+}
+
+/// Returns whether there is a process that tells of bitmaps and removes them.
+const fn is_up(state: RunState) -> bool {
+    match state {
+        RunState::Running | RunState::Paused | RunState::PausedOnError => true,
+        RunState::Off | RunState::Other => false,
     }
 }
 

@@ -354,7 +354,7 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
 /// Says where a mark is and how it is there.
 pub(super) fn on_disk(disk: &MarkOnDisk) -> String {
     match disk.bitmap {
-        BitmapView::Recording { .. } => {
+        Some(BitmapView::Recording { .. }) => {
             format!("{} {} dirty", disk.target, format_size(disk.dirty_bytes))
         }
         other => format!("{} {}", disk.target, bitmap_word(other).replace('-', " ")),
@@ -362,14 +362,15 @@ pub(super) fn on_disk(disk: &MarkOnDisk) -> String {
 }
 
 /// The word of JSON for the state of a bitmap.
-pub(super) const fn bitmap_word(bitmap: BitmapView) -> &'static str {
+pub(super) const fn bitmap_word(bitmap: Option<BitmapView>) -> &'static str {
     match bitmap {
-        BitmapView::Missing => "missing",
-        BitmapView::Inconsistent => "inconsistent",
-        BitmapView::NotRecording => "not-recording",
-        BitmapView::NotPersistent => "not-persistent",
-        BitmapView::Busy => "in-use",
-        BitmapView::Recording { .. } => "recording",
+        None => "unknown",
+        Some(BitmapView::Missing) => "missing",
+        Some(BitmapView::Inconsistent) => "inconsistent",
+        Some(BitmapView::NotRecording) => "not-recording",
+        Some(BitmapView::NotPersistent) => "not-persistent",
+        Some(BitmapView::Busy) => "in-use",
+        Some(BitmapView::Recording { .. }) => "recording",
     }
 }
 
