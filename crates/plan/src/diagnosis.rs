@@ -46,6 +46,8 @@ pub struct Scene<'a> {
 pub struct MarkView {
     /// Its name.
     pub name: MarkName,
+    /// Whether it is this VM's.
+    pub is_of_vm: bool,
     /// Whether the hypervisor has a record of it.
     pub has_record: bool,
     /// Its bitmap on each disk that has one, or that the record names.
@@ -57,7 +59,8 @@ pub struct MarkView {
 pub struct MarkOnDisk {
     /// Target name.
     pub target: String,
-    /// State of its bitmap; `None` where nobody can look, as of a VM that is off.
+    /// State of its bitmap; `None` where nobody looked: the VM is off, or the
+    /// mark is another VM's.
     pub bitmap: Option<BitmapView>,
     /// What it calls dirty, bytes.
     pub dirty_bytes: u64,
@@ -138,6 +141,8 @@ pub enum Verdict {
     Unreadable,
     /// Another repository's.
     OtherRepository,
+    /// Another VM's, which has or had a backing file of this one as its disk.
+    OtherVm,
 }
 
 impl Verdict {
@@ -153,6 +158,7 @@ impl Verdict {
             Self::Useless(_) => "useless",
             Self::Unreadable => "unreadable",
             Self::OtherRepository => "other-repository",
+            Self::OtherVm => "other-vm",
         }
     }
 }
@@ -204,6 +210,8 @@ pub enum Problem {
         /// Its marks.
         marks: Vec<MarkName>,
     },
+    /// Marks of another VM in a backing file.
+    OtherVm(Vec<MarkName>),
     /// Something that is not ours.
     Strange(Strange),
 }
@@ -229,10 +237,12 @@ impl Problem {
                 | Verdict::Needed(_)
                 | Verdict::InFlight
                 | Verdict::Unreadable
-                | Verdict::OtherRepository => "unneeded-mark",
+                | Verdict::OtherRepository
+                | Verdict::OtherVm => "unneeded-mark",
             },
             Self::UnreadablePoint(_) => "unreadable-point",
             Self::OtherRepository { .. } => "other-repository",
+            Self::OtherVm(_) => "other-vm",
             Self::Strange(strange) => match strange {
                 Strange::Checkpoint { .. } => "foreign-checkpoint",
                 Strange::Bitmap { .. } => "foreign-bitmap",
@@ -293,6 +303,7 @@ pub fn judge_marks(scene: &Scene<'_>) -> Vec<Verdict> {
         .iter()
         .map(|mark| FoundMark {
             name: mark.name.clone(),
+            is_of_vm: mark.is_of_vm,
         })
         .collect();
     let unfinished = unfinished_marks(scene.repo, &found, scene.committed);
@@ -302,6 +313,9 @@ pub fn judge_marks(scene: &Scene<'_>) -> Vec<Verdict> {
         let name = &mark.name;
         if !name.is_of(scene.repo) {
             return Verdict::OtherRepository;
+        }
+        if !mark.is_of_vm {
+            return Verdict::OtherVm;
         }
         if unfinished.contains(name) {
             return if scene.is_held {
@@ -419,11 +433,13 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
         tell(Problem::LeftDirectories(*session), Remedy::Fix);
     }
     let mut others: BTreeMap<String, Vec<MarkName>> = BTreeMap::new();
+    let mut of_other_vms = Vec::new();
     for (mark, verdict) in scene.marks.iter().zip(verdicts) {
         let name = mark.name.clone();
         match verdict {
             Verdict::Needed(_) | Verdict::InFlight | Verdict::Unreadable => {}
             Verdict::OtherRepository => others.entry(repo_of(&name)).or_default().push(name),
+            Verdict::OtherVm => of_other_vms.push(name),
             Verdict::Forgotten(_)
             | Verdict::Unfinished
             | Verdict::Superseded
@@ -445,6 +461,9 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
     }
     for (repo, marks) in others {
         tell(Problem::OtherRepository { repo, marks }, Remedy::Nothing);
+    }
+    if !of_other_vms.is_empty() {
+        tell(Problem::OtherVm(of_other_vms), Remedy::Nothing);
     }
     for strange in scene.strange {
         let remedy = if matches!(strange, Strange::Export { is_nbd: true, .. }) {

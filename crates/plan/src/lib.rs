@@ -30,7 +30,7 @@ pub use disk::{
 pub use hot::{DirtySample, HOT_MAX, HotChunk, next_hot};
 pub use identity::{Identity, ImageLink, Place};
 pub use marks::{
-    FoundMark, MarkUse, Parent, superseded_marks, unfinished_marks, useless_marks_below,
+    FoundMark, MarkTraces, MarkUse, Parent, superseded_marks, unfinished_marks, useless_marks_below,
 };
 pub use origin::{Origin, Process, origin};
 pub use partitions::mounted_places;

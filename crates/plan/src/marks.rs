@@ -10,6 +10,30 @@ use highwater_model::{MarkName, PointId, RepoId};
 pub struct FoundMark {
     /// Its name.
     pub name: MarkName,
+    /// Whether it is this VM's: see [`MarkTraces::are_of_vm`].
+    pub is_of_vm: bool,
+}
+
+/// Where a mark is met.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MarkTraces {
+    /// Whether the hypervisor has a record of it at this VM.
+    pub has_record: bool,
+    /// Whether a disk of this VM has its bitmap in the topmost image.
+    pub is_on_top: bool,
+    /// Whether its point is one of this VM's.
+    pub is_committed: bool,
+}
+
+impl MarkTraces {
+    /// Decides whether the mark is this VM's.
+    ///
+    /// One that only lies in a backing file came there with that file: it is of
+    /// the VM whose disk the file is or was, and several VMs may share the file
+    /// (linked clones of a template). It is none of this VM's business.
+    pub const fn are_of_vm(self) -> bool {
+        self.has_record || self.is_on_top || self.is_committed
+    }
 }
 
 /// The parent of one disk: the newest proven point whose mark is on it.
@@ -34,21 +58,25 @@ pub fn unfinished_marks(
     sorted(
         found
             .iter()
-            .filter(|mark| mark.name.is_of(repo) && !committed.contains(&mark.name.point())),
+            .filter(|mark| is_ours(repo, mark) && !committed.contains(&mark.name.point())),
     )
 }
 
 /// Returns the marks of `repo` that no disk needs any more.
 ///
 /// A mark covers several disks; as long as one of them needs it, it stays.
-/// Marks of other repositories are never touched.
+/// Marks of other repositories and of other VMs are never touched.
 pub fn superseded_marks(repo: RepoId, found: &[FoundMark], parents: &[Parent]) -> Vec<MarkName> {
     let needed: BTreeSet<&MarkName> = parents.iter().map(|parent| &parent.mark).collect();
     sorted(
         found
             .iter()
-            .filter(|mark| mark.name.is_of(repo) && !needed.contains(&mark.name)),
+            .filter(|mark| is_ours(repo, mark) && !needed.contains(&mark.name)),
     )
+}
+
+fn is_ours(repo: RepoId, mark: &FoundMark) -> bool {
+    mark.is_of_vm && mark.name.is_of(repo)
 }
 
 /// A mark on one disk, as far as giving it up early depends on it.
@@ -56,6 +84,8 @@ pub fn superseded_marks(repo: RepoId, found: &[FoundMark], parents: &[Parent]) -
 pub struct MarkUse {
     /// The mark.
     pub mark: MarkName,
+    /// Whether it is this VM's.
+    pub is_of_vm: bool,
     /// Whether it lies in an image below the topmost one, too.
     pub is_below: bool,
     /// Whether an increment of this disk may still begin at it, now or later.
@@ -74,7 +104,7 @@ pub fn useless_marks_below(repo: RepoId, marks: &[MarkUse]) -> Vec<MarkName> {
         .filter(|one| one.is_usable)
         .map(|one| &one.mark)
         .collect();
-    let below = marks.iter().filter(|one| one.is_below);
+    let below = marks.iter().filter(|one| one.is_of_vm && one.is_below);
     let useless: BTreeSet<&MarkName> = below
         .map(|one| &one.mark)
         .filter(|mark| mark.is_of(repo) && !usable.contains(mark))
@@ -100,7 +130,38 @@ mod tests {
     fn mark(n: u8, ms: i64) -> FoundMark {
         FoundMark {
             name: MarkName::new(repo(n), PointId::new(Timestamp::from_unix_ms(ms))),
+            is_of_vm: true,
         }
+    }
+
+    #[test]
+    fn a_mark_that_only_lies_in_a_backing_file_is_another_vms() {
+        let are_of_vm = |has_record, is_on_top, is_committed| {
+            let traces = MarkTraces {
+                has_record,
+                is_on_top,
+                is_committed,
+            };
+            traces.are_of_vm()
+        };
+        assert!(!are_of_vm(false, false, false));
+        assert!(are_of_vm(true, false, false));
+        assert!(are_of_vm(false, true, false));
+        assert!(are_of_vm(false, false, true));
+        let theirs = FoundMark {
+            is_of_vm: false,
+            ..mark(1, 1)
+        };
+        let found = [theirs.clone()];
+        assert!(unfinished_marks(repo(1), &found, &BTreeSet::new()).is_empty());
+        assert!(superseded_marks(repo(1), &found, &[]).is_empty());
+        let below = MarkUse {
+            mark: theirs.name,
+            is_of_vm: false,
+            is_below: true,
+            is_usable: false,
+        };
+        assert!(useless_marks_below(repo(1), &[below]).is_empty());
     }
 
     fn parent(target: &str, mark: &FoundMark) -> Parent {
@@ -145,6 +206,7 @@ mod tests {
         let (ours, theirs) = (mark(1, 1), mark(2, 2));
         let one = |mark: &FoundMark, is_below, is_usable| MarkUse {
             mark: mark.name.clone(),
+            is_of_vm: mark.is_of_vm,
             is_below,
             is_usable,
         };

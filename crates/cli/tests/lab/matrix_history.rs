@@ -195,6 +195,61 @@ fn a_clone_with_the_marks_of_its_original_has_a_history_of_its_own() -> Result<(
     bed.assert_tidy(&original, 1)
 }
 
+/// Linked clones share the image of a template, and the mark in it.
+#[test]
+fn a_linked_clone_leaves_the_mark_of_its_template_alone() -> Result<()> {
+    let bed = Bed::start()?;
+    let template = bed
+        .lab
+        .vm("template")
+        .disk(DiskSpec::qcow2("vda", 2 * MIB))
+        .start()?;
+    let mut subjects = [subject(&template, "vda", 2 * MIB)?];
+    subjects[0].write(&template, 10)?;
+    let (of_template, _) = take(&bed, &template, &[], &subjects)?;
+    template.destroy()?;
+    let base = template.image("vda");
+    let overlay = bed.lab.path("clone.qcow2");
+    tool("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .args([&base, &overlay])
+        .run()?;
+    let before = fs::read(&base)?;
+    let clone = bed
+        .lab
+        .vm("web01")
+        .disk(DiskSpec::existing("vda", &overlay, "qcow2"))
+        .start()?;
+    let mut of_clone = [subject(&clone, "vda", 2 * MIB)?];
+    let mut points = vec![of_template];
+    for expected in ["full: first-backup", "incremental", "incremental"] {
+        of_clone[0].write(&clone, 5)?;
+        let (taken, report) = take(&bed, &clone, &[], &of_clone)?;
+        assert_eq!(mode(&report, "vda"), expected, "{report}");
+        for list in ["healed", "warnings"] {
+            assert_eq!(report[list], serde_json::json!([]), "{report}");
+        }
+        points.push(taken);
+    }
+    let told: Value = serde_json::from_str(&bed.run(&["doctor", "web01", "--json"])?)?;
+    assert_eq!(told["findings"][0]["kind"], "other-vm", "{told:#}");
+    assert_eq!(told["status"], "healthy", "{told:#}");
+    let told: Value =
+        serde_json::from_str(&bed.run(&["doctor", "web01", "--purge-marks", "--json"])?)?;
+    assert_eq!(told["marks"][0]["verdict"], "other-vm", "{told:#}");
+    clone.destroy()?;
+    assert!(before == fs::read(&base)?, "the template was written to");
+    template.start()?;
+    subjects[0].write(&template, 3)?;
+    let (taken, report) = take(&bed, &template, &[], &subjects)?;
+    assert_eq!(mode(&report, "vda"), "incremental", "{report}");
+    points.push(taken);
+    for taken in &points {
+        check(&bed, taken)?;
+    }
+    bed.assert_tidy(&template, 1)
+}
+
 /// QEMU answers a question about a map with at most this many ranges.
 const EXTENTS_OF_ONE_REPLY: u64 = 131_072;
 const BLOCK: u64 = 4 * KIB;

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{JobFacts, MarkOrder, Redefinition, RunState, VmFacts};
 use highwater_model::{MarkName, PointId};
-use highwater_plan::{DiskPlan, JobView, MarkOnDisk, MarkView, Parent, VmState};
+use highwater_plan::{DiskPlan, FoundMark, JobView, MarkOnDisk, MarkView, Parent, VmState};
 use highwater_repo::{RepoError, Repository, VmIdentity};
 
 use super::estimate::{DiskEstimate, disk_estimate, foresee};
@@ -62,7 +62,7 @@ pub(crate) fn outlook(
         state: observe::vm_state(facts),
         job: observe::job_view(facts),
         parents: parents_now(facts, &history),
-        marks: mark_views(facts),
+        marks: mark_views(facts, &history.committed),
         distrust: facts
             .disks
             .iter()
@@ -93,10 +93,10 @@ pub(super) fn without_our_session(facts: &mut VmFacts) {
 }
 
 /// Says where each mark is.
-fn mark_views(facts: &VmFacts) -> Vec<MarkView> {
+fn mark_views(facts: &VmFacts, committed: &BTreeSet<PointId>) -> Vec<MarkView> {
     // Only a QEMU that runs tells of bitmaps.
     let is_looked_at = facts.run_state != RunState::Off;
-    let view = |name: MarkName| {
+    let view = |FoundMark { name, is_of_vm }| {
         let record = facts
             .checkpoints
             .iter()
@@ -108,18 +108,19 @@ fn mark_views(facts: &VmFacts) -> Vec<MarkView> {
             let has_bitmap = bitmaps.clone().next().is_some();
             (has_bitmap || is_recorded).then(|| MarkOnDisk {
                 target: disk.target.clone(),
-                bitmap: is_looked_at.then(|| bitmap_view(disk, &name)),
+                bitmap: (is_of_vm && is_looked_at).then(|| bitmap_view(disk, &name)),
                 dirty_bytes: bitmaps.fold(0, |sum, it| sum.saturating_add(it.dirty_bytes)),
             })
         });
         MarkView {
             disks: disks.collect(),
+            is_of_vm,
             has_record: record.is_some(),
             name,
         }
     };
-    let found = found_marks(facts).into_iter();
-    found.map(|mark| view(mark.name)).collect()
+    let found = found_marks(facts, committed).into_iter();
+    found.map(view).collect()
 }
 
 /// Says why a point cannot be used.

@@ -6,10 +6,10 @@ use highwater_hypervisor::{
     BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, RunState, Swept, VmFacts,
 };
 use highwater_model::step::{Step, pass};
-use highwater_model::{MarkName, RepoId, SessionId};
+use highwater_model::{MarkName, PointId, RepoId, SessionId};
 use highwater_plan::{
-    BitmapView, DiskPlan, FoundMark, MarkUse, Parent, Record, superseded_marks, unfinished_marks,
-    useless_marks_below,
+    BitmapView, DiskPlan, FoundMark, MarkTraces, MarkUse, Parent, Record, superseded_marks,
+    unfinished_marks, useless_marks_below,
 };
 use highwater_repo::{Manifest, MarkRecord};
 
@@ -28,7 +28,11 @@ pub(super) struct Tidying {
 impl Tidying {
     pub(super) fn of(repo: RepoId, facts: &VmFacts, history: &History) -> Self {
         Self {
-            unfinished: unfinished_marks(repo, &found_marks(facts), &history.committed),
+            unfinished: unfinished_marks(
+                repo,
+                &found_marks(facts, &history.committed),
+                &history.committed,
+            ),
             forgotten: forgotten_marks(facts, history),
         }
     }
@@ -224,8 +228,8 @@ impl Job<'_> {
             }
         };
         let parents = parents_after(&facts, history, manifest, planned);
-        let mut superseded =
-            superseded_marks(self.context.repo.id(), &found_marks(&facts), &parents);
+        let found = found_marks(&facts, &history.committed);
+        let mut superseded = superseded_marks(self.context.repo.id(), &found, &parents);
         superseded.retain(|mark| is_known(history, mark));
         for mark in superseded {
             let removed = self.remove_mark(&mark);
@@ -322,8 +326,9 @@ pub(super) fn distrust_order(disk: &DiskFacts, history: &History) -> Option<Mark
     (!nodes.is_empty()).then_some(MarkOrder::Distrust { name, nodes })
 }
 
-/// All marks of any Highwater at the VM, as records or as bitmaps.
-pub(super) fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
+/// All marks of any Highwater at the VM, as records or as bitmaps; `committed`
+/// are the points of the VM.
+pub(super) fn found_marks(facts: &VmFacts, committed: &BTreeSet<PointId>) -> Vec<FoundMark> {
     let records = facts
         .checkpoints
         .iter()
@@ -334,7 +339,25 @@ pub(super) fn found_marks(facts: &VmFacts) -> Vec<FoundMark> {
         .flat_map(|disk| &disk.bitmaps)
         .filter_map(|bitmap| bitmap.name.parse().ok());
     let names: BTreeSet<MarkName> = records.chain(bitmaps).collect();
-    names.into_iter().map(|name| FoundMark { name }).collect()
+    let found = names.into_iter().map(|name| FoundMark {
+        is_of_vm: is_of_vm(facts, committed, &name),
+        name,
+    });
+    found.collect()
+}
+
+/// Says whether a mark is this VM's, and not one that a backing file brought.
+fn is_of_vm(facts: &VmFacts, committed: &BTreeSet<PointId>, mark: &MarkName) -> bool {
+    let mut records = facts.checkpoints.iter();
+    let traces = MarkTraces {
+        has_record: records.any(|record| record.mark.as_ref() == Some(mark)),
+        is_on_top: facts
+            .disks
+            .iter()
+            .any(|disk| bitmap_view(disk, mark) != BitmapView::Missing),
+        is_committed: committed.contains(&mark.point()),
+    };
+    traces.are_of_vm()
 }
 
 /// Every mark on every disk, and whether the disk may still need it.
@@ -353,6 +376,7 @@ fn marks_on_disks(facts: &VmFacts, history: &History, planned: &[PlannedDisk]) -
             };
             let is_parent = parent.is_some_and(|parent| parent.mark.name == mark);
             marks.push(MarkUse {
+                is_of_vm: is_of_vm(facts, &history.committed, &mark),
                 is_below: top.is_some_and(|top| bitmap.node != top),
                 is_usable: is_parent && !is_doubted,
                 mark,

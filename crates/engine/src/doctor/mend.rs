@@ -135,7 +135,7 @@ impl Ward<'_> {
         changed.map(|()| Vec::new())
     }
 
-    /// Removes every mark of this repository, whatever it is good for. Returns
+    /// Removes every mark of this repository and VM, whatever it is good for. Returns
     /// whether there was any. Of a VM that does not run it always fails.
     fn purge(&self, checkup: &Checkup, done: &mut Done) -> Result<bool, DoctorError> {
         if !is_up(checkup.state) {
@@ -148,7 +148,9 @@ impl Ward<'_> {
         let marks = checkup
             .marks
             .iter()
-            .filter(|mark| mark.name.is_of(repo) && is_there(mark));
+            .filter(|mark| mark.name.is_of(repo) && is_there(mark))
+            // Others lie on the same backing file, and need them.
+            .filter(|mark| mark.verdict != Verdict::OtherVm);
         let mut any = false;
         for mark in marks {
             self.stop_if_cancelled()?;

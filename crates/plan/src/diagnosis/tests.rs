@@ -16,8 +16,23 @@ fn mark(repo_number: u8, ms: i64) -> MarkName {
 fn view(name: &MarkName) -> MarkView {
     MarkView {
         name: name.clone(),
+        is_of_vm: true,
         has_record: true,
         disks: Vec::new(),
+    }
+}
+
+#[test]
+fn a_mark_of_another_vm_is_told_and_left_alone() {
+    for is_held in [false, true] {
+        check(&["nothing: other-vm"], |it, _| {
+            it.is_held = is_held;
+            it.marks.extend([1, 9].map(|ms| MarkView {
+                is_of_vm: false,
+                has_record: false,
+                ..view(&mark(1, ms))
+            }));
+        });
     }
 }
 

@@ -101,6 +101,7 @@ pub(super) const fn refused(refusal: Refusal) -> DiskPlan {
 pub(super) fn found(marks: &[&MarkName]) -> Vec<FoundMark> {
     let found = |mark: &&MarkName| FoundMark {
         name: (*mark).clone(),
+        is_of_vm: true,
     };
     marks.iter().map(found).collect()
 }

@@ -56,6 +56,13 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
                 "to look at them or to remove them: highwater doctor {vm} -r THAT-REPOSITORY"
             )],
         ),
+        Problem::OtherVm(marks) => (
+            format!(
+                "{} of another VM in a backing file: left alone",
+                count(marks.len(), "mark")
+            ),
+            Vec::new(),
+        ),
         Problem::Strange(strange @ Strange::Export { is_nbd: true, .. }) => (
             strange_thing(strange),
             vec![
@@ -347,6 +354,7 @@ pub(super) fn verdict(verdict: &Verdict) -> String {
         Verdict::Useless(why) => format!("useless: {}", why.sentence()),
         Verdict::Unreadable => "kept: its point cannot be read".to_owned(),
         Verdict::OtherRepository => "left alone".to_owned(),
+        Verdict::OtherVm => "of another VM, left alone".to_owned(),
         other => other.word().to_owned(),
     }
 }
