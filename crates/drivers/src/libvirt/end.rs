@@ -12,7 +12,7 @@ use highwater_model::step::{Step, pass};
 use highwater_model::{SessionId, format_size};
 
 use super::begin::{Watch, lost};
-use super::connection::LibvirtDriver;
+use super::connection::{Dialer, LibvirtDriver};
 use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
 use super::jobs::{backup_job, run_state};
@@ -69,7 +69,7 @@ impl LibvirtDriver {
             }
             Err(error) => return Err(error),
         };
-        let mut ended = stop_job(&order.vm, &domain, order.session, &paths)?;
+        let mut ended = stop_job(&order.vm, &domain, &self.dialer, order.session, &paths)?;
         pass(Step::JobEnded);
         self.watches.remove(&order.session);
         ended.warnings.extend(paths.remove());
@@ -102,7 +102,7 @@ impl LibvirtDriver {
             .hint(format!("end it with `virsh domjobabort {}`", vm.name)));
         };
         let paths = SessionPaths::of_leftover(session, &socket_dir, &scratch_dir);
-        let mut ended = stop_job(vm, &domain, session, &paths)?;
+        let mut ended = stop_job(vm, &domain, &self.dialer, session, &paths)?;
         ended.warnings.extend(paths.remove());
         Ok(ended)
     }
@@ -113,6 +113,7 @@ impl LibvirtDriver {
 pub(super) fn stop_job(
     vm: &VmRef,
     domain: &DomainHandle,
+    dialer: &Dialer,
     session: SessionId,
     paths: &SessionPaths,
 ) -> Result<Ended, HypervisorError> {
@@ -145,7 +146,7 @@ pub(super) fn stop_job(
     }
     ended.warnings.extend(forget_secret(session, domain));
     if paths.froze_guest() {
-        ended.warnings.extend(thaw(vm, domain, paths)?);
+        ended.warnings.extend(thaw(vm, domain, dialer, paths)?);
     }
     let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
     let had_session = ended.ended_job || paths.exist();
@@ -168,13 +169,14 @@ pub(super) fn stop_job(
 fn thaw(
     vm: &VmRef,
     domain: &DomainHandle,
+    dialer: &Dialer,
     paths: &SessionPaths,
 ) -> Result<Option<String>, HypervisorError> {
     if run_state(vm, domain)? == RunState::Off {
         paths.note_thawed();
         return Ok(None);
     }
-    let warning = match quiesce::thaw_after(domain) {
+    let warning = match quiesce::thaw_after(vm, domain, dialer) {
         Ok(false) => None,
         Ok(true) => Some("the guest was left frozen by the session and is thawed".to_owned()),
         // No error: an agent that is gone for good must not keep the VM from

@@ -128,7 +128,7 @@ impl LibvirtDriver {
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
             match &domain {
                 Some(domain) => {
-                    let ended = stop_job(vm, domain, session, &paths)?;
+                    let ended = stop_job(vm, domain, &self.dialer, session, &paths)?;
                     swept.warnings.extend(ended.warnings);
                 }
                 None => paths.note_thawed(),
