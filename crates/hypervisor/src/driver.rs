@@ -66,7 +66,7 @@ pub trait Driver {
     ) -> Result<Vec<LeftDirectory>, HypervisorError>;
 
     /// Removes them, and lets a guest run again that such a session left
-    /// frozen or stopped. The caller holds the VM's lock, so whoever made them
+    /// frozen or stopped, unless its process is known to be another one now. The caller holds the VM's lock, so whoever made them
     /// is dead. Nothing of another VM, and nothing that a session did not make
     /// itself, is touched.
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError>;

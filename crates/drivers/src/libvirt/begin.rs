@@ -76,14 +76,10 @@ impl LibvirtDriver {
         }
         let paths = SessionPaths::of_order(order);
         let ordered = match_disks(order, &definition, &domain, &paths)?;
-        let qemu = order
-            .vm
-            .uuid
-            .as_deref()
-            .and_then(host::qemu_process)
-            .map(|found| found.user);
+        let qemu = order.vm.uuid.as_deref().and_then(host::qemu_process);
         paths.create(&order.vm, qemu.as_ref())?;
         pass(Step::DirectoriesMade);
+        let qemu = qemu.map(|found| found.user);
         let begun = self.begin_prepared(order, state, &domain, &ordered, &paths, qemu.as_ref());
         begun.map_err(|error| self.undo(order, error))
     }

@@ -15,6 +15,7 @@ use super::begin::{Watch, lost};
 use super::connection::{Dialer, LibvirtDriver};
 use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
+use super::host;
 use super::jobs::{backup_job, run_state};
 use super::quiesce;
 use super::remains;
@@ -145,6 +146,10 @@ pub(super) fn stop_job(
         ended.warnings.extend(remains::clear(vm, domain)?.warnings);
     }
     ended.warnings.extend(forget_secret(session, domain));
+    if !ended.ended_job && is_another_qemu(vm, paths) {
+        paths.note_thawed();
+        return Ok(ended);
+    }
     if paths.froze_guest() {
         ended.warnings.extend(thaw(vm, domain, dialer, paths)?);
     }
@@ -163,6 +168,17 @@ pub(super) fn stop_job(
         );
     }
     Ok(ended)
+}
+
+/// Returns whether the VM is run by another QEMU than the session's. If nobody
+/// can tell it counts as the same: a guest that stays frozen or stopped is the
+/// worse mistake.
+fn is_another_qemu(vm: &VmRef, paths: &SessionPaths) -> bool {
+    let Some(then) = paths.process() else {
+        return false;
+    };
+    let now = vm.uuid.as_deref().and_then(host::qemu_process);
+    now.is_some_and(|now| now.identity != then)
 }
 
 /// Thaws a guest that the session froze and, being killed, never thawed.
