@@ -1,5 +1,6 @@
 //! The contract of a driver.
 
+use std::fmt;
 use std::path::PathBuf;
 
 use highwater_model::SessionId;
@@ -33,7 +34,7 @@ pub trait Driver {
     /// Asks for running jobs *before* it freezes. The new mark's bitmap was seen
     /// on each disk that was to get it, recording and persistent. When it returns an error, no
     /// job, scratch file, directory, new mark or frozen file system of this
-    /// order is left, or the error says which is.
+    /// order is left, or the error says which is (`left_behind`).
     fn begin(&mut self, order: &BeginOrder) -> Result<Begun, HypervisorError>;
 
     /// Looks whether the session still stands: its job runs and no trouble
@@ -65,7 +66,7 @@ pub trait Driver {
     ) -> Result<Vec<LeftDirectory>, HypervisorError>;
 
     /// Removes them, and lets a guest run again that such a session left
-    /// frozen or stopped. The caller holds the VM's lock, so whoever made them
+    /// frozen or stopped, unless its process is known to be another one now. The caller holds the VM's lock, so whoever made them
     /// is dead. Nothing of another VM, and nothing that a session did not make
     /// itself, is touched.
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError>;
@@ -111,6 +112,8 @@ pub struct HypervisorError {
     pub because: Vec<String>,
     /// What the user can do, if there is something.
     pub hint: Option<String>,
+    /// Whether something of what failed is still at the VM.
+    pub left_behind: bool,
 }
 
 impl HypervisorError {
@@ -121,6 +124,7 @@ impl HypervisorError {
             message: message.into(),
             because: Vec::new(),
             hint: None,
+            left_behind: false,
         }
     }
 
@@ -129,6 +133,13 @@ impl HypervisorError {
     pub fn because(mut self, cause: impl Into<String>) -> Self {
         self.because.push(cause.into());
         self
+    }
+
+    /// Says what is still at the VM of what failed.
+    #[must_use]
+    pub fn leaving(mut self, what: impl fmt::Display) -> Self {
+        self.left_behind = true;
+        self.because(format!("left behind: {what}"))
     }
 
     /// Says what the user can do.

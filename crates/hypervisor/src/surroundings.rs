@@ -10,6 +10,10 @@ use serde::{Deserialize, Serialize};
 pub struct Surroundings {
     /// More about the job that [`VmFacts`](crate::VmFacts) tells of.
     pub job: Option<JobDetails>,
+    /// Sessions of ours that the hypervisor's process still holds something of
+    /// (nodes, exports, jobs), though it knows of no backup job. None of that
+    /// is in the lists below.
+    pub remains: Vec<SessionId>,
     /// Jobs inside the hypervisor's process that belong to none of the
     /// hypervisor's own (libvirt: begun over QMP).
     pub inner_jobs: Vec<InnerJob>,

@@ -37,6 +37,8 @@ pub struct Scene<'a> {
     pub disks: &'a [(String, DiskPlan)],
     /// Sessions that left directories.
     pub left: &'a [SessionId],
+    /// Sessions that the hypervisor's process holds something of, without a job.
+    pub remains: &'a [SessionId],
     /// What is not ours.
     pub strange: &'a [Strange],
 }
@@ -194,6 +196,8 @@ pub enum Problem {
     },
     /// Directories of a dead session.
     LeftDirectories(SessionId),
+    /// What a dead session left in the hypervisor's process.
+    Remains(SessionId),
     /// A mark that should not be there, or not so.
     Mark {
         /// Its name.
@@ -228,6 +232,7 @@ impl Problem {
             Self::BitmapBusy { .. } => "bitmap-busy",
             Self::BitmapLied { .. } => "bitmap-lied",
             Self::LeftDirectories(_) => "left-directories",
+            Self::Remains(_) => "session-remains",
             Self::Mark { verdict, .. } => match verdict {
                 Verdict::Forgotten(_) => "forgotten-mark",
                 Verdict::Unfinished => "unfinished-mark",
@@ -428,6 +433,12 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
             }
             _ => {}
         }
+    }
+    // They go with the job, if one tells of them.
+    let of_job = |session: SessionId| scene.job == JobView::Ours(session);
+    let remains = scene.remains.iter().filter(|_| !scene.is_held);
+    for session in remains.filter(|session| !of_job(**session)) {
+        tell(Problem::Remains(*session), Remedy::Fix);
     }
     for session in scene.left.iter().filter(|_| !scene.is_held) {
         tell(Problem::LeftDirectories(*session), Remedy::Fix);

@@ -244,6 +244,39 @@ fn directories_of_a_backup_killed_with_guard_and_qemu_are_removed() -> Result<()
     bed.assert_tidy(&vm, 1)
 }
 
+/// As libvirt leaves it when it dies while a job ends; the session's directories
+/// are gone.
+#[test]
+fn what_a_dead_session_left_in_qemu_is_ours_and_is_removed() -> Result<()> {
+    let (bed, vm) = tracked()?;
+    let scratch = bed.lab.path("hw-0123456789abcdef-vda.scratch");
+    tool("qemu-img")
+        .args(["create", "-q", "-f", "qcow2"])
+        .arg(&scratch)
+        .arg("64M")
+        .run()?;
+    vm.monitor(
+        &json!({"execute": "blockdev-add", "arguments": {"driver": "qcow2",
+        "node-name": "left-format", "file":
+        {"driver": "file", "filename": scratch, "node-name": "left-storage"}}}),
+    )?;
+    let socket = bed.lab.path("left.sock");
+    vm.monitor(&json!({"execute": "nbd-server-start", "arguments":
+        {"addr": {"type": "unix", "data": {"path": socket}}}}))?;
+    vm.monitor(&json!({"execute": "block-export-add", "arguments":
+        {"type": "nbd", "id": "left", "node-name": "left-format", "name": "vda"}}))?;
+    let document = finds(&bed, &vm, &["fix: session-remains"])?;
+    assert_eq!(document["next_backup"]["possible"], true, "{document:#}");
+    let would = &document["next_backup"]["would_heal"];
+    assert_eq!(
+        would,
+        &json!(["remove what dead session 0123456789abcdef had left in the hypervisor"])
+    );
+    let fixed = ["removed what dead session 0123456789abcdef had left"];
+    cured(&bed, &vm, &fixed, "incremental")?;
+    bed.assert_tidy(&vm, 1)
+}
+
 #[test]
 fn the_next_backup_clears_directories_of_its_vm_and_of_no_other() -> Result<()> {
     let (bed, vm) = tracked()?;

@@ -5,12 +5,12 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Stdio};
+use std::process::{Child, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_model::step::{Process, Step};
-use highwater_testkit::{DiskSpec, KIB, MIB, Vm, guest, tool};
+use highwater_testkit::{DiskSpec, Guest, KIB, MIB, Vm, guest, tool};
 use serde_json::Value;
 
 use crate::support::{Bed, assert_same, mode, point, reference};
@@ -80,6 +80,33 @@ impl Life {
         // And once more, from what healing has left.
         self.write()?;
         self.heals()
+    }
+
+    /// Begins a backup that waits at a step, has libvirtd restarted meanwhile,
+    /// and lets it go on. Returns how it ended, and what it said.
+    fn restart_libvirtd_at(&self, step: Step) -> Result<(ExitStatus, String)> {
+        let signs = tempfile::tempdir_in(self.bed.lab.dir())?;
+        let fault = format!("{}:wait:{}", step.word(), signs.path().display());
+        let said = self.bed.lab.path("said");
+        let mut mover = self
+            .bed
+            .command(&["backup", self.vm.name()])
+            .env("HIGHWATER_FAULT", fault)
+            .stdout(Stdio::null())
+            .stderr(fs::File::create(&said)?)
+            .spawn()?;
+        let sign = signs.path().join(step.word());
+        let reached = wait(|| Ok(fs::metadata(&sign).is_ok_and(|it| it.len() > 0)));
+        let killed = reached.and_then(|()| self.bed.lab.kill_libvirtd());
+        fs::File::create(signs.path().join("go"))?;
+        // Only now, so that it is missed at first.
+        let restarted = killed.and_then(|()| self.bed.lab.start_libvirtd());
+        let ended = wait(|| Ok(mover.try_wait()?.is_some()));
+        drop(mover.kill());
+        let status = mover.wait()?;
+        let said = fs::read_to_string(&said)?;
+        restarted.and(ended).with_context(|| said.clone())?;
+        Ok((status, said))
     }
 
     /// Backs up until somebody dies at a step.
@@ -209,8 +236,8 @@ fn both_dying_at_any_step_of_the_guard_lose_nothing() -> Result<()> {
     dies_at_each(Process::Guard, Death::Both)
 }
 
-/// Has somebody die while the guest is frozen.
-fn dies_frozen(death: Death) -> Result<()> {
+/// A VM with a guest that can be frozen, and a restore point.
+fn with_guest() -> Result<(Life, Guest)> {
     let bed = Bed::start()?;
     let files = bed.lab.path("files.raw");
     guest::make_ext4(&files, 16 * MIB)?;
@@ -225,7 +252,12 @@ fn dies_frozen(death: Death) -> Result<()> {
     inside.wait_for_agent()?;
     bed.backup(&vm, &[])?;
     inside.run("echo one > /data/one; sync")?;
-    let life = Life { bed, vm, writes: 0 };
+    Ok((Life { bed, vm, writes: 0 }, inside))
+}
+
+/// Has somebody die while the guest is frozen.
+fn dies_frozen(death: Death) -> Result<()> {
+    let (life, inside) = with_guest()?;
     life.kill(Step::Frozen, death)?;
     match death {
         Death::One => {
@@ -234,6 +266,11 @@ fn dies_frozen(death: Death) -> Result<()> {
         }
         Death::Both => ensure!(inside.is_frozen()?, "nobody was left to thaw it"),
     }
+    thaws_and_heals(&life, &inside)
+}
+
+/// Fails unless the next backup is as if nothing had been.
+fn thaws_and_heals(life: &Life, inside: &Guest) -> Result<()> {
     let report = life.bed.backup(&life.vm, &[])?;
     ensure!(!inside.is_frozen()?, "nobody thawed the guest: {report}");
     ensure!(report["consistency"] == "filesystem", "{report}");
@@ -250,4 +287,28 @@ fn a_guest_that_a_dying_guard_left_frozen_is_thawed_at_once() -> Result<()> {
 #[test]
 fn a_guest_that_both_left_frozen_is_thawed_by_the_next_backup() -> Result<()> {
     dies_frozen(Death::Both)
+}
+
+#[test]
+fn a_libvirtd_restarted_while_the_guest_is_frozen_leaves_it_thawed_and_nothing_behind() -> Result<()>
+{
+    let (life, inside) = with_guest()?;
+    let (status, said) = life.restart_libvirtd_at(Step::Frozen)?;
+    ensure!(!inside.is_frozen()?, "nobody thawed the guest: {said}");
+    ensure!(status.code() == Some(1), "{status}: {said}");
+    life.bed.assert_tidy(&life.vm, 1).context(said)?;
+    thaws_and_heals(&life, &inside)
+}
+
+#[test]
+fn a_libvirtd_restarted_within_the_start_leaves_neither_job_nor_mark() -> Result<()> {
+    let mut life = Life::start()?;
+    life.write()?;
+    let before = life.vm.checkpoints()?;
+    let (status, said) = life.restart_libvirtd_at(Step::Started)?;
+    ensure!(status.code() == Some(1), "{status}: {said}");
+    life.bed.assert_tidy(&life.vm, 1).context(said)?;
+    ensure!(life.vm.checkpoints()? == before, "the old mark is gone");
+    life.write()?;
+    life.heals()
 }

@@ -1,6 +1,7 @@
 //! Takes the point in time: all disks and the new mark, or nothing.
 
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
@@ -15,7 +16,6 @@ use super::connection::{LibvirtDriver, query_blocks};
 use super::directories::{SessionPaths, free_bytes};
 use super::disks::skip_reason;
 use super::domain_xml::{DiskXml, DomainXml};
-use super::end::stop_job;
 use super::error::explain;
 use super::host::{self, User};
 use super::jobs::{self, backup_job, run_state};
@@ -28,6 +28,11 @@ use super::sys::handles::DomainHandle;
 
 /// `VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL`: scratch files are ours.
 const REUSE_SCRATCH: u32 = 1;
+
+/// How long a daemon may take to come back before a failed start is left to
+/// others. The mover waits two minutes for a reply, and thawing may take one.
+const UNDO_PATIENCE: Duration = Duration::from_secs(15);
+const UNDO_INTERVAL: Duration = Duration::from_millis(200);
 
 /// What is watched while a session runs.
 pub(super) struct Watch {
@@ -71,16 +76,12 @@ impl LibvirtDriver {
         }
         let paths = SessionPaths::of_order(order);
         let ordered = match_disks(order, &definition, &domain, &paths)?;
-        let qemu = order
-            .vm
-            .uuid
-            .as_deref()
-            .and_then(host::qemu_process)
-            .map(|found| found.user);
+        let qemu = order.vm.uuid.as_deref().and_then(host::qemu_process);
         paths.create(&order.vm, qemu.as_ref())?;
         pass(Step::DirectoriesMade);
+        let qemu = qemu.map(|found| found.user);
         let begun = self.begin_prepared(order, state, &domain, &ordered, &paths, qemu.as_ref());
-        begun.map_err(|error| self.undo(order, &domain, &paths, error))
+        begun.map_err(|error| self.undo(order, error))
     }
 
     /// Everything after the directories were made; what fails here is undone by
@@ -183,32 +184,52 @@ impl LibvirtDriver {
     }
 
     /// Takes back what a failed start has done so far.
-    fn undo(
+    fn undo(&mut self, order: &BeginOrder, error: HypervisorError) -> HypervisorError {
+        let since = Instant::now();
+        let left = loop {
+            match self.take_back(order, &error) {
+                Ok(left) => break left,
+                // The daemon was restarted, and needs a moment to come back.
+                Err(lost)
+                    if lost.kind == ErrorKind::Unreachable && since.elapsed() < UNDO_PATIENCE =>
+                {
+                    std::thread::sleep(UNDO_INTERVAL);
+                }
+                Err(other) => break vec![other.to_string()],
+            }
+        };
+        left.into_iter().fold(error, HypervisorError::leaving)
+    }
+
+    /// Ends the job, over a connection that stands: the one that the start call
+    /// was made over may be why it failed. Returns what is left.
+    fn take_back(
         &mut self,
         order: &BeginOrder,
-        domain: &DomainHandle,
-        paths: &SessionPaths,
-        error: HypervisorError,
-    ) -> HypervisorError {
-        self.watches.remove(&order.session);
+        error: &HypervisorError,
+    ) -> Result<Vec<String>, HypervisorError> {
         // The call may have failed after the job was started (a lost
         // connection, the daemon's death), so it is looked for.
-        let mut left = match stop_job(&order.vm, domain, order.session, paths) {
-            Ok(ended) => ended.warnings,
-            Err(error) => vec![error.to_string()],
+        let mut left = self.end_session(order)?.warnings;
+        let Some(mark) = &order.new_mark else {
+            return Ok(left);
         };
-        left.extend(paths.remove());
-        if let Some(mark) = &order.new_mark {
-            // The name is unguessable and used once: whatever has it was made here.
-            if domain.checkpoint(&mark.name.to_string()).is_ok()
-                && let Err(error) = self.remove_mark(&order.vm, &mark.name.to_string())
-            {
-                left.push(error.to_string());
+        // The name is unguessable and used once: whatever has it was made here.
+        let name = mark.name.to_string();
+        let domain = match self.domain(&order.vm) {
+            Ok(domain) => domain,
+            Err(error) if error.kind == ErrorKind::NoSuchVm => return Ok(left),
+            Err(error) => return Err(error),
+        };
+        // A daemon that died in the call may have made the bitmaps alone.
+        let may_be_there = error.kind == ErrorKind::Unreachable || domain.checkpoint(&name).is_ok();
+        if may_be_there && let Err(error) = self.remove_mark(&order.vm, &name) {
+            if error.kind == ErrorKind::Unreachable {
+                return Err(error);
             }
+            left.push(error.to_string());
         }
-        left.into_iter().fold(error, |error, left| {
-            error.because(format!("left behind: {left}"))
-        })
+        Ok(left)
     }
 }
 

@@ -18,10 +18,10 @@ use std::os::unix::fs::{
 };
 use std::path::{Path, PathBuf};
 
-use highwater_hypervisor::{BeginOrder, ErrorKind, HypervisorError, VmRef};
+use highwater_hypervisor::{BeginOrder, ErrorKind, HypervisorError, ProcessIdentity, VmRef};
 use highwater_model::{SessionId, format_size};
 
-use super::host::User;
+use super::host::{QemuProcess, User};
 use super::leftovers::Label;
 
 /// `sun_path` of a unix socket has 108 bytes, one of them the final zero.
@@ -90,6 +90,12 @@ impl SessionPaths {
         self.scratch_dir.join(format!("hw-{}.key", self.session))
     }
 
+    /// Returns which process ran the VM when the session made its directories,
+    /// if they are still there and say so.
+    pub(super) fn process(&self) -> Option<ProcessIdentity> {
+        Label::read(&self.socket_dir, self.session)?.process
+    }
+
     fn made_by_us(&self, dir: &Path) -> PathBuf {
         dir.join(label_name(self.session))
     }
@@ -108,7 +114,11 @@ impl SessionPaths {
     }
 
     /// Makes both directories for QEMU's user, or neither.
-    pub(super) fn create(&self, vm: &VmRef, qemu: Option<&User>) -> Result<(), HypervisorError> {
+    pub(super) fn create(
+        &self,
+        vm: &VmRef,
+        qemu: Option<&QemuProcess>,
+    ) -> Result<(), HypervisorError> {
         if self.socket().as_os_str().len() > SOCKET_PATH_BYTES_MAX {
             return Err(
                 trouble("cannot use socket directory", &self.socket_dir).because(format!(
@@ -131,8 +141,10 @@ impl SessionPaths {
         made
     }
 
-    fn create_both(&self, vm: &VmRef, qemu: Option<&User>) -> Result<(), HypervisorError> {
-        let label = Label::new(vm, &self.socket_dir, &self.scratch_dir).to_text();
+    fn create_both(&self, vm: &VmRef, qemu: Option<&QemuProcess>) -> Result<(), HypervisorError> {
+        let process = qemu.map(|qemu| qemu.identity.clone());
+        let label = Label::new(vm, &self.socket_dir, &self.scratch_dir, process).to_text();
+        let qemu = qemu.map(|qemu| &qemu.user);
         self.create_one(&self.socket_dir, &label, qemu)?;
         if self.scratch_dir != self.socket_dir {
             self.create_one(&self.scratch_dir, &label, qemu)?;

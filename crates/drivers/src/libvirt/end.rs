@@ -12,9 +12,10 @@ use highwater_model::step::{Step, pass};
 use highwater_model::{SessionId, format_size};
 
 use super::begin::{Watch, lost};
-use super::connection::LibvirtDriver;
+use super::connection::{Dialer, LibvirtDriver};
 use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
+use super::host;
 use super::jobs::{backup_job, run_state};
 use super::quiesce;
 use super::remains;
@@ -69,7 +70,7 @@ impl LibvirtDriver {
             }
             Err(error) => return Err(error),
         };
-        let mut ended = stop_job(&order.vm, &domain, order.session, &paths)?;
+        let mut ended = stop_job(&order.vm, &domain, &self.dialer, order.session, &paths)?;
         pass(Step::JobEnded);
         self.watches.remove(&order.session);
         ended.warnings.extend(paths.remove());
@@ -102,7 +103,7 @@ impl LibvirtDriver {
             .hint(format!("end it with `virsh domjobabort {}`", vm.name)));
         };
         let paths = SessionPaths::of_leftover(session, &socket_dir, &scratch_dir);
-        let mut ended = stop_job(vm, &domain, session, &paths)?;
+        let mut ended = stop_job(vm, &domain, &self.dialer, session, &paths)?;
         ended.warnings.extend(paths.remove());
         Ok(ended)
     }
@@ -113,6 +114,7 @@ impl LibvirtDriver {
 pub(super) fn stop_job(
     vm: &VmRef,
     domain: &DomainHandle,
+    dialer: &Dialer,
     session: SessionId,
     paths: &SessionPaths,
 ) -> Result<Ended, HypervisorError> {
@@ -144,8 +146,12 @@ pub(super) fn stop_job(
         ended.warnings.extend(remains::clear(vm, domain)?.warnings);
     }
     ended.warnings.extend(forget_secret(session, domain));
+    if !ended.ended_job && is_another_qemu(vm, paths) {
+        paths.note_thawed();
+        return Ok(ended);
+    }
     if paths.froze_guest() {
-        ended.warnings.extend(thaw(vm, domain, paths)?);
+        ended.warnings.extend(thaw(vm, domain, dialer, paths)?);
     }
     let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
     let had_session = ended.ended_job || paths.exist();
@@ -164,17 +170,29 @@ pub(super) fn stop_job(
     Ok(ended)
 }
 
+/// Returns whether the VM is run by another QEMU than the session's. If nobody
+/// can tell it counts as the same: a guest that stays frozen or stopped is the
+/// worse mistake.
+fn is_another_qemu(vm: &VmRef, paths: &SessionPaths) -> bool {
+    let Some(then) = paths.process() else {
+        return false;
+    };
+    let now = vm.uuid.as_deref().and_then(host::qemu_process);
+    now.is_some_and(|now| now.identity != then)
+}
+
 /// Thaws a guest that the session froze and, being killed, never thawed.
 fn thaw(
     vm: &VmRef,
     domain: &DomainHandle,
+    dialer: &Dialer,
     paths: &SessionPaths,
 ) -> Result<Option<String>, HypervisorError> {
     if run_state(vm, domain)? == RunState::Off {
         paths.note_thawed();
         return Ok(None);
     }
-    let warning = match quiesce::thaw_after(domain) {
+    let warning = match quiesce::thaw_after(vm, domain, dialer) {
         Ok(false) => None,
         Ok(true) => Some("the guest was left frozen by the session and is thawed".to_owned()),
         // No error: an agent that is gone for good must not keep the VM from

@@ -5,6 +5,10 @@
 //! if its name is a session, if it and the label inside are ours and no links,
 //! and if the label names this very VM. What QEMU's user could put there (it may
 //! write into these directories) is none of that.
+//!
+//! What a session did to its guest ended with the QEMU that it did it to. A
+//! label names that process: a guest of another one was frozen or stopped by
+//! somebody else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
@@ -12,7 +16,9 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, LeftDirectory, Swept, VmRef};
+use highwater_hypervisor::{
+    ErrorKind, HypervisorError, LeftDirectory, ProcessIdentity, Swept, VmRef,
+};
 use highwater_model::SessionId;
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +28,7 @@ use super::end::stop_job;
 use super::jobs::backup_job;
 use super::remains;
 
-/// A label holds three names; paths have 4096 bytes at most.
+/// A label holds three names and a process; paths have 4096 bytes at most.
 const LABEL_BYTES_MAX: u64 = 64 << 10;
 
 /// What the label of a session's directory says.
@@ -31,14 +37,23 @@ pub(super) struct Label {
     vm: String,
     socket_dir: PathBuf,
     scratch_dir: PathBuf,
+    /// The QEMU that ran the VM, if it could be found.
+    #[serde(default)]
+    pub(super) process: Option<ProcessIdentity>,
 }
 
 impl Label {
-    pub(super) fn new(vm: &VmRef, socket_dir: &Path, scratch_dir: &Path) -> Self {
+    pub(super) fn new(
+        vm: &VmRef,
+        socket_dir: &Path,
+        scratch_dir: &Path,
+        process: Option<ProcessIdentity>,
+    ) -> Self {
         Self {
             vm: key(vm),
             socket_dir: socket_dir.to_path_buf(),
             scratch_dir: scratch_dir.to_path_buf(),
+            process,
         }
     }
 
@@ -49,7 +64,7 @@ impl Label {
 
     /// Reads the label of a session's directory; `None` if it has none that
     /// counts, and if the directory itself is not ours.
-    fn read(dir: &Path, session: SessionId) -> Option<Self> {
+    pub(super) fn read(dir: &Path, session: SessionId) -> Option<Self> {
         let ours = rustix::process::geteuid().as_raw();
         let found = fs::symlink_metadata(dir).ok()?;
         if !found.is_dir() || found.uid() != ours {
@@ -128,7 +143,7 @@ impl LibvirtDriver {
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
             match &domain {
                 Some(domain) => {
-                    let ended = stop_job(vm, domain, session, &paths)?;
+                    let ended = stop_job(vm, domain, &self.dialer, session, &paths)?;
                     swept.warnings.extend(ended.warnings);
                 }
                 None => paths.note_thawed(),
@@ -355,6 +370,7 @@ mod with_a_real_guest {
 
     use super::*;
     use crate::libvirt::LibvirtOptions;
+    use crate::libvirt::host::{QemuProcess, qemu_process};
 
     #[test]
     fn a_guest_that_a_dead_session_froze_is_thawed_and_one_that_others_froze_is_not() {
@@ -367,13 +383,13 @@ mod with_a_real_guest {
         let mut driver = LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap();
         let found = driver.find("web01").unwrap();
         let places = [lab.path("run"), lab.path("scratch")];
-        let mut left = |froze: bool| {
+        let mut left = |froze: bool, qemu: Option<&QemuProcess>| {
             let session = SessionId::random();
             let [run, scratch] = places
                 .each_ref()
                 .map(|place| place.join(session.to_string()));
             let paths = SessionPaths::of_leftover(session, &run, &scratch);
-            paths.create(&found, None).unwrap();
+            paths.create(&found, qemu).unwrap();
             if froze {
                 paths.note_freezing().unwrap();
             }
@@ -381,12 +397,21 @@ mod with_a_real_guest {
             assert_eq!(swept.sessions, [session]);
             swept.warnings
         };
+        let qemu = qemu_process(found.uuid.as_deref().unwrap()).unwrap();
+        let mut before = qemu.clone();
+        before.identity.start_ticks -= 1;
         lab.virsh(&["domfsfreeze", "web01"]).unwrap();
-        assert!(left(false).is_empty());
+        assert!(left(false, Some(&qemu)).is_empty());
         assert!(inside.is_frozen().unwrap(), "somebody else froze it");
-        assert!(left(true)[0].contains("left frozen"));
+        assert!(left(true, Some(&before)).is_empty());
+        assert!(inside.is_frozen().unwrap(), "it was another QEMU's guest");
+        assert!(left(true, Some(&qemu))[0].contains("left frozen"));
         assert!(!inside.is_frozen().unwrap());
         // It was thawed in time by somebody, who did not get to say so.
-        assert!(left(true).is_empty());
+        assert!(left(true, Some(&qemu)).is_empty());
+        // Nobody could tell which QEMU it was: frozen for ever is worse.
+        lab.virsh(&["domfsfreeze", "web01"]).unwrap();
+        assert!(left(true, None)[0].contains("left frozen"));
+        assert!(!inside.is_frozen().unwrap());
     }
 }

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! A guest left frozen is the worst outcome of all, worse than no backup: every
-//! path out of here thaws what was frozen here and asks whether it worked.
+//! path out of here thaws what was frozen here and asks whether it worked, over
+//! a new connection when libvirt's daemon was restarted meanwhile.
 //!
 //! The commands go to the agent one by one with a time limit of their own.
 //! libvirt's own call for freezing obeys a limit that is set for the whole VM
@@ -43,6 +44,7 @@ const THAW: &str = r#"{"execute":"guest-fsfreeze-thaw"}"#;
 pub(super) struct Frozen<'a> {
     vm: &'a VmRef,
     domain: &'a DomainHandle,
+    dialer: &'a Dialer,
     since: Instant,
     /// `None` if somebody else froze the guest: then it stays frozen.
     watchdog: Option<Watchdog>,
@@ -61,7 +63,7 @@ pub(super) enum Outcome<'a> {
 pub(super) fn freeze<'a>(
     vm: &'a VmRef,
     domain: &'a DomainHandle,
-    dialer: &Dialer,
+    dialer: &'a Dialer,
     wish: Quiesce,
     mountpoints: &[String],
     note: &dyn Fn() -> Result<(), HypervisorError>,
@@ -76,6 +78,7 @@ pub(super) fn freeze<'a>(
             return Ok(Outcome::Frozen(Frozen {
                 vm,
                 domain,
+                dialer,
                 since: Instant::now(),
                 watchdog: None,
             }));
@@ -102,7 +105,7 @@ pub(super) fn freeze<'a>(
 fn freeze_now<'a>(
     vm: &'a VmRef,
     domain: &'a DomainHandle,
-    dialer: &Dialer,
+    dialer: &'a Dialer,
     mountpoints: &[String],
     note: &dyn Fn() -> Result<(), HypervisorError>,
 ) -> Result<Result<Frozen<'a>, String>, HypervisorError> {
@@ -113,6 +116,7 @@ fn freeze_now<'a>(
     let frozen = Frozen {
         vm,
         domain,
+        dialer,
         since: Instant::now(),
         watchdog: Some(watchdog),
     };
@@ -150,7 +154,7 @@ impl Frozen<'_> {
         let Some(watchdog) = self.watchdog.take() else {
             return Ok(self.since.elapsed());
         };
-        let thawed = thaw_until_sure(self.domain);
+        let thawed = thaw_until_sure(self.vm, self.domain, self.dialer);
         let elapsed = self.since.elapsed();
         // Only now: until here it would have stepped in, and if it has, the
         // guest was frozen no longer than that.
@@ -192,6 +196,7 @@ impl Watchdog {
         let connection = dialer.open()?;
         let domain = lookup(&connection, vm)?;
         let (stop, stopped) = mpsc::channel();
+        let (watched, dialer) = (vm.clone(), dialer.clone());
         let thread = std::thread::Builder::new()
             .name("thaw-watchdog".to_owned())
             .spawn(move || {
@@ -200,7 +205,9 @@ impl Watchdog {
                     return None;
                 }
                 // The first connection tries too and reports the outcome.
-                thaw_until_sure(&domain).ok().map(|()| since.elapsed())
+                thaw_until_sure(&watched, &domain, &dialer)
+                    .ok()
+                    .map(|()| since.elapsed())
             })
             .map_err(|error| {
                 HypervisorError::new(
@@ -224,17 +231,24 @@ impl Watchdog {
 }
 
 /// Thaws a guest that a dead session froze. Returns whether it was frozen.
-pub(super) fn thaw_after(domain: &DomainHandle) -> Result<bool, String> {
+pub(super) fn thaw_after(
+    vm: &VmRef,
+    domain: &DomainHandle,
+    dialer: &Dialer,
+) -> Result<bool, String> {
     match status(domain)? {
         Status::Thawed => Ok(false),
-        Status::Frozen => thaw_until_sure(domain).map(|()| true),
+        Status::Frozen => thaw_until_sure(vm, domain, dialer).map(|()| true),
     }
 }
 
 /// Thaws until the agent says that nothing is frozen, or the VM is gone.
-fn thaw_until_sure(domain: &DomainHandle) -> Result<(), String> {
+fn thaw_until_sure(vm: &VmRef, domain: &DomainHandle, dialer: &Dialer) -> Result<(), String> {
     let since = Instant::now();
+    // A restarted daemon never answers over the old connection.
+    let mut anew: Option<DomainHandle> = None;
     loop {
+        let domain = anew.as_ref().unwrap_or(domain);
         let thawed: Result<i64, String> = ask(domain, THAW);
         let because = match (status(domain), thawed) {
             (Ok(Status::Thawed), _) => return Ok(()),
@@ -246,6 +260,15 @@ fn thaw_until_sure(domain: &DomainHandle) -> Result<(), String> {
         }
         if since.elapsed() > THAW_DEADLINE {
             return Err(because);
+        }
+        if !domain.is_connected() {
+            match dialer.open().and_then(|it| lookup(&it, vm)) {
+                Ok(domain) => anew = Some(domain),
+                // It has ended, and was forgotten.
+                Err(error) if error.kind == ErrorKind::NoSuchVm => return Ok(()),
+                // The daemon needs a moment to come back.
+                Err(_) => {}
+            }
         }
         std::thread::sleep(THAW_INTERVAL);
     }

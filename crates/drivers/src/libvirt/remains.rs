@@ -29,14 +29,14 @@ const TRY_INTERVAL: Duration = Duration::from_millis(20);
 
 /// What of ours is in a QEMU without a job.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-struct Remains {
-    sessions: BTreeSet<SessionId>,
+pub(super) struct Remains {
+    pub(super) sessions: BTreeSet<SessionId>,
     /// Nodes of our scratch files.
-    nodes: Vec<String>,
+    pub(super) nodes: Vec<String>,
     /// Jobs that use these nodes.
-    jobs: Vec<String>,
+    pub(super) jobs: Vec<String>,
     /// Exports of these nodes.
-    exports: Vec<String>,
+    pub(super) exports: Vec<String>,
     /// Whether there are exports of others.
     is_shared: bool,
 }
@@ -94,7 +94,8 @@ pub(super) fn forgotten_session(
     Ok(look(vm, domain)?.sessions.first().copied())
 }
 
-fn look(vm: &VmRef, domain: &DomainHandle) -> Result<Remains, HypervisorError> {
+/// Finds what is left. Changes nothing.
+pub(super) fn look(vm: &VmRef, domain: &DomainHandle) -> Result<Remains, HypervisorError> {
     let message = || format!("cannot look for remains of backups in VM `{}`", vm.name);
     let ask = |query: &str| {
         let answer = domain.monitor_command(query);

@@ -13,6 +13,7 @@ use super::connection::{LibvirtDriver, query_blocks};
 use super::domain_xml::DomainXml;
 use super::jobs::{backup_job, run_state};
 use super::observe::read_definition;
+use super::remains::{self, Remains};
 use super::sys::handles::DomainHandle;
 
 const QUERY_JOBS: &str = r#"{"execute":"query-jobs"}"#;
@@ -28,13 +29,21 @@ impl LibvirtDriver {
         let blocks = query_blocks(vm, &domain)?;
         let job = job_details(vm, &domain)?;
         // libvirt's own job has exports, filters and jobs of QEMU without number.
-        let (inner_jobs, exports) = if job.is_some() {
-            (Vec::new(), Vec::new())
+        let (remains, mut inner_jobs, mut exports) = if job.is_some() {
+            (Remains::default(), Vec::new(), Vec::new())
         } else {
-            (inner_jobs(&domain), exports(&domain))
+            let remains = remains::look(vm, &domain).unwrap_or_default();
+            (remains, inner_jobs(&domain), exports(&domain))
         };
+        inner_jobs.retain(|job| !remains.jobs.contains(&job.id));
+        exports.retain(|export| !remains.exports.contains(&export.id));
+        // A job of ours that is left has its filter on the guest's disk.
+        let has_job = job.is_some() || !remains.jobs.is_empty();
+        let mut loose_nodes = loose_nodes(&domain, &definition, &blocks, has_job);
+        loose_nodes.retain(|node| !remains.nodes.contains(&node.node));
         Ok(Surroundings {
-            loose_nodes: loose_nodes(&domain, &definition, &blocks, job.is_some()),
+            remains: remains.sessions.into_iter().collect(),
+            loose_nodes,
             job,
             inner_jobs,
             exports,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
-    BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, RunState, Swept, VmFacts,
+    BeginOrder, DiskFacts, MarkOrder, Redefinition, RunState, Swept, VmFacts,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{MarkName, PointId, RepoId, SessionId};
@@ -35,6 +35,24 @@ impl Tidying {
             ),
             forgotten: forgotten_marks(facts, history),
         }
+    }
+}
+
+/// Who looks after what a failed start call left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Settler {
+    /// The guard that made it.
+    Same,
+    /// Another one, which it takes the place of.
+    Another,
+}
+
+impl Settler {
+    fn of(is_guard_gone: bool, error: &GuardError) -> Option<Self> {
+        if is_guard_gone {
+            return Some(Self::Another);
+        }
+        error.left_behind.then_some(Self::Same)
     }
 }
 
@@ -183,12 +201,18 @@ impl Job<'_> {
     }
 
     /// Takes back a start call that failed because the guard died in it: job
-    /// and mark may be there. A guard that lives has taken it back itself.
+    /// and mark may be there. A guard that lives has taken it back itself, or
+    /// says that it could not; then it is asked once more.
     pub(super) fn undo_begin(&mut self, order: &BeginOrder, error: &GuardError) {
-        if error.kind != ErrorKind::Unreachable {
-            return;
-        }
-        match self.settle_with_another_guard(order, Outcome::Failed) {
+        let guard = self.context.guard;
+        let settled = match Settler::of(guard.is_gone(), error) {
+            None => return,
+            Some(Settler::Same) => guard
+                .settle(order, Outcome::Failed)
+                .map(|ended| ended.warnings),
+            Some(Settler::Another) => self.settle_with_another_guard(order, Outcome::Failed),
+        };
+        match settled {
             Ok(warnings) => warnings.into_iter().for_each(|warning| self.warn(warning)),
             Err(error) => self.warn(format!(
                 "cannot look after what the start call left at the VM: {}; the next backup of \
@@ -479,4 +503,30 @@ fn may_hold(facts: &VmFacts, target: &str, mark: &MarkName) -> bool {
     bitmaps
         .next()
         .is_some_and(|first| !first.inconsistent && bitmaps.all(|other| !other.inconsistent))
+}
+
+#[cfg(test)]
+mod tests {
+    use highwater_hypervisor::{ErrorKind, HypervisorError};
+
+    use super::*;
+
+    /// A guard that lives holds the VM's lock, so another one would wait for it
+    /// in vain, and what was left would stay until the next backup.
+    #[test]
+    fn what_a_failed_start_left_is_settled_by_the_guard_that_lives_or_else_by_another() {
+        let check = |is_gone, left: Option<&str>, kind, expected| {
+            let error = HypervisorError::new(kind, "cannot begin");
+            let error = left.into_iter().fold(error, HypervisorError::leaving);
+            assert_eq!(Settler::of(is_gone, &error), expected);
+        };
+        check(false, None, ErrorKind::Busy, None);
+        // libvirt cannot be reached: the guard has said so, and lives.
+        check(false, None, ErrorKind::Unreachable, None);
+        for kind in [ErrorKind::Unreachable, ErrorKind::CannotFreeze] {
+            check(false, Some("its job"), kind, Some(Settler::Same));
+            check(true, Some("its job"), kind, Some(Settler::Another));
+        }
+        check(true, None, ErrorKind::Unreachable, Some(Settler::Another));
+    }
 }

@@ -71,12 +71,18 @@ impl Ward<'_> {
             marks: &outlook.marks,
             disks: &outlook.plans,
             left: &sessions,
+            remains: &surroundings.remains,
             strange: &strange,
         };
         let verdicts = judge_marks(&scene);
         let findings = diagnose(&scene, &verdicts);
         let serves_others = surroundings.exports.iter().any(|it| it.kind == NBD);
-        let next = next_backup(&outlook, held_by.is_some(), serves_others, &sessions);
+        let mut next = next_backup(&outlook, held_by.is_some(), serves_others, &sessions);
+        if held_by.is_none() && !surroundings.remains.is_empty() {
+            let remains = surroundings.remains.iter().copied();
+            next.would_heal
+                .splice(..0, remains.map(words::remove_remains));
+        }
         let marks = mark_reports(&outlook, verdicts);
         Ok(Examined {
             forgotten: outlook.forgotten,

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, MarkOrder, RunState};
-use highwater_model::{MarkName, SessionId};
+use highwater_model::MarkName;
 use highwater_plan::{Finding, Problem, Remedy, Verdict};
 
 use super::examine::{Examined, is_there};
@@ -61,7 +61,10 @@ impl Ward<'_> {
                 let ended = ended.map(|ended| ended.warnings);
                 self.note(done, words::end_job(*session), ended);
             }
-            Problem::LeftDirectories(session) => self.sweep(*session, done),
+            Problem::Remains(session) => self.sweep(&words::remove_remains(*session), done),
+            Problem::LeftDirectories(session) => {
+                self.sweep(&words::remove_directories(*session), done);
+            }
             Problem::BitmapLied { disk } => {
                 if let Some(order) = examined.distrust.get(disk) {
                     let what = format!("remove the mark that lies from disk {disk}");
@@ -75,15 +78,19 @@ impl Ward<'_> {
         }
     }
 
-    /// Clears the directories of all dead sessions, and so of this one.
-    fn sweep(&self, session: SessionId, done: &mut Done) {
+    /// Clears what all dead sessions left, in QEMU and on this host; fails unless
+    /// `wanted` is among it.
+    fn sweep(&self, wanted: &str, done: &mut Done) {
         let places = self.options.backup.session_places();
-        let what = words::remove_directories(session);
+        let what = wanted.to_owned();
         match self.context.guard.sweep(self.vm, &places) {
             Ok(swept) => {
-                let is_done = swept.sessions.contains(&session);
-                for other in swept.sessions {
-                    self.note(done, words::remove_directories(other), Ok(Vec::new()));
+                let remains = swept.in_process.into_iter().map(words::remove_remains);
+                let directories = swept.sessions.into_iter().map(words::remove_directories);
+                let removed: Vec<String> = remains.chain(directories).collect();
+                let is_done = removed.contains(&what);
+                for one in removed {
+                    self.note(done, one, Ok(Vec::new()));
                 }
                 if is_done {
                     done.warnings.extend(swept.warnings);

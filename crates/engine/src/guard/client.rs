@@ -4,6 +4,7 @@ use std::io::BufReader;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -37,6 +38,8 @@ pub struct Guard {
     stream: Arc<Mutex<UnixStream>>,
     replies: Mutex<Replies>,
     lost: Arc<Mutex<Option<HypervisorError>>>,
+    /// A request could not be sent, or got no reply.
+    gone: AtomicBool,
     lifeline: Giver,
 }
 
@@ -87,6 +90,7 @@ impl Guard {
                 receiver,
             }),
             lost,
+            gone: AtomicBool::new(false),
             lifeline: Giver::new(lifeline),
         };
         let hello = Request::Hello {
@@ -236,6 +240,11 @@ impl Guard {
             .clone()
     }
 
+    /// Returns whether a request went unanswered: it is dead, or hangs.
+    pub fn is_gone(&self) -> bool {
+        self.gone.load(Ordering::Relaxed)
+    }
+
     fn done(&self, request: Request) -> Result<(), GuardError> {
         match self.ask(request)? {
             Reply::Done => Ok(()),
@@ -258,16 +267,23 @@ impl Guard {
             let mut stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
             send(&mut *stream, &Message { id, request })
         };
-        sent.map_err(|source| guard_gone().because(source.to_string()))?;
+        if let Err(source) = sent {
+            self.gone.store(true, Ordering::Relaxed);
+            return Err(guard_gone().because(source.to_string()));
+        }
         loop {
             match replies.receiver.recv_timeout(REPLY_MAX) {
                 Ok((answered, result)) if answered == id => return result,
                 // The late reply to a request that was given up.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => {
+                    self.gone.store(true, Ordering::Relaxed);
                     return Err(cannot_reach_guard().because("it did not reply within 120 s"));
                 }
-                Err(RecvTimeoutError::Disconnected) => return Err(guard_gone()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.gone.store(true, Ordering::Relaxed);
+                    return Err(guard_gone());
+                }
             }
         }
     }

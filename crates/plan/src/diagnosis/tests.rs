@@ -64,6 +64,7 @@ struct Case {
     marks: Vec<MarkView>,
     disks: Vec<(String, DiskPlan)>,
     left: Vec<SessionId>,
+    remains: Vec<SessionId>,
     strange: Vec<Strange>,
 }
 
@@ -80,6 +81,7 @@ impl Case {
             marks: vec![view(mark)],
             disks: vec![("vda".to_owned(), since(mark))],
             left: Vec::new(),
+            remains: Vec::new(),
             strange: Vec::new(),
         }
     }
@@ -97,6 +99,7 @@ impl Case {
             marks: &self.marks,
             disks: &self.disks,
             left: &self.left,
+            remains: &self.remains,
             strange: &self.strange,
         };
         diagnose(&scene, &judge_marks(&scene))
@@ -221,6 +224,25 @@ fn marks_of_a_vm_that_is_off_or_held_are_left_to_the_next_backup() {
     check(&["fix: left-directories"], |it, _| {
         it.left.push(session());
         it.state = VmState::Off;
+    });
+}
+
+#[test]
+fn what_a_dead_session_left_in_the_hypervisor_is_ours_to_remove_unless_its_job_tells_of_it() {
+    check(
+        &["fix: session-remains", "fix: left-directories"],
+        |it, _| {
+            it.remains.push(session());
+            it.left.push(session());
+        },
+    );
+    check(&["fix: dead-session"], |it, _| {
+        it.remains.push(session());
+        it.job = JobView::Ours(session());
+    });
+    check(&[], |it, _| {
+        it.remains.push(session());
+        it.is_held = true;
     });
 }
 

@@ -42,6 +42,13 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
             Vec::new(),
         ),
         Problem::LeftDirectories(session) => (left_directories(*session, checkup), Vec::new()),
+        Problem::Remains(session) => (
+            format!(
+                "dead session {session} left nodes or exports in QEMU: they hold its files open, \
+                 and QEMU's one NBD server may be in use because of them"
+            ),
+            Vec::new(),
+        ),
         Problem::Mark { name, verdict } => (mark(name, verdict), Vec::new()),
         Problem::UnreadablePoint(point) => (
             format!("restore point {point} cannot be read; its mark, if it has one, is kept"),

@@ -484,6 +484,11 @@ impl DomainHandle {
         }
     }
 
+    /// Returns whether the connection that it was found over can still be used.
+    pub(crate) fn is_connected(&self) -> bool {
+        self.connection.is_alive()
+    }
+
     /// Sends a command to the guest agent and returns its whole reply as text;
     /// gives up after `timeout_s` seconds.
     pub(crate) fn agent_command(&self, command: &str, timeout_s: i32) -> Result<String, CallError> {
