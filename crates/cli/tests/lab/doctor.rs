@@ -422,3 +422,29 @@ fn a_running_backup_is_told_of_and_never_disturbed() -> Result<()> {
     finds(&bed, &vm, &[])?;
     bed.assert_tidy(&vm, 1)
 }
+
+/// Neither libvirt nor the topmost image tells of it.
+#[test]
+fn a_purge_reaches_a_mark_below_an_overlay_that_libvirt_forgot() -> Result<()> {
+    let (bed, vm) = tracked()?;
+    let mark = vm.checkpoints()?.remove(0);
+    let disk = "vda,snapshot=external";
+    let snapshot = [
+        "snapshot-create-as",
+        "web01",
+        "s1",
+        "--disk-only",
+        "--diskspec",
+    ];
+    bed.lab.virsh(&[&snapshot[..], &[disk]].concat())?;
+    bed.lab
+        .virsh(&["checkpoint-delete", "web01", &mark, "--metadata"])?;
+    ensure!(!vm.bitmaps_everywhere()?.is_empty(), "no mark to purge");
+    let (code, document) = doctor(&bed, &["--purge-marks"])?;
+    ensure!(code == 0, "{document:#}");
+    let left = vm.bitmaps_everywhere()?;
+    ensure!(left.is_empty(), "{left:?}: {document:#}");
+    let report = bed.backup(&vm, &[])?;
+    ensure!(mode(&report, "vda") == "full: chain-changed", "{report}");
+    bed.assert_tidy(&vm, 1)
+}

@@ -7,9 +7,7 @@ use highwater_hypervisor::{
     WriteErrorPolicy,
 };
 use highwater_model::{MarkName, PointId, SessionId};
-use highwater_plan::{
-    BitmapView, DiskPlan, MarkOnDisk, Scene, Strange, Verdict, VmGate, diagnose, gate, judge_marks,
-};
+use highwater_plan::{DiskPlan, Scene, Strange, Verdict, VmGate, diagnose, gate, judge_marks};
 
 use super::{ChangedGraph, Checkup, DoctorError, MarkReport, NextBackup, Refused, Ward};
 use crate::backup::{Outlook, outlook, unreadable_point, words};
@@ -237,9 +235,8 @@ fn strange(facts: &VmFacts, around: &Surroundings) -> Vec<Strange> {
     strange
 }
 
-/// Returns whether anything of a mark is there.
-pub(super) fn is_there(mark: &MarkReport) -> bool {
-    let has_bitmap =
-        |disk: &MarkOnDisk| disk.bitmap.is_some_and(|view| view != BitmapView::Missing);
-    mark.has_record || mark.disks.iter().any(has_bitmap)
+/// Returns whether anything of a mark is there: its record, or a bitmap on any
+/// image of a disk, also below the topmost one, where it is of no use.
+pub(super) const fn is_there(mark: &MarkReport) -> bool {
+    mark.has_record || !mark.disks.is_empty()
 }

@@ -118,16 +118,6 @@ fn foreign_job(checkup: &Checkup) -> (String, Vec<String>) {
         );
     }
     let blocks = "until it ends, libvirt refuses backups, migration, save and snapshots";
-    if checkup.job == Some(JobFacts::Forgotten) {
-        return (
-            "libvirt died while it started a backup job, and has lost what it knew of it: until the \
-             VM ends it refuses backups, migration, save and snapshots; the guest is not harmed"
-                .to_owned(),
-            vec![format!(
-                "shut {vm} down, restart libvirtd, and start {vm} again, in this order"
-            )],
-        );
-    }
     let Some(JobFacts::ForeignBackup(_)) = &checkup.job else {
         let word = match &checkup.job {
             Some(JobFacts::Other(word)) => word.as_str(),
