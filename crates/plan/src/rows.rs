@@ -9,7 +9,7 @@
 #[cfg(test)]
 mod cases;
 #[cfg(test)]
-mod view;
+pub(crate) mod view;
 
 /// Calls a macro with all rows: `name: "what is found" => "what is done";`.
 ///

@@ -1,49 +1,15 @@
 //! The decision as a table: each fact that speaks against an increment.
 
-use highwater_model::{DATA_FILE_FORMAT, RepoId, Timestamp};
+use highwater_model::DATA_FILE_FORMAT;
 
 use super::*;
+use crate::rows::view::{self, disk, parent};
 use crate::{ImageLink, Place};
 
 fn link(name: &str, inode: u64) -> ImageLink {
     ImageLink {
-        name: name.to_owned(),
-        format: "qcow2".to_owned(),
         inode: Some((1, inode)),
-        stamp: Some((100, 5, 5)),
-    }
-}
-
-fn disk() -> DiskView {
-    DiskView {
-        size_bytes: 100,
-        identity: Identity {
-            serial: None,
-            device: Some("virtio-disk0".to_owned()),
-            chain: vec![link("/a.qcow2", 7)],
-        },
-        place: Place::Host,
-        marks: MarkSupport::Yes,
-        bitmap: BitmapView::Recording {
-            granularity: 65_536,
-        },
-        record: Record::Proven,
-        root: RootView::Same,
-        writes: None,
-    }
-}
-
-fn parent() -> ParentView {
-    let point = PointId::new(Timestamp::from_unix_ms(1));
-    ParentView {
-        point,
-        mark: MarkName::new(RepoId::from_bytes([1; 16]), point),
-        size_bytes: 100,
-        identity: disk().identity,
-        granularity: Some(65_536),
-        same_chunk_size: true,
-        tree_is_readable: true,
-        mark_lied: false,
+        ..view::link(name, "qcow2")
     }
 }
 

@@ -15,7 +15,7 @@ pub(super) const OURS: RepoId = RepoId::from_bytes([1; 16]);
 pub(super) const THEIRS: RepoId = RepoId::from_bytes([2; 16]);
 
 /// An image as it is recorded, or as it is found.
-pub(super) fn link(name: &str, format: &str) -> ImageLink {
+pub(crate) fn link(name: &str, format: &str) -> ImageLink {
     ImageLink {
         name: name.to_owned(),
         format: format.to_owned(),
@@ -24,7 +24,7 @@ pub(super) fn link(name: &str, format: &str) -> ImageLink {
     }
 }
 
-pub(super) fn disk() -> DiskView {
+pub(crate) fn disk() -> DiskView {
     DiskView {
         size_bytes: 100,
         identity: Identity {
@@ -43,7 +43,7 @@ pub(super) fn disk() -> DiskView {
     }
 }
 
-pub(super) fn parent() -> ParentView {
+pub(crate) fn parent() -> ParentView {
     // Made once: a point's id is drawn.
     static MARK: LazyLock<MarkName> = LazyLock::new(|| mark(OURS, 1));
     ParentView {
