@@ -51,6 +51,12 @@ fn audited(report: &Value) -> u64 {
     disk(report, "vda")["audited_blocks"].as_u64().unwrap()
 }
 
+/// Starts a VM with a real guest and a disk so large that chance finds nothing.
+fn large_with_guest(bed: &Bed) -> Result<Vm> {
+    let large = DiskSpec::qcow2("vda", 64 * GIB);
+    bed.lab.vm("web01").disk(large).guest().start()
+}
+
 /// Returns the node and the name of the newest mark's bitmap.
 fn bitmap(vm: &Vm) -> Result<(String, String)> {
     let name = vm.checkpoints()?.pop().context("a mark")?;
@@ -221,12 +227,7 @@ fn a_lie_is_not_forgotten_by_a_run_that_found_it_and_failed() -> Result<()> {
 #[test]
 fn a_lie_is_not_forgotten_by_a_run_that_was_refused_for_it() -> Result<()> {
     let bed = Bed::start()?;
-    let vm = bed
-        .lab
-        .vm("web01")
-        .disk(DiskSpec::qcow2("vda", 64 * GIB))
-        .guest()
-        .start()?;
+    let vm = large_with_guest(&bed)?;
     let guest = vm.guest()?;
     let write = |gib: u64| -> Result<()> {
         let seek = gib * GIB / (4 * KIB);
@@ -315,12 +316,7 @@ fn an_audit_of_everything_finds_one_changed_block_anywhere() -> Result<()> {
 /// QEMU counts what its guest writes, and the monitor's writes it does not.
 pub(crate) fn writes_in_no_bitmap() -> Result<()> {
     let bed = Bed::start()?;
-    let vm = bed
-        .lab
-        .vm("web01")
-        .disk(DiskSpec::qcow2("vda", 64 * GIB))
-        .guest()
-        .start()?;
+    let vm = large_with_guest(&bed)?;
     let guest = vm.guest()?;
     let write = |at: u64| -> Result<()> {
         let seek = at / (4 * KIB);

@@ -31,6 +31,7 @@ pub(crate) const QUERY_NODES: &str =
     r#"{"execute":"query-named-block-nodes","arguments":{"flat":true}}"#;
 pub(crate) const QUERY_DEVICES: &str = r#"{"execute":"query-block"}"#;
 pub(crate) const QUERY_GRAPH: &str = r#"{"execute":"x-debug-query-block-graph"}"#;
+pub(crate) const QUERY_EXPORTS: &str = r#"{"execute":"query-block-exports"}"#;
 pub(crate) const QUERY_VERSION: &str = r#"{"execute":"query-version"}"#;
 
 /// Why a reply of QEMU cannot be used.

@@ -16,12 +16,10 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::backup_xml::session_of_export;
-use super::blocks::{QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
+use super::blocks::{QUERY_EXPORTS, QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
 use super::error::explain;
 use super::jobs::{backup_job, run_state};
 use super::sys::handles::DomainHandle;
-
-const QUERY_EXPORTS: &str = r#"{"execute":"query-block-exports"}"#;
 
 /// An export lets go of its node when its connections are closed.
 const TRIES: usize = 50;

@@ -17,7 +17,6 @@ use super::remains::{self, Remains};
 use super::sys::handles::DomainHandle;
 
 const QUERY_JOBS: &str = r#"{"execute":"query-jobs"}"#;
-const QUERY_EXPORTS: &str = r#"{"execute":"query-block-exports"}"#;
 
 impl LibvirtDriver {
     pub(super) fn survey_vm(&mut self, vm: &VmRef) -> Result<Surroundings, HypervisorError> {
@@ -94,7 +93,7 @@ fn inner_jobs(domain: &DomainHandle) -> Vec<InnerJob> {
 }
 
 fn exports(domain: &DomainHandle) -> Vec<ExportFacts> {
-    let exports: Vec<WireExport> = ask(domain, QUERY_EXPORTS);
+    let exports: Vec<WireExport> = ask(domain, blocks::QUERY_EXPORTS);
     exports
         .into_iter()
         .map(|export| ExportFacts {

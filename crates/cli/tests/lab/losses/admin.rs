@@ -50,6 +50,15 @@ fn ended(child: Child, code: i32) -> Result<String> {
     Ok(told)
 }
 
+/// Fails unless the next backup is an increment, all points are right, and
+/// nothing is left at the VM but a mark.
+fn goes_on(mut story: Story) -> Result<()> {
+    story.vm.write("vda", "write -P 3 60M 64k")?;
+    story.backup("incremental")?;
+    story.all_points_are_right()?;
+    story.bed.assert_tidy(&story.vm, 1)
+}
+
 #[test]
 fn a_snapshot_asked_for_in_mid_backup_waits_and_neither_is_harmed() -> Result<()> {
     let mut story = busy()?;
@@ -93,7 +102,7 @@ fn a_snapshot_asked_for_in_mid_backup_waits_and_neither_is_harmed() -> Result<()
 
 #[test]
 fn a_save_asked_for_in_mid_backup_waits_and_the_saved_vm_goes_on_incrementally() -> Result<()> {
-    let mut story = busy()?;
+    let story = busy()?;
     let mover = begin(&story)?;
     let mut save = admin(&story, &["managedsave", "web01"])?;
     let jobs = ["blockjob", "web01", "vda", "--info"];
@@ -106,15 +115,12 @@ fn a_save_asked_for_in_mid_backup_waits_and_the_saved_vm_goes_on_incrementally()
     ensure!(code == 1 && told.contains("it is off"), "{code}: {told}");
     story.bed.lab.restart_libvirtd()?;
     story.vm.start()?;
-    story.vm.write("vda", "write -P 3 60M 64k")?;
-    story.backup("incremental")?;
-    story.all_points_are_right()?;
-    story.bed.assert_tidy(&story.vm, 1)
+    goes_on(story)
 }
 
 #[test]
 fn a_backup_job_ended_by_an_admin_is_a_clear_error_and_the_next_backup_heals() -> Result<()> {
-    let mut story = busy()?;
+    let story = busy()?;
     // It must not have read everything: then the job is no longer needed.
     let slowly = ["backup", "web01", "--json", "--limit", "8MiB"];
     let mover = story.bed.spawn(&slowly)?;
@@ -123,38 +129,29 @@ fn a_backup_job_ended_by_an_admin_is_a_clear_error_and_the_next_backup_heals() -
     let told = ended(mover, 1)?;
     ensure!(told.contains("no restore point was added"), "{told}");
     story.bed.assert_tidy(&story.vm, 1)?;
-    story.vm.write("vda", "write -P 3 60M 64k")?;
-    story.backup("incremental")?;
-    story.all_points_are_right()?;
-    story.bed.assert_tidy(&story.vm, 1)
+    goes_on(story)
 }
 
 #[test]
 fn a_guest_stopped_and_let_go_on_in_mid_backup_is_left_as_the_admin_wants_it() -> Result<()> {
-    let mut story = busy()?;
+    let story = busy()?;
     let mover = begin(&story)?;
     story.bed.lab.virsh(&["suspend", "web01"])?;
     ended(mover, 0)?;
     ensure!(story.vm.state()? == "paused", "{}", story.vm.state()?);
     story.bed.lab.virsh(&["resume", "web01"])?;
-    story.vm.write("vda", "write -P 3 60M 64k")?;
-    story.backup("incremental")?;
-    story.all_points_are_right()?;
-    story.bed.assert_tidy(&story.vm, 1)
+    goes_on(story)
 }
 
 #[test]
 fn a_vm_switched_off_in_mid_backup_costs_that_backup_and_no_write() -> Result<()> {
-    let mut story = busy()?;
+    let story = busy()?;
     let mover = begin(&story)?;
     story.vm.destroy()?;
     let told = ended(mover, 1)?;
     ensure!(told.contains("no restore point was added"), "{told}");
     story.vm.start()?;
-    story.vm.write("vda", "write -P 3 60M 64k")?;
-    story.backup("incremental")?;
-    story.all_points_are_right()?;
-    story.bed.assert_tidy(&story.vm, 1)
+    goes_on(story)
 }
 
 /// qmpbackup V6: a repository that hangs stalls or fails the guest's writes.
