@@ -32,6 +32,7 @@ mod matrix_shapes;
 mod matrix_sources;
 mod output;
 mod people;
+mod processes;
 mod restore;
 mod rows;
 mod saved;

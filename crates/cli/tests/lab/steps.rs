@@ -10,9 +10,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_model::step::{Process, Step};
-use highwater_testkit::{DiskSpec, Guest, KIB, MIB, Vm, guest, tool};
+use highwater_testkit::{DiskSpec, Guest, KIB, MIB, Vm, guest};
 use serde_json::Value;
 
+use crate::processes::{guard_of, mover_of, signal};
 use crate::support::{Bed, assert_same, mode, point, reference};
 
 /// How long a process may take to reach a step, or to end after it.
@@ -177,22 +178,16 @@ impl Life {
 
 /// Kills mover and guard so that neither sees the other die: the one that
 /// waits at a step sees nothing.
-fn kill_both(mover: &mut Child, waiting: Process) -> Result<()> {
-    let pid = mover.id();
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-    let guard = children.trim().to_owned();
-    let kill_guard = || tool("kill").args(["-KILL", &guard]).run().map(drop);
-    match waiting {
-        Process::Mover => {
-            kill_guard()?;
-            mover.kill()?;
-        }
-        Process::Guard => {
-            mover.kill()?;
-            mover.wait()?;
-            kill_guard()?;
-        }
+fn kill_both(started: &mut Child, waiting: Process) -> Result<()> {
+    let (mover, guard) = (mover_of(started), guard_of(started)?);
+    let order = match waiting {
+        Process::Mover => [guard, mover],
+        Process::Guard => [mover, guard],
+    };
+    for pid in order {
+        signal("-KILL", pid)?;
     }
+    started.wait()?;
     wait(|| Ok(!fs::exists(format!("/proc/{guard}/exe"))?))
 }
 

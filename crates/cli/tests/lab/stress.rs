@@ -14,6 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 use serde_json::Value;
 
+use crate::processes::{guard_of, mover_of, signal};
 use crate::support::{Bed, assert_same, mode, point, reference, wait_for_job};
 
 const MIB: u64 = 1 << 20;
@@ -92,23 +93,6 @@ fn greeting(socket: &Path) -> Result<Duration> {
     Ok(since.elapsed())
 }
 
-fn signal(signal: &str, pid: u32) -> Result<()> {
-    tool("kill")
-        .args([signal, &pid.to_string()])
-        .run()
-        .map(drop)
-}
-
-/// Returns the process id of a mover's guard.
-fn guard_of(mover: &Child) -> Result<u32> {
-    let pid = mover.id();
-    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
-    children
-        .trim()
-        .parse()
-        .with_context(|| format!("the mover has not one child: {children}"))
-}
-
 fn begin(bed: &Bed) -> Result<Child> {
     begin_with(bed, "zstd:19")
 }
@@ -172,10 +156,10 @@ fn stopped_mover(after: Duration) -> Result<Duration> {
     let mover = begin(&bed)?;
     wait_for_socket(&bed)?;
     std::thread::sleep(after);
-    signal("-STOP", mover.id())?;
+    signal("-STOP", mover_of(&mover))?;
     wait_until_tidy(&bed, &vm, &marks)?;
     heals(&bed, &vm)?;
-    signal("-CONT", mover.id())?;
+    signal("-CONT", mover_of(&mover))?;
     let output = mover.wait_with_output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(
