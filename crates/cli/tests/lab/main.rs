@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    clippy::print_stderr,
     dead_code,
     reason = "a test may stop at the first surprise"
 )]
@@ -23,6 +24,7 @@ mod golden;
 mod healing;
 mod interruption;
 mod late;
+mod latency;
 mod levels;
 mod losses;
 mod matrix;
@@ -39,6 +41,7 @@ mod saved;
 mod scale;
 mod scene;
 mod shells;
+mod slow_disk;
 mod steps;
 mod stress;
 mod support;
