@@ -55,8 +55,14 @@ steps! {
     Observed Mover "observed"
     /// The job of a dead session was ended.
     LeftoverEnded Mover "leftover-ended"
-    /// A mark that nobody finished was removed, or a forgotten one told again.
+    /// Directories of a dead session were removed, or what it left in QEMU.
+    Swept Mover "swept"
+    /// A bitmap that no record knew was removed, others of its mark are there.
+    BitmapRemoved Guard "bitmap-removed"
+    /// A mark that nobody finished was removed.
     MarkTidied Mover "mark-tidied"
+    /// A mark that the hypervisor had forgotten was told again.
+    MarkToldAgain Mover "mark-told-again"
     /// It is decided how each disk is read.
     Planned Mover "planned"
     /// The session's directories are there.
@@ -69,6 +75,8 @@ steps! {
     Started Guard "started"
     /// The mover knows the exports.
     Begun Mover "begun"
+    /// A pack is written, and has no name yet.
+    PackWritten Mover "pack-written"
     /// A pack was stored.
     PackStored Mover "pack-stored"
     /// All disks were read.
@@ -79,8 +87,12 @@ steps! {
     CommitTold Guard "commit-told"
     /// The mover knows that the guard knows.
     Committing Mover "committing"
+    /// The manifest is written, and has no name yet.
+    ManifestWritten Mover "manifest-written"
     /// The manifest is durable.
     Committed Mover "committed"
+    /// The session's job was told to end, and may still run.
+    JobAborted Guard "job-aborted"
     /// The session's job was ended, its files are there.
     JobEnded Guard "job-ended"
     /// The session's files are gone as well.
@@ -91,6 +103,10 @@ steps! {
     RecordDeleted Guard "record-deleted"
     /// An old mark is gone.
     MarkGivenUp Mover "mark-given-up"
+    /// A merged index file is there, and so are those that it replaces.
+    MergeStored Mover "merge-stored"
+    /// Some of those are gone.
+    MergedDeleted Mover "merged-deleted"
     /// The index was looked after: all is done.
     IndexMerged Mover "index-merged"
 }

@@ -15,6 +15,7 @@ mod bad_input_nbd;
 mod bad_input_places;
 mod bad_input_space;
 mod correctness;
+mod crash;
 mod disks;
 mod doctor;
 mod doctor_foreign;

@@ -142,7 +142,7 @@ impl Job<'_> {
             let name = mark.name.clone();
             match self.context.guard.mark(self.vm, &MarkOrder::Redefine(mark)) {
                 Ok(()) => {
-                    pass(Step::MarkTidied);
+                    pass(Step::MarkToldAgain);
                     self.healed(words::done(&words::tell_again(&name)));
                 }
                 // Not an error: the plan sees that the record is still missing
