@@ -67,6 +67,8 @@ steps! {
     Planned Mover "planned"
     /// The session's directories are there.
     DirectoriesMade Guard "directories-made"
+    /// libvirt knows a key for encrypted scratch files, which are not there yet.
+    SecretDefined Guard "secret-defined"
     /// The scratch files are there.
     ScratchMade Guard "scratch-made"
     /// The guest's file systems are frozen; passed where there is an agent.
@@ -99,6 +101,8 @@ steps! {
     FilesRemoved Guard "files-removed"
     /// The mover knows that the session has ended.
     SessionEnded Mover "session-ended"
+    /// The mark that lied was taken off a disk.
+    Distrusted Mover "distrusted"
     /// The record of a mark was deleted, and the bitmaps it knew.
     RecordDeleted Guard "record-deleted"
     /// An old mark is gone.

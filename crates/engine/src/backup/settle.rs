@@ -280,12 +280,13 @@ impl Job<'_> {
             let Some(order) = distrust_order(&disk.facts, history) else {
                 continue;
             };
-            if let Err(error) = self.context.guard.mark(self.vm, &order) {
-                self.warn(format!(
+            match self.context.guard.mark(self.vm, &order) {
+                Ok(()) => pass(Step::Distrusted),
+                Err(error) => self.warn(format!(
                     "cannot take the mark that lies off disk {}: {}",
                     disk.facts.target,
                     one_line(&error)
-                ));
+                )),
             }
         }
     }

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_model::step::Step;
+use highwater_testkit::Vm;
 use tempfile::TempDir;
 
-use super::life::Life;
+use super::cells::End;
 use crate::processes::{guard_of, mover_of, signal};
+use crate::support::Bed;
 
 /// How long a run may take to reach a step, and to end after a blow: libvirt is
 /// waited for up to 15 s, and the machine may be busy.
@@ -83,6 +85,23 @@ pub(super) struct Struck {
     _signs: TempDir,
 }
 
+impl Struck {
+    pub(super) fn ended_as(&self, end: End) -> Result<()> {
+        let has = |start: &str| self.said.lines().any(|line| line.starts_with(start));
+        let code = self.status.code();
+        let failed = code == Some(1) && has("error: ") && has("state: ");
+        let done = code == Some(0) && !has("error: ");
+        let as_expected = match end {
+            End::Killed => code != Some(0),
+            End::Failed => failed,
+            End::Done => done,
+            End::Either => failed || done,
+        };
+        ensure!(as_expected, "expected {end:?}: {}", self.status);
+        Ok(())
+    }
+}
+
 /// A backup that waits at a step.
 pub(super) struct Waiting {
     run: Child,
@@ -92,20 +111,19 @@ pub(super) struct Waiting {
 impl Waiting {
     /// Starts a backup that is to be struck, and waits until it has come to the
     /// step.
-    pub(super) fn at(life: &Life, step: Step, blow: Blow) -> Result<Self> {
-        let signs = tempfile::tempdir_in(life.bed.lab.dir())?;
+    pub(super) fn at(bed: &Bed, vm: &Vm, step: Step, blow: Blow) -> Result<Self> {
+        let signs = tempfile::tempdir_in(bed.lab.dir())?;
         let fault = format!(
             "{}:{}:{}",
             step.word(),
             blow.action(),
             signs.path().display()
         );
-        let run = life
-            .bed
-            .command(&["backup", life.vm.name()])
+        let run = bed
+            .command(&["backup", vm.name()])
             .env("HIGHWATER_FAULT", fault)
             .stdout(Stdio::null())
-            .stderr(fs::File::create(life.bed.lab.path("said"))?)
+            .stderr(fs::File::create(bed.lab.path("said"))?)
             .spawn()?;
         let mut waiting = Self { run, signs };
         let sign = waiting.signs.path().join(step.word());
@@ -114,7 +132,7 @@ impl Waiting {
             ensure!(
                 is_there || waiting.run.try_wait()?.is_none(),
                 "nobody passed the step: {}",
-                said(life)?
+                said(bed)?
             );
             Ok(is_there)
         });
@@ -129,19 +147,19 @@ impl Waiting {
     }
 
     /// Lets the blow fall, and waits for the end.
-    pub(super) fn strike(mut self, life: &Life, blow: Blow) -> Result<Struck> {
+    pub(super) fn strike(mut self, bed: &Bed, vm: &Vm, blow: Blow) -> Result<Struck> {
         let since = Instant::now();
-        let fallen = self.fall(life, blow);
+        let fallen = self.fall(bed, vm, blow);
         fs::File::create(self.signs.path().join("go"))?;
         let ended = fallen.and_then(|()| wait_until(|| Ok(self.run.try_wait()?.is_some())));
         let took = since.elapsed();
         drop(self.run.kill());
         let status = self.run.wait()?;
-        let said = said(life)?;
+        let said = said(bed)?;
         ended.with_context(|| format!("it did not end: {said}"))?;
         match blow {
-            Blow::KillQemu => life.vm.start()?,
-            Blow::KillLibvirtd => life.bed.lab.start_libvirtd()?,
+            Blow::KillQemu => vm.start()?,
+            Blow::KillLibvirtd => bed.lab.start_libvirtd()?,
             Blow::KillMover
             | Blow::KillGuard
             | Blow::KillAll
@@ -160,14 +178,14 @@ impl Waiting {
         })
     }
 
-    fn fall(&mut self, life: &Life, blow: Blow) -> Result<()> {
+    fn fall(&mut self, bed: &Bed, vm: &Vm, blow: Blow) -> Result<()> {
         match blow {
             Blow::KillMover => signal("-KILL", mover_of(&self.run)),
             Blow::KillGuard => signal("-KILL", guard_of(&self.run)?),
             Blow::KillAll => kill_all(&mut self.run),
-            Blow::KillQemu => life.vm.kill_qemu(),
-            Blow::RestartLibvirtd => life.bed.lab.restart_libvirtd(),
-            Blow::KillLibvirtd => life.bed.lab.kill_libvirtd(),
+            Blow::KillQemu => vm.kill_qemu(),
+            Blow::RestartLibvirtd => bed.lab.restart_libvirtd(),
+            Blow::KillLibvirtd => bed.lab.kill_libvirtd(),
             Blow::StoreBroken
             | Blow::StoreHiccup
             | Blow::StoreFull
@@ -177,8 +195,8 @@ impl Waiting {
     }
 }
 
-fn said(life: &Life) -> Result<String> {
-    Ok(fs::read_to_string(life.bed.lab.path("said"))?)
+fn said(bed: &Bed) -> Result<String> {
+    Ok(fs::read_to_string(bed.lab.path("said"))?)
 }
 
 /// Kills a run and all that it has started. Stopped first: none may see

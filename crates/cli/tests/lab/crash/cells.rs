@@ -48,7 +48,9 @@ pub(super) const fn phase(step: Step) -> Phase {
         | Step::MarkTidied
         | Step::MarkToldAgain
         | Step::Planned => Phase::Looking,
-        Step::DirectoriesMade | Step::ScratchMade | Step::Frozen => Phase::Starting,
+        Step::DirectoriesMade | Step::SecretDefined | Step::ScratchMade | Step::Frozen => {
+            Phase::Starting
+        }
         // The first pack may be written while the last bytes are read.
         Step::Started | Step::Begun | Step::PackWritten | Step::PackStored => Phase::Running,
         Step::Copied | Step::IndexStored | Step::CommitTold => Phase::Read,
@@ -58,6 +60,7 @@ pub(super) const fn phase(step: Step) -> Phase {
         | Step::JobEnded
         | Step::FilesRemoved
         | Step::SessionEnded
+        | Step::Distrusted
         | Step::RecordDeleted
         | Step::MarkGivenUp
         | Step::MergeStored

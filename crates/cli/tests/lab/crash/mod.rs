@@ -15,6 +15,7 @@
 
 mod blows;
 mod cells;
+mod frozen;
 mod life;
 mod prepare;
 
@@ -32,7 +33,17 @@ use prepare::{Preparation, preparation};
 fn row(blow: Blow, is_in_row: fn(Phase) -> bool) -> Result<()> {
     let mut steps: Vec<Step> = Step::ALL.to_vec();
     steps.retain(|step| is_in_row(phase(*step)) && preparation(*step) != Preparation::Guest);
-    let mut life = Life::start()?;
+    let is_encrypted = |step: &Step| preparation(*step) == Preparation::Encrypted;
+    let (encrypted, plain) = steps.into_iter().partition(is_encrypted);
+    let mut cells = lives_through(blow, plain, Life::start()?)?;
+    if !Vec::is_empty(&encrypted) {
+        cells += lives_through(blow, encrypted, Life::start_encrypted()?)?;
+    }
+    eprintln!("{blow:?}: {cells} cells");
+    Ok(())
+}
+
+fn lives_through(blow: Blow, mut steps: Vec<Step>, mut life: Life) -> Result<usize> {
     let mut cells = 0;
     while let Some(step) = next_step(&life, &mut steps)? {
         let cell = Cell { step, blow };
@@ -43,8 +54,8 @@ fn row(blow: Blow, is_in_row: fn(Phase) -> bool) -> Result<()> {
     }
     ensure!(cells > 0, "a row without cells");
     life.all_points_are_right()?;
-    eprintln!("{blow:?}: {cells} cells, {} points", life.points());
-    Ok(())
+    eprintln!("{} points are right", life.points());
+    Ok(cells)
 }
 
 /// Takes the next step; one that needs index files to merge when there are some,
@@ -105,7 +116,7 @@ rows! {
 fn the_matrix_has_a_cell_for_every_step_and_every_blow() {
     let steps = Step::ALL.iter();
     let with_guest = steps.filter(|step| preparation(**step) == Preparation::Guest);
-    // It takes a guest with an agent: `steps.rs`.
+    // It takes a guest with an agent: `frozen.rs`.
     assert_eq!(with_guest.collect::<Vec<_>>(), [&Step::Frozen]);
     assert!(Blow::ALL.iter().all(|blow| has_row(*blow)));
     let cells = (Step::ALL.len() - 1) * Blow::ALL.len();

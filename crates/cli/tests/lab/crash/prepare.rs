@@ -2,6 +2,7 @@
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_model::step::Step;
+use serde_json::json;
 
 use super::blows::{Blow, Waiting};
 use super::life::Life;
@@ -21,6 +22,10 @@ pub(super) enum Preparation {
     UnfinishedForgotten,
     /// As many index files as are merged with the next one.
     Merge,
+    /// A mark that somebody cleared, after many writes.
+    Liar,
+    /// An encrypted disk, and so encrypted scratch files.
+    Encrypted,
     /// A guest with an agent.
     Guest,
 }
@@ -31,7 +36,6 @@ pub(super) const fn preparation(step: Step) -> Preparation {
         | Step::Observed
         | Step::Planned
         | Step::DirectoriesMade
-        | Step::ScratchMade
         | Step::Started
         | Step::Begun
         | Step::PackWritten
@@ -54,6 +58,9 @@ pub(super) const fn preparation(step: Step) -> Preparation {
         Step::MarkToldAgain => Preparation::Forgotten,
         Step::BitmapRemoved => Preparation::UnfinishedForgotten,
         Step::MergeStored | Step::MergedDeleted => Preparation::Merge,
+        Step::Distrusted => Preparation::Liar,
+        // Of plain scratch files nothing is made before the job.
+        Step::SecretDefined | Step::ScratchMade => Preparation::Encrypted,
         Step::Frozen => Preparation::Guest,
     }
 }
@@ -65,7 +72,7 @@ impl Life {
     /// Leaves the VM as a run needs it to pass the step.
     pub(super) fn prepare(&mut self, step: Step) -> Result<()> {
         match preparation(step) {
-            Preparation::None => Ok(()),
+            Preparation::None | Preparation::Encrypted => Ok(()),
             Preparation::DeadSession => self.die_at(Step::Begun),
             Preparation::DeadStart => self.die_at(Step::ScratchMade),
             Preparation::Forgotten => self.forget_newest_mark(),
@@ -74,6 +81,7 @@ impl Life {
                 self.end_job()?;
                 self.forget_newest_mark()
             }
+            Preparation::Liar => self.clear_mark(),
             Preparation::Merge => {
                 while !self.merges_next()? {
                     self.write()?;
@@ -87,14 +95,27 @@ impl Life {
 
     fn die_at(&mut self, step: Step) -> Result<()> {
         self.write()?;
-        let waiting = Waiting::at(self, step, Blow::KillAll)?;
-        waiting.strike(self, Blow::KillAll).map(drop)
+        let waiting = Waiting::at(&self.bed, &self.vm, step, Blow::KillAll)?;
+        waiting.strike(&self.bed, &self.vm, Blow::KillAll).map(drop)
     }
 
     /// As an admin may do who finds it in the way.
     fn end_job(&self) -> Result<()> {
         self.bed.lab.virsh(&["domjobabort", self.vm.name()])?;
         super::blows::wait_until(|| Ok(!self.vm.job_running()?))
+    }
+
+    /// Clears what tells of so many writes that an audit cannot miss them all.
+    fn clear_mark(&mut self) -> Result<()> {
+        self.write_often(100)?;
+        let image = self.vm.image("vda");
+        let places = self.vm.bitmaps_everywhere()?;
+        let mut places = places.iter();
+        let place = places.find(|place| place.file == image && place.bitmap.recording);
+        let place = place.context("a mark on vda")?;
+        let arguments = json!({"node": place.node, "name": place.bitmap.name});
+        let clear = json!({"execute": "block-dirty-bitmap-clear", "arguments": arguments});
+        self.vm.monitor(&clear).map(drop)
     }
 
     fn forget_newest_mark(&self) -> Result<()> {
