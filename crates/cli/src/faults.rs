@@ -10,7 +10,8 @@
 //!                whichever process it is used: see `faults::store`
 //! ```
 //!
-//! Debug builds only.
+//! `HIGHWATER_FAULT_PATIENCE=SECONDS` shortens the waiting for a daemon that is
+//! away. Debug builds only.
 
 mod store;
 
@@ -20,12 +21,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use highwater_model::step::{Step, on_step};
+use highwater_model::step::{Step, limit_patience, on_step};
 use highwater_store::Store;
 
 use store::{FailingStore, Failure};
 
 const VARIABLE: &str = "HIGHWATER_FAULT";
+/// Seconds after which nobody waits any longer for what is away.
+const PATIENCE: &str = "HIGHWATER_FAULT_PATIENCE";
 const LOOK: Duration = Duration::from_millis(5);
 
 static FAULT: OnceLock<Fault> = OnceLock::new();
@@ -45,6 +48,10 @@ enum Action {
 
 /// Does what the environment asks for, from the next step on.
 pub(crate) fn install() {
+    let patience = std::env::var(PATIENCE).ok();
+    if let Some(seconds) = patience.and_then(|text| text.parse().ok()) {
+        limit_patience(Duration::from_secs(seconds));
+    }
     let Ok(wish) = std::env::var(VARIABLE) else {
         return;
     };

@@ -7,8 +7,10 @@
 //! debug build may install; a release build has neither hook nor call.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 static HOOK: OnceLock<fn(Step)> = OnceLock::new();
+static PATIENCE_MAX: OnceLock<Duration> = OnceLock::new();
 
 /// Which of the two processes of a backup passes a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -128,6 +130,22 @@ pub fn pass(step: Step) {
         && let Some(hook) = HOOK.get()
     {
         hook(step);
+    }
+}
+
+/// Lets nobody wait longer than this for what may never come back, for the whole
+/// process. A test of every step cannot wait a minute at each.
+pub fn limit_patience(max: Duration) {
+    // As with the hook.
+    let _ = PATIENCE_MAX.set(max);
+}
+
+/// Returns how long to wait for what may never come back: as long as `usual`,
+/// always so in a release build.
+pub fn patience(usual: Duration) -> Duration {
+    match PATIENCE_MAX.get() {
+        Some(max) if cfg!(debug_assertions) => usual.min(*max),
+        Some(_) | None => usual,
     }
 }
 

@@ -24,15 +24,17 @@ pub(super) fn faults(texts: &[Text]) -> Vec<String> {
         let code = code_only(&file.text);
         if path == STEPS {
             // Without it the compiler would keep the hook and every call.
-            if !code.contains("if cfg!(debug_assertions)") {
+            if code.matches("if cfg!(debug_assertions)").count() != 2 {
                 faults.push(format!(
                     "{path}: passing a step costs a release build nothing"
                 ));
             }
             continue;
         }
-        if code.contains("on_step(") {
-            faults.push(format!("{path}: `on_step` outside {HOME}.rs"));
+        for setter in ["on_step(", "limit_patience("] {
+            if code.contains(setter) {
+                faults.push(format!("{path}: `{setter})` outside {HOME}.rs"));
+            }
         }
         let mut before = "";
         for line in code.lines().map(str::trim) {
@@ -76,7 +78,7 @@ mod tests {
             "on_step(act); env(\"HIGHWATER_FAULT\");",
             &[
                 "crates/engine/src/lib.rs: HIGHWATER_FAULT is read in crates/cli/src/faults.rs alone",
-                "crates/engine/src/lib.rs: `on_step` outside crates/cli/src/faults.rs",
+                "crates/engine/src/lib.rs: `on_step()` outside crates/cli/src/faults.rs",
             ],
         );
         check(

@@ -40,7 +40,6 @@ mod saved;
 mod scale;
 mod scene;
 mod shells;
-mod steps;
 mod stress;
 mod support;
 mod verify;

@@ -75,6 +75,26 @@ impl Blow {
     }
 }
 
+impl Blow {
+    /// Returns for how many seconds the program waits for libvirtd, if not as
+    /// long as usual: where it does not come back, that is a minute at each step.
+    const fn patience(self) -> Option<&'static str> {
+        match self {
+            Self::KillLibvirtd => Some("2"),
+            Self::KillMover
+            | Self::KillGuard
+            | Self::KillAll
+            | Self::KillQemu
+            | Self::RestartLibvirtd
+            | Self::StoreBroken
+            | Self::StoreHiccup
+            | Self::StoreFull
+            | Self::StoreDone
+            | Self::StoreLost => None,
+        }
+    }
+}
+
 /// How a struck run ended.
 pub(super) struct Struck {
     pub(super) status: ExitStatus,
@@ -122,6 +142,10 @@ impl Waiting {
         let run = bed
             .command(&["backup", vm.name()])
             .env("HIGHWATER_FAULT", fault)
+            .envs(
+                blow.patience()
+                    .map(|seconds| ("HIGHWATER_FAULT_PATIENCE", seconds)),
+            )
             .stdout(Stdio::null())
             .stderr(fs::File::create(bed.lab.path("said"))?)
             .spawn()?;

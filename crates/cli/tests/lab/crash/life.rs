@@ -236,7 +236,9 @@ impl Life {
         let [mark] = left.checkpoints.as_slice() else {
             anyhow::bail!("not one mark: {:?}", left.checkpoints);
         };
-        let bitmaps = TARGETS.map(|target| format!("{target}/{mark}"));
+        // Of an encrypted image QEMU tells no name that could be compared.
+        let seen = TARGETS.iter().take(TARGETS.len() - self.keys);
+        let bitmaps: Vec<_> = seen.map(|target| format!("{target}/{mark}")).collect();
         ensure!(
             left.bitmaps == bitmaps,
             "not its bitmaps: {:?}",
