@@ -42,6 +42,8 @@ blows! {
     KillQemu
     /// SIGKILL to libvirtd, which is back before the run goes on.
     RestartLibvirtd
+    /// SIGKILL to libvirtd, which is missed at first, and back soon.
+    MissLibvirtd
     /// SIGKILL to libvirtd, which is back when the run has ended.
     KillLibvirtd
     /// Every call to the store fails with an I/O error.
@@ -65,6 +67,7 @@ impl Blow {
             | Self::KillAll
             | Self::KillQemu
             | Self::RestartLibvirtd
+            | Self::MissLibvirtd
             | Self::KillLibvirtd => "wait",
             Self::StoreBroken => "store-broken",
             Self::StoreHiccup => "store-hiccup",
@@ -86,6 +89,7 @@ impl Blow {
             | Self::KillAll
             | Self::KillQemu
             | Self::RestartLibvirtd
+            | Self::MissLibvirtd
             | Self::StoreBroken
             | Self::StoreHiccup
             | Self::StoreFull
@@ -175,7 +179,11 @@ impl Waiting {
         let since = Instant::now();
         let fallen = self.fall(bed, vm, blow);
         fs::File::create(self.signs.path().join("go"))?;
-        let ended = fallen.and_then(|()| wait_until(|| Ok(self.run.try_wait()?.is_some())));
+        let back = match blow {
+            Blow::MissLibvirtd => fallen.and_then(|()| bed.lab.start_libvirtd()),
+            _ => fallen,
+        };
+        let ended = back.and_then(|()| wait_until(|| Ok(self.run.try_wait()?.is_some())));
         let took = since.elapsed();
         drop(self.run.kill());
         let status = self.run.wait()?;
@@ -188,6 +196,7 @@ impl Waiting {
             | Blow::KillGuard
             | Blow::KillAll
             | Blow::RestartLibvirtd
+            | Blow::MissLibvirtd
             | Blow::StoreBroken
             | Blow::StoreHiccup
             | Blow::StoreFull
@@ -209,7 +218,7 @@ impl Waiting {
             Blow::KillAll => kill_all(&mut self.run),
             Blow::KillQemu => vm.kill_qemu(),
             Blow::RestartLibvirtd => bed.lab.restart_libvirtd(),
-            Blow::KillLibvirtd => bed.lab.kill_libvirtd(),
+            Blow::MissLibvirtd | Blow::KillLibvirtd => bed.lab.kill_libvirtd(),
             Blow::StoreBroken
             | Blow::StoreHiccup
             | Blow::StoreFull

@@ -138,6 +138,7 @@ pub(super) const fn expected(cell: Cell) -> Expected {
             | Blow::KillGuard
             | Blow::KillAll
             | Blow::RestartLibvirtd
+            | Blow::MissLibvirtd
             | Blow::KillLibvirtd
             | Blow::StoreBroken
             | Blow::StoreHiccup
@@ -173,7 +174,7 @@ const fn outcome(cell: Cell) -> (End, Point) {
             Phase::Running | Phase::Read => FAILED_OR_DONE,
             Phase::Committing | Phase::Committed | Phase::Done => DONE,
         },
-        Blow::RestartLibvirtd | Blow::KillLibvirtd => match phase {
+        Blow::RestartLibvirtd | Blow::MissLibvirtd | Blow::KillLibvirtd => match phase {
             Phase::Looking | Phase::Starting | Phase::Running | Phase::Read => FAILED_OR_DONE,
             Phase::Committing | Phase::Committed | Phase::Done => DONE,
         },
@@ -224,6 +225,7 @@ const fn is_tidy(cell: Cell) -> bool {
         | Blow::KillGuard
         | Blow::KillQemu
         | Blow::RestartLibvirtd
+        | Blow::MissLibvirtd
         | Blow::StoreBroken
         | Blow::StoreHiccup
         | Blow::StoreFull

@@ -42,6 +42,7 @@ const fn thaws(blow: Blow) -> Thaws {
         Blow::KillMover
         | Blow::KillGuard
         | Blow::RestartLibvirtd
+        | Blow::MissLibvirtd
         | Blow::StoreBroken
         | Blow::StoreHiccup
         | Blow::StoreFull

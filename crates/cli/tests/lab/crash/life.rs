@@ -215,6 +215,7 @@ impl Life {
             | Blow::KillAll
             | Blow::KillQemu
             | Blow::RestartLibvirtd
+            | Blow::MissLibvirtd
             | Blow::KillLibvirtd
             | Blow::StoreBroken
             | Blow::StoreHiccup

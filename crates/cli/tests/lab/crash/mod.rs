@@ -104,6 +104,7 @@ rows! {
     all_of_ours_killed_at_any_step_lose_nothing KillAll
     a_qemu_killed_at_any_step_costs_no_more_than_a_rescan KillQemu
     a_libvirtd_restarted_at_any_step_loses_nothing RestartLibvirtd
+    a_libvirtd_missed_after_any_step_loses_nothing MissLibvirtd
     a_libvirtd_gone_from_any_step_on_loses_nothing KillLibvirtd
     a_store_broken_from_any_step_on_loses_nothing StoreBroken
     a_store_that_fails_once_after_any_step_loses_nothing StoreHiccup
