@@ -7,7 +7,7 @@ use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
     HypervisorError, Quiesce, ReadMode, RunState, VmRef,
 };
-use highwater_model::step::{Step, pass};
+use highwater_model::step::{Step, pass, patience};
 use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
@@ -196,14 +196,12 @@ impl LibvirtDriver {
 
     /// Takes back what a failed start has done so far.
     fn undo(&mut self, order: &BeginOrder, error: HypervisorError) -> HypervisorError {
-        let since = Instant::now();
+        let until = Instant::now() + patience(UNDO_PATIENCE);
         let left = loop {
             match self.take_back(order, &error) {
                 Ok(left) => break left,
                 // The daemon was restarted, and needs a moment to come back.
-                Err(lost)
-                    if lost.kind == ErrorKind::Unreachable && since.elapsed() < UNDO_PATIENCE =>
-                {
+                Err(lost) if lost.kind == ErrorKind::Unreachable && Instant::now() < until => {
                     std::thread::sleep(UNDO_INTERVAL);
                 }
                 Err(other) => break vec![other.to_string()],
