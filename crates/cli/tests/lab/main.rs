@@ -24,6 +24,7 @@ mod healing;
 mod interruption;
 mod late;
 mod levels;
+mod life;
 mod losses;
 mod matrix;
 mod matrix_changes;
