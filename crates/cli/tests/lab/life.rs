@@ -10,6 +10,7 @@ mod backup;
 mod bytes;
 mod check;
 mod draw;
+mod found;
 mod held;
 mod model;
 mod others;
@@ -47,10 +48,11 @@ impl Life {
             "--key-file".to_owned(),
             text(&key),
         ];
-        let mut init = vec!["init", "--encryption", "keyfile"];
+        let mut random = Random(seed);
+        let chunk = ["64KiB", "256KiB", "1MiB"][usize::try_from(random.below(3))?];
+        let mut init = vec!["init", "--encryption", "keyfile", "--chunk-size", chunk];
         init.extend(other.iter().map(String::as_str));
         bed.run(&init)?;
-        let mut random = Random(seed);
         let mut model = Model::draw(&mut random, [Vec::new(), other.to_vec()]);
         let mut vm = bed.lab.vm("web01");
         for disk in &model.disks {
@@ -69,7 +71,10 @@ impl Life {
             vm,
             model,
             files: 0,
-            log: vec![format!("a VM with {}", disks.join(", "))],
+            log: vec![format!(
+                "a VM with {}; other chunks: {chunk}",
+                disks.join(", ")
+            )],
             bed,
         })
     }

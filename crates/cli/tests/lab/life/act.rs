@@ -203,6 +203,21 @@ impl Life {
                 self.model.theirs.clear();
             }
             VmLife::RestartLibvirtd => self.bed.lab.restart_libvirtd()?,
+            VmLife::WithoutLibvirtd { repository } => {
+                self.bed.lab.kill_libvirtd()?;
+                let failed = self.fails_without_libvirtd(repository);
+                self.bed.lab.start_libvirtd()?;
+                failed?;
+            }
+            VmLife::InternalSnapshot { repository } => {
+                let name = "before-the-upgrade";
+                let done = self.virsh(&["snapshot-create-as", "web01", name]);
+                // QEMU's snapshot has flushed all disks.
+                if self.unless_a_bitmap_forbids_it(done)? {
+                    self.back_up(repository, &[], false)?;
+                    self.virsh(&["snapshot-delete", "web01", name])?;
+                }
+            }
         }
         self.is_in_the_expected_state()
     }

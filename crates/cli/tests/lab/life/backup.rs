@@ -160,12 +160,7 @@ impl Life {
         let due: Vec<&str> = content.keys().copied().collect();
         ensure!(names == due, "disks {names:?} instead of {due:?}: {report}");
         self.exists(repository, &id, content)?;
-        if matches!(level, "copy" | "differential") {
-            // A lie may have taken a mark off; nothing else may.
-            if report["warnings"] != serde_json::json!([]) {
-                self.note(format!("warnings: {}", report["warnings"]));
-            }
-        } else {
+        if !matches!(level, "copy" | "differential") {
             self.model.marked(repository, &id, &due);
         }
         self.model.dead_session = false;
@@ -198,6 +193,12 @@ impl Life {
         let unknown = self.unknown(repository)?;
         ensure!(unknown.is_empty(), "a refused backup has added {unknown:?}");
         Ok(())
+    }
+
+    pub(super) fn fails_without_libvirtd(&mut self, repository: usize) -> Result<()> {
+        let ended = self.start_and_wait(repository, &[], false)?;
+        ensure!(ended.code == Some(1), "{:?}: {}", ended.code, ended.stderr);
+        self.added_nothing(repository)
     }
 
     /// A backup that somebody else's work keeps from starting.
@@ -242,7 +243,14 @@ impl Life {
             Some(healed) if !healed.is_empty() => format!("; healed {}", report["healed"]),
             _ => String::new(),
         };
+        let warned = match report["warnings"].as_array() {
+            Some(warned) if !warned.is_empty() => format!("; warnings {}", report["warnings"]),
+            _ => String::new(),
+        };
         let point = report["point"].as_str().unwrap_or("?");
-        self.note(format!("point {point}: {}{healed}", modes.join(", ")));
+        self.note(format!(
+            "point {point}: {}{healed}{warned}",
+            modes.join(", ")
+        ));
     }
 }

@@ -3,7 +3,7 @@
 use highwater_model::step::Step;
 use highwater_testkit::workload::Random;
 
-use super::model::{Model, PLUGGED, Power};
+use super::model::{Disk, Model, PLUGGED, Power};
 
 /// One thing that happens in a life.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,6 +61,8 @@ pub(super) enum Operation {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Meanwhile {
     Writes(u64),
+    /// Somebody lists, restores and asks the doctor.
+    Looks,
     /// Whoever passes the step dies.
     Dies,
     MoverDies,
@@ -93,6 +95,14 @@ pub(super) enum VmLife {
     Save,
     UndefineAndDefine,
     RestartLibvirtd,
+    /// A backup finds no libvirtd.
+    WithoutLibvirtd {
+        repository: usize,
+    },
+    /// A backup beside a snapshot within the images.
+    InternalSnapshot {
+        repository: usize,
+    },
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -195,7 +205,7 @@ impl Operation {
                     ],
                 ),
             },
-            76..84 => Self::Vm(VmLife::draw(model, random)),
+            76..84 => Self::Vm(VmLife::draw(model, repository, random)),
             84..91 => Self::Disk {
                 disk,
                 what: DiskLife::draw(random),
@@ -276,7 +286,12 @@ impl Operation {
                 | VmLife::Kill
                 | VmLife::Save
                 | VmLife::UndefineAndDefine => is_on,
-                VmLife::RestartLibvirtd => true,
+                VmLife::RestartLibvirtd | VmLife::WithoutLibvirtd { .. } => true,
+                // QEMU makes one of all disks or of none.
+                VmLife::InternalSnapshot { .. } => {
+                    let mut disks = model.disks.iter();
+                    model.power == Power::Running && disks.all(Disk::may_have_internal_snapshots)
+                }
             },
             Self::Disk { disk, what } => what.is_possible(model, *disk),
             Self::Harm { disk, .. } => {
@@ -308,7 +323,8 @@ impl Operation {
 
 impl Meanwhile {
     fn draw(random: &mut Random) -> Self {
-        match random.below(16) {
+        match random.below(17) {
+            16 => Self::Looks,
             0..4 => Self::Writes(1 + random.below(12)),
             4..6 => Self::Dies,
             6 => Self::MoverDies,
@@ -324,7 +340,7 @@ impl Meanwhile {
 }
 
 impl VmLife {
-    fn draw(model: &Model, random: &mut Random) -> Self {
+    fn draw(model: &Model, repository: usize, random: &mut Random) -> Self {
         if model.power == Power::Off {
             return Self::Start;
         }
@@ -342,6 +358,8 @@ impl VmLife {
             Self::Save,
             Self::UndefineAndDefine,
             Self::RestartLibvirtd,
+            Self::WithoutLibvirtd { repository },
+            Self::InternalSnapshot { repository },
         ];
         one(random, &all)
     }

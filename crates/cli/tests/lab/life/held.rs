@@ -60,7 +60,7 @@ impl Life {
         })?;
         let reached = is_reached();
         if reached {
-            self.happens(meanwhile, step, &mut mover, random)?;
+            self.happens(repository, meanwhile, step, &mut mover, random)?;
         } else {
             self.note("the step was not passed".to_owned());
         }
@@ -87,6 +87,7 @@ impl Life {
 
     fn happens(
         &mut self,
+        repository: usize,
         what: Meanwhile,
         step: Step,
         mover: &mut Child,
@@ -99,6 +100,11 @@ impl Life {
                     .filter(|it| self.model.disks[*it].attached)
                     .collect();
                 self.write(&attached, count, true, random)?;
+            }
+            Meanwhile::Looks => {
+                let nth = random.next();
+                self.check_any(repository, nth, false, "raw")?;
+                self.looks_busy(repository, step)?;
             }
             Meanwhile::Dies => {}
             Meanwhile::MoverDies => signal("-KILL", mover_of(mover))?,
@@ -133,6 +139,26 @@ impl Life {
             }
             Meanwhile::Terminated => signal("-TERM", mover_of(mover))?,
             Meanwhile::Interrupted => signal("-INT", mover_of(mover))?,
+        }
+        Ok(())
+    }
+
+    /// A doctor who may repair finds that a backup holds the VM; one who only
+    /// looks has nothing to say against it.
+    fn looks_busy(&mut self, repository: usize, step: Step) -> Result<()> {
+        for (option, due) in [(None, 0), (Some("--fix"), 11)] {
+            let mut text = vec!["doctor", "web01"];
+            text.extend(option);
+            let args = self.args(repository, &text);
+            let args: Vec<&str> = args.iter().map(String::as_str).collect();
+            let output = self.bed.output(&args)?;
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said = format!("{:?}: {said}", output.status.code());
+            self.note(format!("doctor at {}: {said}", step.word()));
+            ensure!(
+                output.status.code() == Some(due),
+                "doctor {option:?}: {said}"
+            );
         }
         Ok(())
     }
@@ -176,7 +202,10 @@ impl Life {
         ended: &Ended,
         content: std::collections::BTreeMap<&'static str, super::bytes::Bytes>,
     ) -> Result<()> {
-        let must_succeed = matches!(happened, None | Some(Meanwhile::Writes(_)));
+        let must_succeed = matches!(
+            happened,
+            None | Some(Meanwhile::Writes(_) | Meanwhile::Looks)
+        );
         let may_be_lost = self.model.libvirtd_died && ended.code == Some(11);
         let settled = !matches!(
             happened,

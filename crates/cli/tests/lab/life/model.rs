@@ -101,6 +101,10 @@ impl Disk {
         self.kind != Kind::Raw
     }
 
+    pub(super) fn may_have_internal_snapshots(&self) -> bool {
+        self.is_tracked() && self.kind != Kind::DataFile && self.chain.len() == 1
+    }
+
     pub(super) fn top(&self) -> &PathBuf {
         self.chain.last().expect("a disk has an image")
     }
