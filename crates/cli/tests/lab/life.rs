@@ -15,6 +15,8 @@ mod held;
 mod model;
 mod others;
 
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, anyhow};
@@ -41,6 +43,7 @@ impl Life {
         let bed = Bed::start()?;
         let (repo, key) = (bed.lab.path("repo2"), bed.lab.path("key"));
         std::fs::write(&key, seed.to_be_bytes().repeat(8))?;
+        std::fs::set_permissions(&key, Permissions::from_mode(0o600))?;
         let text = |path: &std::path::Path| path.to_string_lossy().into_owned();
         let other = [
             "-r".to_owned(),

@@ -25,13 +25,12 @@ fn draw_write(random: &mut Random, disk: &Disk) -> GuestWrite {
     };
     let len = len.min(size);
     let byte = u8::try_from(1 + random.below(255)).unwrap_or(1);
-    if random.below(16) == 0 {
+    // The ends of a disk are what is easily forgotten.
+    let edge = random.below(12);
+    if edge < 2 {
+        let offset = if edge == 0 { size - len } else { 0 };
         let kind = WriteKind::Data(byte);
-        return GuestWrite {
-            kind,
-            offset: size - len,
-            len,
-        };
+        return GuestWrite { kind, offset, len };
     }
     let aligned = random.below((size - len) / len + 1) * len;
     let offset = match random.below(5) {

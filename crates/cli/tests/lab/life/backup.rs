@@ -218,18 +218,20 @@ impl Life {
             marks(self)?,
             self.model.repositories[repository].prefix.clone(),
         );
-        // What nobody needs may be gone; nothing is new.
+        // What nobody needs may be gone, what was forgotten may be told again.
         let own = own.unwrap_or_else(|| "hw-".to_owned());
+        let needed = &self.model.repositories[repository].needed;
+        let is_needed = |name: &str| {
+            let id = name.strip_prefix(&own);
+            id.is_some_and(|id| needed.values().any(|it| it == id))
+        };
         for name in &before {
-            ensure!(
-                after.contains(name) || name.starts_with(&own),
-                "{name} is gone"
-            );
+            let may_go = name.starts_with(&own);
+            ensure!(after.contains(name) || may_go, "{name} is gone");
         }
-        ensure!(
-            after.iter().all(|it| before.contains(it)),
-            "{before:?}: {after:?}"
-        );
+        for name in &after {
+            ensure!(before.contains(name) || is_needed(name), "{name} is new");
+        }
         Ok(())
     }
 

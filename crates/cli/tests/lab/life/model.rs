@@ -109,11 +109,13 @@ impl Disk {
         self.chain.last().expect("a disk has an image")
     }
 
-    /// Whether a range of 64 KiB is one cluster or several.
+    /// Whether a discarded range of 64 KiB reads as zeroes.
     pub(super) const fn may_discard(&self) -> bool {
         match self.kind {
             Kind::Qcow2 { cluster } => cluster <= 64 * KIB,
-            Kind::Subclusters | Kind::DataFile | Kind::Raw => true,
+            Kind::Subclusters | Kind::Raw => true,
+            // QEMU may leave the bytes in the file beside it.
+            Kind::DataFile => false,
         }
     }
 }
