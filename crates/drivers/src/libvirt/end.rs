@@ -33,6 +33,10 @@ impl LibvirtDriver {
         vm: &VmRef,
         session: SessionId,
     ) -> Result<(), HypervisorError> {
+        // Before anything is asked: what comes meanwhile is looked at next time.
+        if let Some(watch) = self.watches.get_mut(&session) {
+            watch.heard = watch.log();
+        }
         let domain = self.domain(vm).map_err(|error| match error.kind {
             // A transient VM is forgotten when it ends.
             ErrorKind::NoSuchVm => lost(vm, session, "the VM is gone"),
@@ -217,11 +221,7 @@ fn look(
     watch: &Watch,
     state: RunState,
 ) -> Result<(), HypervisorError> {
-    let log = watch
-        .listener
-        .as_ref()
-        .map(super::sys::events::EventListener::log)
-        .unwrap_or_default();
+    let log = watch.log();
     if log.stopped {
         // It runs again, but the job's QEMU is gone.
         return Err(lost(vm, session, "QEMU ended"));

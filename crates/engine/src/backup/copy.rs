@@ -395,6 +395,13 @@ pub(super) fn copy_disks(
     {
         return Err(error);
     }
+    // The guard ends a broken session at once, and then reads fail: that is no
+    // fault of the disk either.
+    if results.iter().any(|copied| copied.result.is_err())
+        && let Some(why) = reason_to_stop(watch)
+    {
+        return Err(why);
+    }
     // The guard may have noticed a lost session in the same moment in which
     // the last byte arrived; then the bytes are good.
     if let Some(why) = why_stopped {
