@@ -74,10 +74,14 @@ impl Life {
         random: &mut Random,
     ) -> Result<()> {
         let mut commands = Vec::new();
+        let may_discard = self.model.may_discard();
         for number in disks {
             let disk = &mut self.model.disks[*number];
             for _ in 0..count {
-                let write = draw_write(random, disk);
+                let mut write = draw_write(random, disk);
+                if write.kind == WriteKind::Discard && !may_discard {
+                    write.kind = WriteKind::ZeroesUnmap;
+                }
                 apply(&mut disk.bytes, write);
                 commands.push((disk.name, write.to_qemu_io()));
             }

@@ -60,7 +60,9 @@ impl Life {
         })?;
         let reached = is_reached();
         if reached {
+            self.model.held = true;
             self.happens(repository, meanwhile, step, &mut mover, random)?;
+            self.model.held = false;
         } else {
             self.note("the step was not passed".to_owned());
         }

@@ -151,6 +151,8 @@ pub(super) struct Model {
     /// A session without processes may hold the VM: libvirt lets nobody do
     /// much to it, until the next backup has ended it.
     pub(super) dead_session: bool,
+    /// A backup waits.
+    pub(super) held: bool,
     /// libvirtd died while a backup was under way. If that was within the
     /// start call, the VM has to be started anew first.
     pub(super) libvirtd_died: bool,
@@ -196,9 +198,16 @@ impl Model {
                 .collect(),
             power: Power::Running,
             dead_session: false,
+            held: false,
             libvirtd_died: false,
             theirs: Vec::new(),
         }
+    }
+
+    /// Whether a discarded range reads as zeroes. QEMU passes no discard on to an
+    /// image as long as a backup job looks at what is written.
+    pub(super) const fn may_discard(&self) -> bool {
+        !self.held && !self.dead_session
     }
 
     /// Something may have happened to every mark on a disk.
