@@ -27,6 +27,7 @@ mod interruption;
 mod late;
 mod latency;
 mod levels;
+mod life;
 mod losses;
 mod matrix;
 mod matrix_changes;
