@@ -376,3 +376,39 @@ fn a_full_scratch_file_stops_the_guest_for_a_moment_though_the_mover_does_not_ru
     })?;
     scratch.was_too_small(&bed, &writing, &output)
 }
+
+/// What the repository takes is missing for the scratch files, which a guest
+/// waits for.
+#[test]
+fn a_repository_beside_the_scratch_files_stops_before_the_guest_has_to() -> Result<()> {
+    let place = tempfile::Builder::new()
+        .prefix("hws-")
+        .tempdir_in("/dev/shm")?;
+    let memory = Mount::memory(place.path(), 112 * MIB)?;
+    let bed = Bed::without_repository()?;
+    std::os::unix::fs::symlink(place.path().join("repo"), bed.repo())?;
+    bed.run(&["init", "--encryption", "none"])?;
+    let scratch = place.path().join("scratch");
+    let dir = scratch.to_str().context("a path is text")?;
+    let mut writing = Writing::start(&bed)?;
+    let (output, stopped) = writing.measure("a repository beside the scratch files", |_| {
+        let stops = Stops::watch(&bed)?;
+        let child = bed.spawn(&[
+            "backup",
+            "web01",
+            "--compression",
+            "none",
+            "--scratch-dir",
+            dir,
+        ])?;
+        Ok((ended(child)?, stops.on_error()?))
+    })?;
+    ensure!(stopped.0 == 0, "the guest was stopped: {stopped:?}");
+    ensure!(output.status.code() == Some(1), "{}", output.status);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(stderr.contains("scratch directory"), "{stderr}");
+    ensure!(stderr.contains("(`--scratch-dir`)"), "{stderr}");
+    bed.assert_tidy(&writing.vm, 1)?;
+    drop((writing, memory));
+    Ok(())
+}
