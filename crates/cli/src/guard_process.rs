@@ -8,19 +8,24 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
-use highwater_engine::{Guard, GuardError, serve};
+use highwater_engine::{Guard, GuardError, Parting, serve};
 use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
 use rustix::fd::AsFd as _;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::front::mover;
 use crate::{env, secrets, settings};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
+
+/// How to part from the guards there are.
+static PARTINGS: Mutex<Vec<Parting>> = Mutex::new(Vec::new());
 
 /// Starts a guard and connects it to a hypervisor.
 pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
@@ -38,7 +43,25 @@ pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
         .stderr(Stdio::null())
         .spawn()
         .map_err(|source| cannot_start(&source))?;
-    Guard::connect(ours, lifeline, uri, &settings::runtime_dir())
+    let guard = Guard::connect(ours, lifeline, uri, &settings::runtime_dir())?;
+    let mut partings = PARTINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    partings.retain(|parting| !parting.is_over());
+    partings.push(guard.parting());
+    drop(partings);
+    Ok(match mover::witness() {
+        Some(witness) => guard.witnessed_by(witness),
+        None => guard,
+    })
+}
+
+/// Has all guards end their sessions on their own, and waits for that a while.
+pub(crate) fn part(limit: Duration) {
+    let partings = PARTINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    partings.iter().for_each(Parting::part);
+    let end = Instant::now() + limit;
+    for parting in partings.iter() {
+        parting.wait(end.saturating_duration_since(Instant::now()));
+    }
 }
 
 fn cannot_start(source: &std::io::Error) -> GuardError {

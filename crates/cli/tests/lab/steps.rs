@@ -13,7 +13,7 @@ use highwater_model::step::{Process, Step};
 use highwater_testkit::{DiskSpec, Guest, KIB, MIB, Vm, guest};
 use serde_json::Value;
 
-use crate::processes::{guard_of, mover_of, signal};
+use crate::processes::{guard_of, kill_all, mover_of};
 use crate::support::{Bed, assert_same, mode, point, reference};
 
 /// How long a process may take to reach a step, or to end after it.
@@ -22,9 +22,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Who is killed at a step.
 #[derive(Clone, Copy)]
 enum Death {
-    /// The process that passes it; the other one is left to settle.
+    /// The process that passes it; the others are left to settle.
     One,
-    /// That one and the other one.
+    /// All of them: nobody is left.
     Both,
 }
 
@@ -176,19 +176,14 @@ impl Life {
     }
 }
 
-/// Kills mover and guard so that neither sees the other die: the one that
-/// waits at a step sees nothing.
+/// Kills all processes so that none sees another one die: the one that waits
+/// at a step sees nothing.
 fn kill_both(started: &mut Child, waiting: Process) -> Result<()> {
-    let (mover, guard) = (mover_of(started), guard_of(started)?);
-    let order = match waiting {
-        Process::Mover => [guard, mover],
-        Process::Guard => [mover, guard],
-    };
-    for pid in order {
-        signal("-KILL", pid)?;
+    let (mover, guard) = (mover_of(started)?, guard_of(started)?);
+    match waiting {
+        Process::Mover => kill_all(started, guard, mover),
+        Process::Guard => kill_all(started, mover, guard),
     }
-    started.wait()?;
-    wait(|| Ok(!fs::exists(format!("/proc/{guard}/exe"))?))
 }
 
 fn wait(mut done: impl FnMut() -> Result<bool>) -> Result<()> {
