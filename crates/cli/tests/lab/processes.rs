@@ -4,7 +4,7 @@ use std::fs;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use highwater_testkit::tool;
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -16,12 +16,12 @@ pub(crate) fn front_of(started: &Child) -> u32 {
 
 /// Returns the process id of the one that touches the repository.
 pub(crate) fn mover_of(started: &Child) -> Result<u32> {
-    only_child(front_of(started))
+    child_of(front_of(started), "highwater-mover")
 }
 
 /// Returns the process id of the one that owns the VM.
 pub(crate) fn guard_of(started: &Child) -> Result<u32> {
-    only_child(mover_of(started)?)
+    child_of(mover_of(started)?, "highwater-guard")
 }
 
 /// Kills all three so that none sees another die: `first` before `second`.
@@ -45,16 +45,23 @@ pub(crate) fn wait_for_end(pid: u32) -> Result<()> {
     Ok(())
 }
 
-fn only_child(pid: u32) -> Result<u32> {
+/// Finds the child that was started under a name; one that is dead has none.
+fn child_of(pid: u32, name: &str) -> Result<u32> {
     let of = format!("/proc/{pid}/task/{pid}/children");
+    let is_named = |child: &u32| {
+        fs::read(format!("/proc/{child}/cmdline")).is_ok_and(|it| it.starts_with(name.as_bytes()))
+    };
     let end = Instant::now() + PATIENCE;
     loop {
         let children = fs::read_to_string(&of)?;
-        let child = children.trim().parse();
-        // It may be about to be started.
-        if child.is_ok() || Instant::now() >= end {
-            return child.with_context(|| format!("process {pid} has not one child: `{children}`"));
+        let mut pids = children
+            .split_whitespace()
+            .filter_map(|pid| pid.parse().ok());
+        if let Some(child) = pids.find(is_named) {
+            return Ok(child);
         }
+        // It may be about to be started.
+        ensure!(Instant::now() < end, "process {pid} has no {name}");
         std::thread::sleep(Duration::from_millis(5));
     }
 }
