@@ -48,14 +48,19 @@ impl Scene {
             .bed
             .command(&[&["backup", "web01"], args].concat())
             .env("HIGHWATER_FAULT", fault)
-            .stdout(std::process::Stdio::piped())
-            .stderr(std::process::Stdio::piped())
+            .stdout(fs::File::create(self.bed.lab.path("said"))?)
+            .stderr(fs::File::create(self.bed.lab.path("told"))?)
             .spawn()?;
         let sign = signs.path().join(step.word());
         wait("the step", || {
             Ok(fs::metadata(&sign).is_ok_and(|it| it.len() > 0))
         })?;
         Ok(Waiting { started, signs })
+    }
+
+    /// What the backup that waited at a step has said.
+    fn told(&self) -> Result<String> {
+        Ok(fs::read_to_string(self.bed.lab.path("told"))?)
     }
 
     /// Waits until the VM is as if there had been no backup; returns since when
@@ -124,7 +129,8 @@ fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
 }
 
 /// Waits for the end of the process that was started; returns what it said and
-/// when it ended.
+/// when it ended. A mover that was killed and hangs keeps its end of a pipe, so
+/// there is none where one is killed.
 fn ended(mut started: Child, since: Instant) -> Result<(Output, Duration)> {
     wait("the end of the front", || Ok(started.try_wait()?.is_some()))?;
     let took = since.elapsed();
@@ -191,7 +197,7 @@ fn check(step: Step, hang: Hang, blow: Blow) -> Result<()> {
         scene.tidy_within(since, &marks)?
     };
     let (output, end) = ended(waiting.started, since)?;
-    let told = String::from_utf8_lossy(&output.stderr);
+    let told = scene.told()?;
     eprintln!(
         "hangs {} ({hang:?}), {blow:?}: tidy after {:.1} s, exit after {:.1} s",
         step.word(),
@@ -349,7 +355,7 @@ fn a_guard_killed_while_its_mover_is_stopped_is_replaced_and_the_mover_cannot_co
     scene.is_free()?;
     signal("-CONT", mover)?;
     let (output, _) = ended(waiting.started, since)?;
-    let told = String::from_utf8_lossy(&output.stderr);
+    let told = scene.told()?;
     ensure!(output.status.code() == Some(1), "{}: {told}", output.status);
     ensure!(scene.vm.checkpoints()? == marks, "another mark");
     scene.heals()
