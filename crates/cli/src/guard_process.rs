@@ -4,6 +4,7 @@
 //! and a name nobody types. It leaves our unix session at once, so that Ctrl-C at the
 //! terminal ends the mover and never the one that tidies up.
 
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
@@ -16,13 +17,20 @@ use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
 use highwater_engine::{Guard, GuardError, Parting, serve};
 use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
 use rustix::fd::AsFd as _;
+use rustix::process::{Pid, getppid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::dying::is_dying;
 use crate::front::mover;
 use crate::{env, secrets, settings};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
+
+/// How often the mover is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// So many looks in a row: one that was killed and can end does so in no time.
+const DYING_TIMES: u32 = 3;
 
 /// How to part from the guards there are.
 static PARTINGS: Mutex<Vec<Parting>> = Mutex::new(Vec::new());
@@ -91,12 +99,24 @@ pub(crate) fn run() -> ExitCode {
     let (Ok(socket), Ok(lifeline)) = (socket, lifeline) else {
         return ExitCode::FAILURE;
     };
-    serve(
-        UnixStream::from(socket),
-        UnixStream::from(lifeline),
-        &connect,
-    );
+    let socket = UnixStream::from(socket);
+    if let (Some(mover), Ok(stream)) = (getppid(), socket.try_clone()) {
+        std::thread::spawn(move || watch(mover, &stream));
+    }
+    serve(socket, UnixStream::from(lifeline), &connect);
     ExitCode::SUCCESS
+}
+
+/// Parts from a mover that was killed and cannot end: its sockets stay open, and
+/// that it is silent may have other reasons, which are waited for longer.
+fn watch(mover: Pid, stream: &UnixStream) {
+    let mut times = 0;
+    while times < DYING_TIMES {
+        std::thread::sleep(LOOK_EVERY);
+        times = if is_dying(mover) { times + 1 } else { 0 };
+    }
+    // Fails if it has ended.
+    drop(stream.shutdown(Shutdown::Both));
 }
 
 fn connect(uri: &str) -> Result<Box<dyn Driver>, HypervisorError> {

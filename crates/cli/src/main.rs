@@ -8,6 +8,7 @@ mod commands;
 mod config;
 mod cut_short;
 mod doing;
+mod dying;
 mod effective;
 mod env;
 #[cfg(debug_assertions)]
