@@ -360,6 +360,8 @@ pub(crate) fn open_store(global: &Global) -> Result<Arc<dyn Store>, CliError> {
             .to_owned(),
     })?;
     let store = highwater_store::open(&url)?;
+    #[cfg(debug_assertions)]
+    let store = crate::faults::beneath(store);
     let Location::Directory(directory) = Location::parse(&url)?;
     let watched = Watched::new(store);
     watchdog::watch(watched.calls(), directory);

@@ -41,6 +41,11 @@ pub trait Driver {
     /// (I/O error at the scratch file, guest stopped by it) was reported.
     fn check(&mut self, vm: &VmRef, session: SessionId) -> Result<(), HypervisorError>;
 
+    /// Returns whether something was heard of the session since its last
+    /// [`check`](Self::check) that makes another one urgent: a stopped guest
+    /// waits for it. Asks nobody, so it may be called many times a second.
+    fn is_alarmed(&mut self, session: SessionId) -> bool;
+
     /// Ends the session's job if, and only if, it is this session's, waits
     /// until it is gone, and removes its scratch and socket directories.
     /// May be called again; a session that is gone is no error.

@@ -86,6 +86,10 @@ impl Driver for Lying {
         self.driver.check(vm, session)
     }
 
+    fn is_alarmed(&mut self, session: SessionId) -> bool {
+        self.driver.is_alarmed(session)
+    }
+
     fn end(&mut self, order: &BeginOrder) -> Result<Ended, HypervisorError> {
         self.driver.end(order)
     }

@@ -7,7 +7,7 @@ use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
     HypervisorError, Quiesce, ReadMode, RunState, VmRef,
 };
-use highwater_model::step::{Step, pass};
+use highwater_model::step::{Step, pass, patience};
 use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
@@ -23,7 +23,7 @@ use super::observe::{checkpoints, read_definition, write_counters};
 use super::quiesce::{self, Frozen, Outcome};
 use super::record_xml::BackupJob;
 use super::scratch;
-use super::sys::events::EventListener;
+use super::sys::events::{EventListener, EventLog};
 use super::sys::handles::DomainHandle;
 
 /// `VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL`: scratch files are ours.
@@ -41,11 +41,21 @@ pub(super) struct Watch {
     pub(super) was_stopped_before: bool,
     /// `None` only if a restarted daemon could not be asked.
     pub(super) listener: Option<EventListener>,
+    /// What had been heard when the session was last looked at.
+    pub(super) heard: EventLog,
     /// Devices whose write errors are this session's trouble.
     pub(super) aliases: Vec<String>,
     /// Where the scratch files are, and how much must stay free there; `None`
     /// if their space is reserved.
     pub(super) reserve: Option<(PathBuf, u64)>,
+}
+
+impl Watch {
+    /// Returns what was heard since the session began.
+    pub(super) fn log(&self) -> EventLog {
+        let listener = self.listener.as_ref();
+        listener.map(EventListener::log).unwrap_or_default()
+    }
 }
 
 /// One ordered disk and what is known about it.
@@ -165,6 +175,7 @@ impl LibvirtDriver {
                 vm: order.vm.clone(),
                 was_stopped_before: state == RunState::PausedOnError,
                 listener: Some(listener),
+                heard: EventLog::default(),
                 aliases: ordered
                     .iter()
                     .filter_map(|one| one.disk.alias.clone())
@@ -191,7 +202,8 @@ impl LibvirtDriver {
                 Ok(left) => break left,
                 // The daemon was restarted, and needs a moment to come back.
                 Err(lost)
-                    if lost.kind == ErrorKind::Unreachable && since.elapsed() < UNDO_PATIENCE =>
+                    if lost.kind == ErrorKind::Unreachable
+                        && since.elapsed() < patience(UNDO_PATIENCE) =>
                 {
                     std::thread::sleep(UNDO_INTERVAL);
                 }

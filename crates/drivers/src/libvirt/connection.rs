@@ -290,6 +290,11 @@ impl Driver for LibvirtDriver {
         self.check_session(vm, session)
     }
 
+    fn is_alarmed(&mut self, session: SessionId) -> bool {
+        let watch = self.watches.get(&session);
+        watch.is_some_and(|watch| watch.log() != watch.heard)
+    }
+
     fn end(&mut self, order: &BeginOrder) -> Result<Ended, HypervisorError> {
         self.end_session(order)
     }

@@ -33,6 +33,10 @@ impl LibvirtDriver {
         vm: &VmRef,
         session: SessionId,
     ) -> Result<(), HypervisorError> {
+        // Before anything is asked: what comes meanwhile is looked at next time.
+        if let Some(watch) = self.watches.get_mut(&session) {
+            watch.heard = watch.log();
+        }
         let domain = self.domain(vm).map_err(|error| match error.kind {
             // A transient VM is forgotten when it ends.
             ErrorKind::NoSuchVm => lost(vm, session, "the VM is gone"),
@@ -134,7 +138,10 @@ pub(super) fn stop_job(
             continue;
         }
         match domain.abort_job() {
-            Ok(()) => ended.ended_job = true,
+            Ok(()) => {
+                ended.ended_job = true;
+                pass(Step::JobAborted);
+            }
             // It ended by itself since it was looked for.
             Err(error) if error.code == code::OPERATION_INVALID => {}
             Err(error) => return Err(explain(message(), &error)),
@@ -217,11 +224,7 @@ fn look(
     watch: &Watch,
     state: RunState,
 ) -> Result<(), HypervisorError> {
-    let log = watch
-        .listener
-        .as_ref()
-        .map(super::sys::events::EventListener::log)
-        .unwrap_or_default();
+    let log = watch.log();
     if log.stopped {
         // It runs again, but the job's QEMU is gone.
         return Err(lost(vm, session, "QEMU ended"));

@@ -3,11 +3,14 @@
 //! ```text
 //!              Begin              Committing            Finish
 //!   idle ─────────────► reading ─────────────► committing ──────► idle
-//!                          │ mover gone             │ mover gone
-//!                          ▼                        ▼
+//!                          │ mover gone,            │ mover gone,
+//!                          ▼ session broken         ▼ session broken
 //!              end the job, remove           end the job, keep both
 //!              the unfinished mark           marks: the manifest decides
 //! ```
+//!
+//! A broken session is ended before the mover has had its say: a guest that a
+//! full scratch file stopped waits for that, and the mover may hang.
 
 use std::io::BufReader;
 use std::os::unix::net::UnixStream;
@@ -19,21 +22,33 @@ use highwater_hypervisor::{
     BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
 };
 
-use highwater_model::step::{Step, pass};
+use highwater_model::step::{Step, pass, patience};
 
 use super::lifeline::Cutter;
 use super::lock::{self, VmLock};
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 
 /// A mover that was silent for this long is stopped or dead to us. The mover
-/// beats every second; a machine under heavy swap may miss a few.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
-/// A mover that knows that its session broke, and has not ended it after this
-/// time, hangs (in a repository that does not answer). The guest must not wait
-/// for it: its scratch file may be filling up.
+/// beats every second, and a machine under heavy swap may miss a few; but the
+/// VM has to be free ten seconds after the mover's death, however it died, and
+/// ending a job takes one or two.
+const SILENCE_MAX: Duration = Duration::from_secs(7);
+/// A mover that knows that its session broke, and does not end its part of it
+/// within this time, hangs (in a repository that does not answer). The VM's
+/// lock must not wait for it.
 const LOST_PATIENCE: Duration = Duration::from_secs(10);
-/// How often a running session is looked at.
+/// How often a running session is looked at, if nothing is heard of it.
 const CHECK_EVERY: Duration = Duration::from_secs(1);
+/// How often it is asked whether something was heard.
+const LISTEN_EVERY: Duration = Duration::from_millis(50);
+/// How long a daemon may be away while a session runs: QEMU serves on, and a
+/// restart takes seconds.
+const AWAY_PATIENCE: Duration = Duration::from_secs(20);
+/// How long a daemon that is away is waited for to end a session, job and mark
+/// together. The mover waits two minutes for a reply, and then takes the guard
+/// for dead.
+const END_PATIENCE: Duration = Duration::from_mins(1);
+const END_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Opens the driver for a connection URI.
 pub type Connect = dyn Fn(&str) -> Result<Box<dyn Driver>, HypervisorError>;
@@ -82,8 +97,39 @@ struct Host {
 struct Session {
     order: BeginOrder,
     committing: bool,
-    /// Since when the mover has known that the session broke.
-    told_lost: Option<Instant>,
+    /// Since when the daemon has been away.
+    away: Option<Instant>,
+    broken: Option<Broken>,
+}
+
+/// A session that broke, and was ended for it.
+struct Broken {
+    /// Since when the mover has known.
+    since: Instant,
+    error: HypervisorError,
+    /// How it was ended.
+    outcome: Outcome,
+    ended: Ended,
+}
+
+impl Session {
+    const fn new(order: BeginOrder) -> Self {
+        Self {
+            order,
+            committing: false,
+            away: None,
+            broken: None,
+        }
+    }
+
+    /// What it comes to if the mover says nothing more.
+    const fn outcome(&self) -> Outcome {
+        if self.committing {
+            Outcome::Unknown
+        } else {
+            Outcome::Failed
+        }
+    }
 }
 
 impl Host {
@@ -91,7 +137,12 @@ impl Host {
         let mut heard = Instant::now();
         let mut checked = Instant::now();
         loop {
-            match requests.recv_timeout(CHECK_EVERY) {
+            let wait = if self.session.is_some() {
+                LISTEN_EVERY
+            } else {
+                CHECK_EVERY
+            };
+            match requests.recv_timeout(wait) {
                 Ok(Message {
                     request: Request::Beat,
                     ..
@@ -108,6 +159,7 @@ impl Host {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if self.session.is_some() && heard.elapsed() > SILENCE_MAX {
+                self.tell_silence();
                 return;
             }
             if self
@@ -116,7 +168,7 @@ impl Host {
             {
                 return;
             }
-            if checked.elapsed() >= CHECK_EVERY {
+            if checked.elapsed() >= CHECK_EVERY || self.is_alarmed() {
                 checked = Instant::now();
                 self.cutter.take();
                 if self.tell_if_lost().is_err() {
@@ -151,22 +203,21 @@ impl Host {
                 .map(|facts| Reply::Facts(Box::new(facts))),
             Request::Begin { order } => {
                 let begun = self.driver()?.begin(&order)?;
-                self.session = Some(Session {
-                    order: *order,
-                    committing: false,
-                    told_lost: None,
-                });
+                self.session = Some(Session::new(*order));
                 Ok(Reply::Begun(Box::new(begun)))
             }
             Request::Committing => {
                 let session = self.session.as_mut().ok_or_else(no_session)?;
+                if let Some(broken) = &session.broken {
+                    return Err(broken.error.clone());
+                }
                 session.committing = true;
                 pass(Step::CommitTold);
                 Ok(Reply::Done)
             }
             Request::Finish { outcome } => {
                 let session = self.session.take().ok_or_else(no_session)?;
-                Ok(Reply::Ended(self.finish(&session.order, outcome)))
+                Ok(Reply::Ended(self.finish_session(session, outcome)))
             }
             Request::Settle { order, outcome } => Ok(Reply::Ended(self.finish(&order, outcome))),
             Request::EndLeftover { vm, session } => {
@@ -202,6 +253,20 @@ impl Host {
         })
     }
 
+    /// Ends the session, if that was not done when it broke.
+    fn finish_session(&mut self, session: Session, outcome: Outcome) -> Ended {
+        match session.broken {
+            None => self.finish(&session.order, outcome),
+            Some(broken) if broken.outcome == outcome => broken.ended,
+            // Nobody knew then; the mover does.
+            Some(mut broken) => {
+                let rest = self.finish(&session.order, outcome);
+                broken.ended.warnings.extend(rest.warnings);
+                broken.ended
+            }
+        }
+    }
+
     /// Ends the session at the VM. Trouble here is a warning: the next run
     /// repairs it.
     fn finish(&mut self, order: &BeginOrder, outcome: Outcome) -> Ended {
@@ -209,7 +274,10 @@ impl Host {
             return Ended::default();
         };
         // QEMU waits for whoever does not read.
-        let ending = self.cutter.cut_while(|| driver.end(order));
+        let until = Instant::now() + patience(END_PATIENCE);
+        let ending = self
+            .cutter
+            .cut_while(|| while_away(until, || driver.end(order)));
         let mut ended = ending.unwrap_or_else(|error| Ended {
             ended_job: false,
             warnings: vec![one_line(&error)],
@@ -219,7 +287,7 @@ impl Host {
                 // Every mark records on its own since its creation, so giving
                 // up the new one loses nothing: the old one goes on.
                 let removal = MarkOrder::Remove(mark.name.clone());
-                if let Err(error) = driver.mark(&order.vm, &removal) {
+                if let Err(error) = while_away(until, || driver.mark(&order.vm, &removal)) {
                     ended.warnings.push(one_line(&error));
                 }
             }
@@ -228,36 +296,107 @@ impl Host {
         ended
     }
 
+    /// Leaves word for a mover that was stopped and may wake.
+    fn tell_silence(&mut self) {
+        let Some(session) = &self.session else { return };
+        if session.broken.is_some() {
+            return;
+        }
+        let error = HypervisorError::new(
+            ErrorKind::SessionLost,
+            format!(
+                "cannot go on with session {} of VM `{}`",
+                session.order.session, session.order.vm.name
+            ),
+        )
+        .because(format!(
+            "the process that copies was stopped, or hung, for more than {} s",
+            SILENCE_MAX.as_secs()
+        ))
+        .hint("a suspended backup holds its VM: let it run to its end");
+        // It may be dead.
+        drop(send(&mut self.stream, &Answer::Lost { error }));
+    }
+
     fn lost_since(&self) -> Option<Instant> {
-        self.session.as_ref().and_then(|session| session.told_lost)
+        let broken = self.session.as_ref()?.broken.as_ref()?;
+        Some(broken.since)
+    }
+
+    fn is_alarmed(&mut self) -> bool {
+        match (&self.session, &mut self.driver) {
+            (Some(session), Some(driver)) if session.broken.is_none() => {
+                driver.is_alarmed(session.order.session)
+            }
+            _ => false,
+        }
     }
 
     fn tell_if_lost(&mut self) -> std::io::Result<()> {
         let (Some(session), Some(driver)) = (&mut self.session, &mut self.driver) else {
             return Ok(());
         };
-        if session.told_lost.is_some() {
+        if session.broken.is_some() {
             return Ok(());
         }
-        if let Err(error) = driver.check(&session.order.vm, session.order.session) {
-            session.told_lost = Some(Instant::now());
-            send(&mut self.stream, &Answer::Lost { error })?;
+        let error = match driver.check(&session.order.vm, session.order.session) {
+            Ok(()) => {
+                session.away = None;
+                return Ok(());
+            }
+            Err(error) => error,
+        };
+        let away = *session.away.get_or_insert_with(Instant::now);
+        if error.kind == ErrorKind::Unreachable && away.elapsed() < AWAY_PATIENCE {
+            return Ok(());
         }
-        Ok(())
+        self.end_broken(error)
+    }
+
+    /// Tells the mover that its session broke, and ends it.
+    fn end_broken(&mut self, error: HypervisorError) -> std::io::Result<()> {
+        let Some(mut session) = self.session.take() else {
+            return Ok(());
+        };
+        // First, so that the mover knows why its connections end.
+        let lost = Answer::Lost {
+            error: error.clone(),
+        };
+        let told = send(&mut self.stream, &lost);
+        let outcome = session.outcome();
+        let ended = self.finish(&session.order, outcome);
+        session.broken = Some(Broken {
+            since: Instant::now(),
+            error,
+            outcome,
+            ended,
+        });
+        self.session = Some(session);
+        told
     }
 
     /// The mover is gone: leaves the VM as if it had never begun, unless the
     /// manifest may exist.
     fn abandon(&mut self) {
-        let Some(session) = self.session.take() else {
-            return;
-        };
-        let outcome = if session.committing {
-            Outcome::Unknown
-        } else {
-            Outcome::Failed
-        };
-        self.finish(&session.order, outcome);
+        if let Some(session) = self.session.take() {
+            let outcome = session.outcome();
+            self.finish_session(session, outcome);
+        }
+    }
+}
+
+/// Does something at a daemon that may just be restarting.
+fn while_away<T>(
+    until: Instant,
+    mut work: impl FnMut() -> Result<T, HypervisorError>,
+) -> Result<T, HypervisorError> {
+    loop {
+        match work() {
+            Err(error) if error.kind == ErrorKind::Unreachable && Instant::now() < until => {
+                std::thread::sleep(END_INTERVAL);
+            }
+            done => return done,
+        }
     }
 }
 
@@ -274,143 +413,4 @@ pub(crate) fn one_line(error: &HypervisorError) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::{Arc, Mutex};
-
-    use highwater_hypervisor::{
-        Begun, Consistency, LeftDirectory, Quiesce, RunState, Surroundings, Swept, VmFacts,
-    };
-    use highwater_model::{MarkName, Nonce, PointId, RepoId, SessionId, Timestamp};
-
-    use super::*;
-    use crate::guard::Guard;
-
-    /// A hypervisor whose session breaks at once; notes what it is asked to do.
-    struct Broken(Arc<Mutex<Vec<&'static str>>>);
-
-    impl Broken {
-        #[expect(clippy::unnecessary_wraps, reason = "it is what every method answers")]
-        fn note<T>(&self, what: &'static str, answer: T) -> Result<T, HypervisorError> {
-            self.0.lock().unwrap().push(what);
-            Ok(answer)
-        }
-    }
-
-    impl Driver for Broken {
-        fn list(&mut self) -> Result<Vec<(VmRef, RunState)>, HypervisorError> {
-            self.note("list", Vec::new())
-        }
-        fn find(&mut self, name: &str) -> Result<VmRef, HypervisorError> {
-            let name = name.to_owned();
-            self.note("find", VmRef { name, uuid: None })
-        }
-        fn observe(&mut self, _: &VmRef) -> Result<VmFacts, HypervisorError> {
-            Err(no_session())
-        }
-        fn begin(&mut self, _: &BeginOrder) -> Result<Begun, HypervisorError> {
-            let begun = Begun {
-                exports: Vec::new(),
-                consistency: Consistency::Crash,
-                taken_at: Timestamp::from_unix_ms(0),
-                frozen_ms: None,
-                mark_created_s: None,
-                disks: Vec::new(),
-                warnings: Vec::new(),
-            };
-            self.note("begin", begun)
-        }
-        fn check(&mut self, _: &VmRef, _: SessionId) -> Result<(), HypervisorError> {
-            Err(HypervisorError::new(
-                ErrorKind::SessionLost,
-                "cannot keep the session: scratch is nearly full",
-            ))
-        }
-        fn end(&mut self, _: &BeginOrder) -> Result<Ended, HypervisorError> {
-            self.note("end", Ended::default())
-        }
-        fn end_leftover(&mut self, _: &VmRef, _: SessionId) -> Result<Ended, HypervisorError> {
-            self.note("end_leftover", Ended::default())
-        }
-        fn mark(&mut self, _: &VmRef, _: &MarkOrder) -> Result<(), HypervisorError> {
-            self.note("mark", ())
-        }
-        fn survey(&mut self, _: &VmRef) -> Result<Surroundings, HypervisorError> {
-            self.note("survey", Surroundings::default())
-        }
-        fn leftovers(
-            &mut self,
-            _: &VmRef,
-            _: &[PathBuf],
-        ) -> Result<Vec<LeftDirectory>, HypervisorError> {
-            self.note("leftovers", Vec::new())
-        }
-        fn sweep(&mut self, _: &VmRef, _: &[PathBuf]) -> Result<Swept, HypervisorError> {
-            self.note("sweep", Swept::default())
-        }
-    }
-
-    /// The mover lives and beats, and yet does nothing about a session it was
-    /// told is lost: as when all its other threads hang in a dead repository.
-    #[test]
-    fn a_lost_session_is_ended_although_the_mover_only_beats() {
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let (lifeline, cutter) = UnixStream::pair().unwrap();
-        let noted = Arc::clone(&asked);
-        let guard_thread = std::thread::spawn(move || {
-            serve(theirs, cutter, &move |_| {
-                Ok(Box::new(Broken(Arc::clone(&noted))))
-            });
-        });
-        let guard = Guard::connect(ours, lifeline, "test:///", &std::env::temp_dir()).unwrap();
-        let repo = RepoId::from_bytes([1; 16]);
-        let order = BeginOrder {
-            vm: guard.find("web01").unwrap(),
-            session: SessionId::random(),
-            disks: Vec::new(),
-            new_mark: Some(highwater_hypervisor::NewMark {
-                name: MarkName::new(repo, PointId::new(Timestamp::from_unix_ms(1))),
-                nonce: Nonce::random(),
-                disks: vec!["vda".to_owned()],
-            }),
-            quiesce: Quiesce::Off,
-            freeze_mountpoints: Vec::new(),
-            socket_dir: PathBuf::from("/nowhere"),
-            scratch_dir: PathBuf::from("/nowhere"),
-        };
-        guard.begin(&order).unwrap();
-        // Ends only when the guard gives the session up by itself.
-        guard_thread.join().unwrap();
-        assert_eq!(*asked.lock().unwrap(), ["find", "begin", "end", "mark"]);
-        assert!(
-            guard.committing().is_err(),
-            "a session that was ended must not commit"
-        );
-    }
-
-    /// Whoever does not hold the lock cannot know that a session is dead.
-    #[test]
-    fn directories_are_cleared_only_under_the_lock_of_their_vm() {
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let dir = tempfile::tempdir().unwrap();
-        let (ours, theirs) = UnixStream::pair().unwrap();
-        let (lifeline, cutter) = UnixStream::pair().unwrap();
-        let noted = Arc::clone(&asked);
-        std::thread::spawn(move || {
-            serve(theirs, cutter, &move |_| {
-                Ok(Box::new(Broken(Arc::clone(&noted))))
-            });
-        });
-        let guard = Guard::connect(ours, lifeline, "test:///", dir.path()).unwrap();
-        let (web01, web02) = (guard.find("web01").unwrap(), guard.find("web02").unwrap());
-        assert!(guard.sweep(&web01, &[]).is_err());
-        guard.lock(&web02).unwrap();
-        assert!(guard.sweep(&web01, &[]).is_err());
-        guard.lock(&web01).unwrap();
-        guard.sweep(&web01, &[]).unwrap();
-        assert_eq!(*asked.lock().unwrap(), ["find", "find", "sweep"]);
-        let holder = guard.lock_holder(&web01).unwrap();
-        assert_eq!(holder.unwrap().process, Some(std::process::id()));
-        assert_eq!(guard.lock_holder(&web02).unwrap(), None);
-    }
-}
+mod tests;
