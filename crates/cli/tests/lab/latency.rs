@@ -200,7 +200,7 @@ fn a_guest_write_does_not_wait_for_a_mover_that_is_stopped() -> Result<()> {
     writing.measure("a stopped mover", |vm| {
         let child = bed.spawn_slow(&["backup", "web01"])?;
         wait_for_job(vm)?;
-        let mover = mover_of(&child);
+        let mover = mover_of(&child)?;
         signal("-STOP", mover)?;
         let since = Instant::now();
         let freed = wait_for_no_job(vm);
@@ -354,7 +354,7 @@ fn a_full_scratch_file_stops_the_guest_for_a_moment_though_the_mover_does_not_ru
         let stops = Stops::watch(&bed)?;
         let child = scratch.backup(&bed)?;
         wait_for_job(vm)?;
-        let mover = mover_of(&child);
+        let mover = mover_of(&child)?;
         signal("-STOP", mover)?;
         let ballast = fs::File::create(scratch.dir.path().join("ballast"))?;
         let room = rustix::fs::statvfs(scratch.dir.path())?;

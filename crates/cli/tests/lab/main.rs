@@ -23,6 +23,8 @@ mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
 mod healing;
+mod hung;
+mod hung_mount;
 mod interruption;
 mod late;
 mod latency;

@@ -12,7 +12,7 @@ use super::Life;
 use super::backup::Ended;
 use super::draw::Meanwhile;
 use super::model::is_before_the_point;
-use crate::processes::{guard_of, mover_of, signal};
+use crate::processes::{guard_of, kill_all, mover_of, signal};
 
 /// How long a backup may take to a step, and to its end.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -109,22 +109,15 @@ impl Life {
                 self.looks_busy(repository, step)?;
             }
             Meanwhile::Dies => {}
-            Meanwhile::MoverDies => signal("-KILL", mover_of(mover))?,
+            Meanwhile::MoverDies => signal("-KILL", mover_of(mover)?)?,
             Meanwhile::GuardDies => signal("-KILL", guard_of(mover)?)?,
             Meanwhile::BothDie => {
-                let (mover_id, guard) = (mover_of(mover), guard_of(mover)?);
+                let (mover_id, guard) = (mover_of(mover)?, guard_of(mover)?);
                 // The one that waits sees nothing.
-                let order = match step.process() {
-                    Process::Mover => [guard, mover_id],
-                    Process::Guard => [mover_id, guard],
-                };
-                for pid in order {
-                    signal("-KILL", pid)?;
+                match step.process() {
+                    Process::Mover => kill_all(mover, guard, mover_id)?,
+                    Process::Guard => kill_all(mover, mover_id, guard)?,
                 }
-                mover.wait()?;
-                wait("the guard's end", || {
-                    Ok(!fs::exists(format!("/proc/{guard}/exe"))?)
-                })?;
                 self.model.dead_session = true;
             }
             Meanwhile::QemuDies => {
@@ -139,8 +132,8 @@ impl Life {
                 self.bed.lab.kill_libvirtd()?;
                 self.model.libvirtd_died = true;
             }
-            Meanwhile::Terminated => signal("-TERM", mover_of(mover))?,
-            Meanwhile::Interrupted => signal("-INT", mover_of(mover))?,
+            Meanwhile::Terminated => signal("-TERM", mover_of(mover)?)?,
+            Meanwhile::Interrupted => signal("-INT", mover_of(mover)?)?,
         }
         Ok(())
     }
