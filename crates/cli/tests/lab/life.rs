@@ -82,7 +82,7 @@ impl Life {
         })
     }
 
-    fn note(&mut self, text: String) {
+    fn note(&mut self, text: &str) {
         self.log.push(format!("       {text}"));
     }
 
@@ -95,7 +95,7 @@ impl Life {
         self.act(&operation, &mut random)?;
         let seconds = began.elapsed().as_secs_f64();
         if seconds > 5.0 {
-            self.note(format!("it took {seconds:.1} s"));
+            self.note(&format!("it took {seconds:.1} s"));
         }
         Ok(())
     }
@@ -214,9 +214,9 @@ fn a_life_of_any_seed_loses_nothing() -> Result<()> {
         let lived = (seed - first + 1) * operations;
         let since = began.elapsed();
         eprintln!(
-            "seeds {first} to {seed}: {lived} operations survived in {} s, {:.1} a second",
+            "seeds {first} to {seed}: {lived} operations survived in {} s, {} a minute",
             since.as_secs(),
-            lived as f64 / since.as_secs_f64()
+            lived * 60 / since.as_secs().max(1)
         );
         if since >= Duration::from_secs(seconds) {
             break;

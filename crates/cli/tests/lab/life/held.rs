@@ -15,7 +15,7 @@ use super::model::is_before_the_point;
 use crate::processes::{guard_of, mover_of, signal};
 
 /// How long a backup may take to a step, and to its end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + PATIENCE;
@@ -35,6 +35,7 @@ impl Life {
         random: &mut Random,
     ) -> Result<()> {
         let theirs = self.theirs()?;
+        let marks = self.vm.checkpoints()?;
         let mut content = self.model.content(&self.model.attached());
         let signs = tempfile::tempdir_in(self.bed.lab.dir())?;
         let action = if meanwhile == Meanwhile::Dies {
@@ -64,7 +65,7 @@ impl Life {
             self.happens(repository, meanwhile, step, &mut mover, random)?;
             self.model.held = false;
         } else {
-            self.note("the step was not passed".to_owned());
+            self.note("the step was not passed");
         }
         if matches!(meanwhile, Meanwhile::Writes(_)) && is_before_the_point(step) {
             content = self.model.content(&self.model.attached());
@@ -79,7 +80,12 @@ impl Life {
             stderr: fs::read_to_string(stderr)?,
         };
         self.goes_on(if reached { Some(meanwhile) } else { None })?;
+        let was_told = matches!(meanwhile, Meanwhile::Terminated | Meanwhile::Interrupted);
         self.judge(repository, reached.then_some(meanwhile), &ended, content)
+            .and_then(|()| match ended.code {
+                Some(130) if was_told => self.has_no_new_mark(repository, &marks),
+                _ => Ok(()),
+            })
             .with_context(|| format!("it said {}{}", ended.stdout, ended.stderr))?;
         if !matches!(meanwhile, Meanwhile::QemuDies) || !reached {
             self.others_are_unharmed(&theirs, meanwhile)?;
@@ -156,7 +162,7 @@ impl Life {
             let output = self.bed.output(&args)?;
             let said = String::from_utf8_lossy(&output.stderr);
             let said = format!("{:?}: {said}", output.status.code());
-            self.note(format!("doctor at {}: {said}", step.word()));
+            self.note(&format!("doctor at {}: {said}", step.word()));
             ensure!(
                 output.status.code() == Some(due),
                 "doctor {option:?}: {said}"
@@ -223,7 +229,7 @@ impl Life {
             };
         }
         let unknown = self.unknown(repository)?;
-        self.note(format!("exit code {:?}, points {unknown:?}", ended.code));
+        self.note(&format!("exit code {:?}, points {unknown:?}", ended.code));
         ensure!(unknown.len() < 2, "two points of one run: {unknown:?}");
         if let [id] = &unknown[..] {
             let disks: Vec<&str> = content.keys().copied().collect();
