@@ -4,6 +4,7 @@
 //! that the tests can plant one fault and see it found.
 
 mod edges;
+mod faults;
 mod licences;
 mod modules;
 mod source;
@@ -19,6 +20,7 @@ pub(crate) fn faults(repository: &Repository) -> Result<Vec<String>> {
     let texts = repository.texts()?;
     let mut faults = Vec::new();
     faults.extend(edges::faults(&texts));
+    faults.extend(faults::faults(&texts));
     faults.extend(modules::faults(&texts));
     faults.extend(source::faults(&texts));
     faults.extend(texts::faults(&texts));

@@ -379,6 +379,15 @@ fn of_backup(error: &BackupError) -> Advice {
             .state(LEFT_TO_THE_NEXT)
             .hint(format!("run `highwater backup {vm}` again")),
         BackupError::NoExport { .. } => Advice::code(FAILED).state(TIDIED),
+        BackupError::Copy { vm, source } if source.lost_session().is_some() => {
+            let why = source.lost_session();
+            let is_reached = why.is_none_or(|why| why.kind != ErrorKind::Unreachable);
+            let own = why.and_then(|why| why.hint.clone());
+            let hint = own.unwrap_or_else(|| "see why".to_owned());
+            Advice::code(FAILED)
+                .state(if is_reached { TIDIED } else { LEFT_TO_THE_NEXT })
+                .hint(format!("{hint}, then run `highwater backup {vm}` again"))
+        }
         BackupError::Copy { vm, .. } | BackupError::AllDisksFailed { vm, .. } => {
             Advice::code(FAILED)
                 .state(TIDIED)

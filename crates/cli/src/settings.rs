@@ -359,7 +359,10 @@ pub(crate) fn open_store(global: &Global) -> Result<Arc<dyn Store>, CliError> {
         hint: "name it with -r PATH, in HIGHWATER_REPO, or as `repo` in the configuration"
             .to_owned(),
     })?;
-    highwater_store::open(&url).map_err(CliError::from)
+    let store = highwater_store::open(&url)?;
+    #[cfg(debug_assertions)]
+    let store = crate::faults::beneath(store);
+    Ok(store)
 }
 
 /// Opens the repository, asking for its secret only if it has one.

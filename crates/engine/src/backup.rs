@@ -206,6 +206,7 @@ impl Job<'_> {
             facts = self.observe()?;
         }
         if self.sweep()? {
+            pass(Step::Swept);
             facts = self.observe()?;
         }
         match gate(observe::vm_state(&facts), observe::job_view(&facts)) {

@@ -7,8 +7,10 @@
 //! debug build may install; a release build has neither hook nor call.
 
 use std::sync::OnceLock;
+use std::time::Duration;
 
 static HOOK: OnceLock<fn(Step)> = OnceLock::new();
+static PATIENCE_MAX: OnceLock<Duration> = OnceLock::new();
 
 /// Which of the two processes of a backup passes a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -55,12 +57,20 @@ steps! {
     Observed Mover "observed"
     /// The job of a dead session was ended.
     LeftoverEnded Mover "leftover-ended"
-    /// A mark that nobody finished was removed, or a forgotten one told again.
+    /// Directories of a dead session were removed, or what it left in QEMU.
+    Swept Mover "swept"
+    /// A bitmap that no record knew was removed, others of its mark are there.
+    BitmapRemoved Guard "bitmap-removed"
+    /// A mark that nobody finished was removed.
     MarkTidied Mover "mark-tidied"
+    /// A mark that the hypervisor had forgotten was told again.
+    MarkToldAgain Mover "mark-told-again"
     /// It is decided how each disk is read.
     Planned Mover "planned"
     /// The session's directories are there.
     DirectoriesMade Guard "directories-made"
+    /// libvirt knows a key for encrypted scratch files, which are not there yet.
+    SecretDefined Guard "secret-defined"
     /// The scratch files are there.
     ScratchMade Guard "scratch-made"
     /// The guest's file systems are frozen; passed where there is an agent.
@@ -69,6 +79,8 @@ steps! {
     Started Guard "started"
     /// The mover knows the exports.
     Begun Mover "begun"
+    /// A pack is written, and has no name yet.
+    PackWritten Mover "pack-written"
     /// A pack was stored.
     PackStored Mover "pack-stored"
     /// All disks were read.
@@ -79,18 +91,28 @@ steps! {
     CommitTold Guard "commit-told"
     /// The mover knows that the guard knows.
     Committing Mover "committing"
+    /// The manifest is written, and has no name yet.
+    ManifestWritten Mover "manifest-written"
     /// The manifest is durable.
     Committed Mover "committed"
+    /// The session's job was told to end, and may still run.
+    JobAborted Guard "job-aborted"
     /// The session's job was ended, its files are there.
     JobEnded Guard "job-ended"
     /// The session's files are gone as well.
     FilesRemoved Guard "files-removed"
     /// The mover knows that the session has ended.
     SessionEnded Mover "session-ended"
+    /// The mark that lied was taken off a disk.
+    Distrusted Mover "distrusted"
     /// The record of a mark was deleted, and the bitmaps it knew.
     RecordDeleted Guard "record-deleted"
     /// An old mark is gone.
     MarkGivenUp Mover "mark-given-up"
+    /// A merged index file is there, and so are those that it replaces.
+    MergeStored Mover "merge-stored"
+    /// Some of those are gone.
+    MergedDeleted Mover "merged-deleted"
     /// The index was looked after: all is done.
     IndexMerged Mover "index-merged"
 }
@@ -108,6 +130,22 @@ pub fn pass(step: Step) {
         && let Some(hook) = HOOK.get()
     {
         hook(step);
+    }
+}
+
+/// Lets nobody wait longer than this for what may never come back, for the whole
+/// process. A test of every step cannot wait a minute at each.
+pub fn limit_patience(max: Duration) {
+    // As with the hook.
+    let _ = PATIENCE_MAX.set(max);
+}
+
+/// Returns how long to wait for what may never come back: as long as `usual`,
+/// always so in a release build.
+pub fn patience(usual: Duration) -> Duration {
+    match PATIENCE_MAX.get() {
+        Some(max) if cfg!(debug_assertions) => usual.min(*max),
+        Some(_) | None => usual,
     }
 }
 

@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use highwater_model::step::{Step, pass};
+
 use crate::durable::{self, DurableError, Stage};
 use crate::error::kind_of;
 use crate::{Listed, ObjectKey, ObjectKind, Store, StoreError, StoreErrorKind, Unfinished};
@@ -236,6 +238,9 @@ impl Store for LocalStore {
         let mut unfinished = self.start(|| key.path())?;
         write_all_parts(&mut unfinished.file, parts)
             .map_err(|cause| self.error("write", key.path(), cause).not_done())?;
+        if key.kind() == ObjectKind::Point {
+            pass(Step::ManifestWritten);
+        }
         self.publish(&mut unfinished, key)
     }
 

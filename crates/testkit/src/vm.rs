@@ -445,18 +445,10 @@ impl Vm {
     pub fn bitmaps(&self, disk: &str) -> Result<Vec<BitmapSeen>> {
         let (image, format) = self.image_and_format(disk);
         if self.is_active()? {
-            self.bitmaps_in_qemu(&image, &format)
+            Ok(bitmaps_of_image(&self.nodes()?, &image, &format))
         } else {
             bitmaps_in_image(&image)
         }
-    }
-
-    fn bitmaps_in_qemu(&self, image: &Path, format: &str) -> Result<Vec<BitmapSeen>> {
-        let nodes = self.nodes()?;
-        let of_this_disk = nodes.iter().filter(|node| {
-            node["drv"] == format && node["file"].as_str() == image.as_os_str().to_str()
-        });
-        Ok(of_this_disk.flat_map(bitmaps_of_node).collect())
     }
 
     /// Returns the named bitmaps of all nodes of the running QEMU: in backing
@@ -491,9 +483,10 @@ impl Vm {
 
     /// Says whether a job of libvirt's, such as a backup, runs on it.
     pub fn job_running(&self) -> Result<bool> {
-        if !self.is_active()? {
-            return Ok(false);
-        }
+        Ok(self.is_active()? && self.has_job()?)
+    }
+
+    fn has_job(&self) -> Result<bool> {
         let info = self.lab.virsh(&["domjobinfo", &self.name])?;
         Ok(!info
             .lines()
@@ -502,34 +495,43 @@ impl Vm {
 
     /// Lists all that a backup could have left here and in `scratch`.
     pub fn leftovers(&self, scratch: &Path) -> Result<Leftovers> {
+        // Each question is a process, and the answers are of one moment anyway.
+        let is_active = self.is_active()?;
+        let nodes = if is_active { self.nodes()? } else { Vec::new() };
         let mut left = Leftovers {
-            job: self.job_running()?,
+            job: is_active && self.has_job()?,
             checkpoints: self.checkpoints().unwrap_or_default(),
             files: files_below(scratch)?,
             ..Leftovers::default()
         };
-        for disk in self.disks.iter().filter(|disk| disk.image.is_some()) {
-            for bitmap in self.bitmaps(&disk.target)? {
-                left.bitmaps
-                    .push(format!("{}/{}", disk.target, bitmap.name));
-            }
+        for disk in &self.disks {
+            let Some((image, format)) = &disk.image else {
+                continue;
+            };
+            let bitmaps = if is_active {
+                bitmaps_of_image(&nodes, image, format)
+            } else {
+                bitmaps_in_image(image)?
+            };
+            let of_disk = |bitmap: BitmapSeen| format!("{}/{}", disk.target, bitmap.name);
+            left.bitmaps.extend(bitmaps.into_iter().map(of_disk));
         }
-        if self.is_active()? {
+        if is_active {
             let exports = self.monitor(&json!({"execute": "query-block-exports"}))?;
             left.exports = strings(&exports, "id");
-            left.nodes = self.foreign_nodes()?;
+            left.nodes = self.foreign_nodes(&nodes);
         }
         Ok(left)
     }
 
-    fn foreign_nodes(&self) -> Result<Vec<String>> {
+    fn foreign_nodes(&self, nodes: &[Value]) -> Vec<String> {
         let images: Vec<_> = self
             .disks
             .iter()
             .filter_map(|disk| Some(disk.image.as_ref()?.0.to_str()?.to_owned()))
             .collect();
         let mut foreign = Vec::new();
-        for node in self.nodes()? {
+        for node in nodes {
             let of_a_disk = node["file"]
                 .as_str()
                 .is_some_and(|file| images.iter().any(|image| is_part_of(file, image)));
@@ -537,11 +539,11 @@ impl Vm {
             let by_a_tool = node["node-name"]
                 .as_str()
                 .is_some_and(|name| name.starts_with("hw-"));
-            if is_filter || by_a_tool || (!of_a_disk && has_scratch_file(&node)) {
+            if is_filter || by_a_tool || (!of_a_disk && has_scratch_file(node)) {
                 foreign.push(node["node-name"].as_str().unwrap_or("?").to_owned());
             }
         }
-        Ok(foreign)
+        foreign
     }
 
     fn device_path(&self, disk: &str) -> Result<String> {
@@ -597,6 +599,13 @@ fn is_success(line: &str) -> bool {
     let counts = words.next().and_then(|counts| counts.split_once('/'));
     matches!(verb, Some("wrote" | "read" | "discard"))
         && counts.is_some_and(|(done, wanted)| done == wanted)
+}
+
+fn bitmaps_of_image(nodes: &[Value], image: &Path, format: &str) -> Vec<BitmapSeen> {
+    let of_this_image = nodes.iter().filter(|node| {
+        node["drv"] == format && node["file"].as_str() == image.as_os_str().to_str()
+    });
+    of_this_image.flat_map(bitmaps_of_node).collect()
 }
 
 /// Those of a job's own filters have no name.

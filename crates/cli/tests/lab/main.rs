@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    clippy::print_stderr,
     dead_code,
     reason = "a test may stop at the first surprise"
 )]
@@ -15,6 +16,7 @@ mod bad_input_nbd;
 mod bad_input_places;
 mod bad_input_space;
 mod correctness;
+mod crash;
 mod disks;
 mod doctor;
 mod doctor_foreign;
@@ -23,6 +25,7 @@ mod golden;
 mod healing;
 mod interruption;
 mod late;
+mod latency;
 mod levels;
 mod life;
 mod losses;
@@ -40,7 +43,7 @@ mod saved;
 mod scale;
 mod scene;
 mod shells;
-mod steps;
+mod slow_disk;
 mod stress;
 mod support;
 mod verify;

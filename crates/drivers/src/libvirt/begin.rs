@@ -7,7 +7,7 @@ use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
     HypervisorError, Quiesce, ReadMode, RunState, VmRef,
 };
-use highwater_model::step::{Step, pass};
+use highwater_model::step::{Step, pass, patience};
 use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
@@ -202,7 +202,8 @@ impl LibvirtDriver {
                 Ok(left) => break left,
                 // The daemon was restarted, and needs a moment to come back.
                 Err(lost)
-                    if lost.kind == ErrorKind::Unreachable && since.elapsed() < UNDO_PATIENCE =>
+                    if lost.kind == ErrorKind::Unreachable
+                        && since.elapsed() < patience(UNDO_PATIENCE) =>
                 {
                     std::thread::sleep(UNDO_INTERVAL);
                 }

@@ -138,7 +138,10 @@ pub(super) fn stop_job(
             continue;
         }
         match domain.abort_job() {
-            Ok(()) => ended.ended_job = true,
+            Ok(()) => {
+                ended.ended_job = true;
+                pass(Step::JobAborted);
+            }
             // It ended by itself since it was looked for.
             Err(error) if error.code == code::OPERATION_INVALID => {}
             Err(error) => return Err(explain(message(), &error)),

@@ -50,7 +50,14 @@ pub(crate) fn kind_of(error: &CallError) -> ErrorKind {
 
 /// Texts as of libvirt 11.3 and QEMU 10.0 (seen in experiments).
 fn kind_by_text(text: &str) -> ErrorKind {
-    const TEXTS: [(&str, ErrorKind); 9] = [
+    const TEXTS: [(&str, ErrorKind); 15] = [
+        // What libvirt's client says whose daemon has died: before a call, in
+        // the midst of one, and when nobody has heard of it for a while.
+        ("client socket is closed", ErrorKind::Unreachable),
+        ("End of file while reading data", ErrorKind::Unreachable),
+        ("Cannot recv data", ErrorKind::Unreachable),
+        ("Cannot write data", ErrorKind::Unreachable),
+        ("due to keepalive timeout", ErrorKind::Unreachable),
         ("already in active block job", ErrorKind::Busy),
         ("NBD server already running", ErrorKind::Busy),
         ("is inconsistent and cannot be used", ErrorKind::BadMark),
@@ -60,6 +67,7 @@ fn kind_by_text(text: &str) -> ErrorKind {
         ("Failed to bind socket", ErrorKind::Scratch),
         ("Failed to create file", ErrorKind::Scratch),
         ("unable to create scratch", ErrorKind::Scratch),
+        ("failed to create image file", ErrorKind::Scratch),
     ];
     TEXTS
         .iter()
@@ -83,6 +91,13 @@ fn hint_for(kind: ErrorKind, error: &CallError) -> Option<&'static str> {
         return Some(
             "QEMU may not use that directory: AppArmor or SELinux may forbid it (see the host's \
              audit log), or a parent directory may not be entered; choose another directory",
+        );
+    }
+    if kind == ErrorKind::Scratch && text.contains("No such file or directory") {
+        return Some(
+            "libvirt does not see that directory: was it mounted after libvirtd was started, in \
+             another mount namespace, or is libvirt on another host? choose another one with \
+             `--scratch-dir`",
         );
     }
     if text.contains("NBD server already running") {
@@ -187,6 +202,18 @@ mod tests {
         );
         check(1, "disk 'vda' already in active block job", ErrorKind::Busy);
         check(1, "anything else", ErrorKind::Other);
+        for (number, text) in [
+            (1, "internal error: client socket is closed"),
+            (38, "End of file while reading data: Input/output error"),
+            (38, "Cannot recv data: Connection reset by peer"),
+            (38, "Cannot write data: Broken pipe"),
+            (
+                1,
+                "internal error: connection closed due to keepalive timeout",
+            ),
+        ] {
+            check(number, text, ErrorKind::Unreachable);
+        }
     }
 
     #[test]

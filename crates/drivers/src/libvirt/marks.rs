@@ -53,7 +53,10 @@ impl LibvirtDriver {
         }
         let mut because = Vec::new();
         for node in &left {
-            because.extend(remove_bitmap(&domain, node, name).err());
+            match remove_bitmap(&domain, node, name) {
+                Ok(()) => pass(Step::BitmapRemoved),
+                Err(error) => because.push(error),
+            }
         }
         if !because.is_empty() {
             // A bitmap in a backing file: only libvirt can have QEMU open that

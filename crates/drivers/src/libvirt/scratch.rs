@@ -11,6 +11,7 @@ use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, WriteErrorPolicy};
+use highwater_model::step::{Step, pass};
 use highwater_model::{Nonce, SessionId};
 
 use super::backup_xml::scratch_secret;
@@ -126,6 +127,7 @@ impl Secret {
             .connection()
             .define_secret(&scratch_secret(session, &uuid), value.as_bytes())
             .map_err(|error| explain("cannot give libvirt a key for scratch files", &error))?;
+        pass(Step::SecretDefined);
         let key = paths.key();
         write_key(&key, &value).map_err(|error| key_trouble(&key, &error))?;
         Ok(Self { uuid, key })

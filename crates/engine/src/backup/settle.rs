@@ -142,7 +142,7 @@ impl Job<'_> {
             let name = mark.name.clone();
             match self.context.guard.mark(self.vm, &MarkOrder::Redefine(mark)) {
                 Ok(()) => {
-                    pass(Step::MarkTidied);
+                    pass(Step::MarkToldAgain);
                     self.healed(words::done(&words::tell_again(&name)));
                 }
                 // Not an error: the plan sees that the record is still missing
@@ -280,12 +280,13 @@ impl Job<'_> {
             let Some(order) = distrust_order(&disk.facts, history) else {
                 continue;
             };
-            if let Err(error) = self.context.guard.mark(self.vm, &order) {
-                self.warn(format!(
+            match self.context.guard.mark(self.vm, &order) {
+                Ok(()) => pass(Step::Distrusted),
+                Err(error) => self.warn(format!(
                     "cannot take the mark that lies off disk {}: {}",
                     disk.facts.target,
                     one_line(&error)
-                ));
+                )),
             }
         }
     }

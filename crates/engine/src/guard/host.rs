@@ -22,7 +22,7 @@ use highwater_hypervisor::{
     BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
 };
 
-use highwater_model::step::{Step, pass};
+use highwater_model::step::{Step, pass, patience};
 
 use super::lifeline::Cutter;
 use super::lock::{self, VmLock};
@@ -44,8 +44,9 @@ const LISTEN_EVERY: Duration = Duration::from_millis(50);
 /// How long a daemon may be away while a session runs: QEMU serves on, and a
 /// restart takes seconds.
 const AWAY_PATIENCE: Duration = Duration::from_secs(20);
-/// How long a daemon that is away is waited for to end a session. The mover
-/// waits two minutes for a reply.
+/// How long a daemon that is away is waited for to end a session, job and mark
+/// together. The mover waits two minutes for a reply, and then takes the guard
+/// for dead.
 const END_PATIENCE: Duration = Duration::from_mins(1);
 const END_INTERVAL: Duration = Duration::from_millis(200);
 
@@ -158,6 +159,7 @@ impl Host {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if self.session.is_some() && heard.elapsed() > SILENCE_MAX {
+                self.tell_silence();
                 return;
             }
             if self
@@ -272,7 +274,10 @@ impl Host {
             return Ended::default();
         };
         // QEMU waits for whoever does not read.
-        let ending = self.cutter.cut_while(|| while_away(|| driver.end(order)));
+        let until = Instant::now() + patience(END_PATIENCE);
+        let ending = self
+            .cutter
+            .cut_while(|| while_away(until, || driver.end(order)));
         let mut ended = ending.unwrap_or_else(|error| Ended {
             ended_job: false,
             warnings: vec![one_line(&error)],
@@ -282,13 +287,35 @@ impl Host {
                 // Every mark records on its own since its creation, so giving
                 // up the new one loses nothing: the old one goes on.
                 let removal = MarkOrder::Remove(mark.name.clone());
-                if let Err(error) = while_away(|| driver.mark(&order.vm, &removal)) {
+                if let Err(error) = while_away(until, || driver.mark(&order.vm, &removal)) {
                     ended.warnings.push(one_line(&error));
                 }
             }
             (Outcome::Failed | Outcome::Committed | Outcome::Unknown, _) => {}
         }
         ended
+    }
+
+    /// Leaves word for a mover that was stopped and may wake.
+    fn tell_silence(&mut self) {
+        let Some(session) = &self.session else { return };
+        if session.broken.is_some() {
+            return;
+        }
+        let error = HypervisorError::new(
+            ErrorKind::SessionLost,
+            format!(
+                "cannot go on with session {} of VM `{}`",
+                session.order.session, session.order.vm.name
+            ),
+        )
+        .because(format!(
+            "the process that copies was stopped, or hung, for more than {} s",
+            SILENCE_MAX.as_secs()
+        ))
+        .hint("a suspended backup holds its VM: let it run to its end");
+        // It may be dead.
+        drop(send(&mut self.stream, &Answer::Lost { error }));
     }
 
     fn lost_since(&self) -> Option<Instant> {
@@ -360,14 +387,12 @@ impl Host {
 
 /// Does something at a daemon that may just be restarting.
 fn while_away<T>(
+    until: Instant,
     mut work: impl FnMut() -> Result<T, HypervisorError>,
 ) -> Result<T, HypervisorError> {
-    let since = Instant::now();
     loop {
         match work() {
-            Err(error)
-                if error.kind == ErrorKind::Unreachable && since.elapsed() < END_PATIENCE =>
-            {
+            Err(error) if error.kind == ErrorKind::Unreachable && Instant::now() < until => {
                 std::thread::sleep(END_INTERVAL);
             }
             done => return done,

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use highwater_model::ObjectId;
+use highwater_model::step::{Step, pass};
 use highwater_store::{Listed, ObjectKey, ObjectKind, Store, StoreErrorKind};
 
 use crate::error::{Flaw, RepoError, RepoErrorKind};
@@ -143,10 +144,12 @@ impl IndexSet {
         }
         let done = merge.store(self.store.as_ref())?;
         self.exchange(&done.replaced, Some(IndexFile::listed(done.listed)));
+        pass(Step::MergeStored);
         // Last: until now nobody missed the new file, from now on nobody the old.
         for key in &done.replaced {
             let deleted = self.store.delete(key);
             deleted.map_err(|error| RepoError::store("delete a merged index file", error))?;
+            pass(Step::MergedDeleted);
         }
         Ok(done.replaced.len())
     }

@@ -167,6 +167,7 @@ impl Session {
     fn store_pack(&self, pack: FinishedPack) -> Result<(), RepoError> {
         let (id, len, kind) = (pack.hash, pack.len, pack.kind);
         let key = key_of(ObjectKind::Pack, &id);
+        pass(Step::PackWritten);
         let (records, stored) = pack.store(self.objects.store.as_ref(), &key);
         self.settle_create(&key, len, stored)?;
         pass(Step::PackStored);
