@@ -184,12 +184,12 @@ fn replay(seed: u64, operations: u64) -> String {
 
 #[test]
 fn a_random_life_loses_nothing() -> Result<()> {
-    live(1, 70)
+    live(1, 60)
 }
 
 #[test]
 fn another_random_life_loses_nothing() -> Result<()> {
-    live(2, 70)
+    live(2, 60)
 }
 
 fn number(variable: &str) -> Result<Option<u64>> {
@@ -206,7 +206,7 @@ fn number(variable: &str) -> Result<Option<u64>> {
 #[test]
 fn a_life_of_any_seed_loses_nothing() -> Result<()> {
     let first = number("HIGHWATER_LIFE_SEED")?.unwrap_or(3);
-    let operations = number("HIGHWATER_LIFE_OPERATIONS")?.unwrap_or(70);
+    let operations = number("HIGHWATER_LIFE_OPERATIONS")?.unwrap_or(60);
     let seconds = number("HIGHWATER_LIFE_SECONDS")?.unwrap_or(0);
     let began = Instant::now();
     for seed in first.. {

@@ -38,18 +38,21 @@ impl Life {
         let marks = self.vm.checkpoints()?;
         let mut content = self.model.content(&self.model.attached());
         let signs = tempfile::tempdir_in(self.bed.lab.dir())?;
-        let action = if meanwhile == Meanwhile::Dies {
-            "kill"
-        } else {
-            "wait"
+        let action = match meanwhile {
+            Meanwhile::Dies => "kill",
+            Meanwhile::StoreFails(action) => action,
+            _ => "wait",
         };
         let fault = format!("{}:{action}:{}", step.word(), signs.path().display());
         let (stdout, stderr) = (signs.path().join("stdout"), signs.path().join("stderr"));
         let args = self.args(repository, &["backup", "web01", "--json"]);
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let mut mover = self
-            .bed
-            .command(&args)
+        let mut command = self.bed.command(&args);
+        if meanwhile == Meanwhile::LibvirtdDies {
+            // Nobody starts it before the backup has ended.
+            command.env("HIGHWATER_FAULT_PATIENCE", "1");
+        }
+        let mut mover = command
             .env("HIGHWATER_FAULT", fault)
             .stdout(Stdio::from(fs::File::create(&stdout)?))
             .stderr(Stdio::from(fs::File::create(&stderr)?))
@@ -114,7 +117,7 @@ impl Life {
                 self.check_any(repository, nth, false, "raw")?;
                 self.looks_busy(repository, step)?;
             }
-            Meanwhile::Dies => {}
+            Meanwhile::Dies | Meanwhile::StoreFails(_) => {}
             Meanwhile::MoverDies => signal("-KILL", mover_of(mover))?,
             Meanwhile::GuardDies => signal("-KILL", guard_of(mover)?)?,
             Meanwhile::BothDie => {
@@ -249,7 +252,7 @@ impl Life {
         let codes: &[Option<i32>] = match happened {
             Some(Meanwhile::Terminated | Meanwhile::Interrupted) => &[Some(130)],
             Some(Meanwhile::GuardDies) => &[Some(1)],
-            Some(Meanwhile::QemuDies) => &[Some(0), Some(1)],
+            Some(Meanwhile::QemuDies | Meanwhile::StoreFails(_)) => &[Some(0), Some(1)],
             Some(Meanwhile::LibvirtdDies | Meanwhile::LibvirtdRestarts) => {
                 &[Some(0), Some(1), Some(11)]
             }
