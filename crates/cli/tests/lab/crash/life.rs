@@ -38,7 +38,7 @@ pub(super) struct Life {
 }
 
 impl Life {
-    /// Begins with a point of two disks, and an increment.
+    /// Begins with a point of two disks.
     pub(super) fn start() -> Result<Self> {
         Self::with(Bed::start()?, DiskSpec::qcow2(TARGETS[1], SIZES[1]), 0)
     }
@@ -67,8 +67,6 @@ impl Life {
         };
         life.write()?;
         life.heals(|mode| mode.starts_with("full"))?;
-        life.write()?;
-        life.heals(|mode| mode == "incremental")?;
         Ok(life)
     }
 
@@ -142,7 +140,7 @@ impl Life {
         self.write()?;
         let next = self.heals(|mode| expected.next.allows(mode))?;
         self.write()?;
-        self.heals(|mode| mode == "incremental")?;
+        self.backs_up(|mode| mode == "incremental")?;
         self.bed.run(&["verify", "--read-data"])?;
         Ok(format!("{told}, point {has_point}, next {next}"))
     }
@@ -225,14 +223,21 @@ impl Life {
         }
     }
 
-    /// Backs up plainly: it must succeed, equal the disks, and leave one mark.
-    /// Returns the modes.
-    pub(super) fn heals(&mut self, is_right: impl Fn(&str) -> bool) -> Result<String> {
+    /// Backs up plainly: it must succeed, and equal the disks. Returns the first
+    /// one's mode.
+    pub(super) fn backs_up(&mut self, is_right: impl Fn(&str) -> bool) -> Result<String> {
         let report = self.bed.backup(&self.vm, &[])?;
         let modes = TARGETS.map(|target| mode(&report, target));
         ensure!(modes.iter().all(|mode| is_right(mode)), "{report}");
         let moment = self.moment();
         self.keep(point(&report), &moment)?;
+        let [first, ..] = modes;
+        Ok(first)
+    }
+
+    /// [Backs up](Self::backs_up), and leaves one mark and nothing else.
+    pub(super) fn heals(&mut self, is_right: impl Fn(&str) -> bool) -> Result<String> {
+        let mode = self.backs_up(is_right)?;
         let left = self.is_tidy()?;
         let [mark] = left.checkpoints.as_slice() else {
             anyhow::bail!("not one mark: {:?}", left.checkpoints);
@@ -245,7 +250,7 @@ impl Life {
             "not its bitmaps: {:?}",
             left.bitmaps
         );
-        Ok(modes[0].clone())
+        Ok(mode)
     }
 
     /// Fails if anything but marks is left, or the guest does not run.
@@ -259,9 +264,11 @@ impl Life {
         ensure!(left == clean, "left at the VM: {left:?}");
         let state = self.vm.state()?;
         ensure!(state == "running", "the guest is {state}");
-        let keys = self.bed.lab.virsh(&["secret-list"])?;
-        let known = keys.lines().filter(|line| !line.is_empty()).count();
-        ensure!(known == self.keys, "libvirt keeps keys: {keys}");
+        if self.keys > 0 {
+            let keys = self.bed.lab.virsh(&["secret-list"])?;
+            let known = keys.lines().filter(|line| !line.is_empty()).count();
+            ensure!(known == self.keys, "libvirt keeps keys: {keys}");
+        }
         Ok(left)
     }
 

@@ -36,6 +36,7 @@ pub(super) const fn preparation(step: Step) -> Preparation {
         | Step::Observed
         | Step::Planned
         | Step::DirectoriesMade
+        | Step::ScratchMade
         | Step::Started
         | Step::Begun
         | Step::PackWritten
@@ -59,8 +60,7 @@ pub(super) const fn preparation(step: Step) -> Preparation {
         Step::BitmapRemoved => Preparation::UnfinishedForgotten,
         Step::MergeStored | Step::MergedDeleted => Preparation::Merge,
         Step::Distrusted => Preparation::Liar,
-        // Of plain scratch files nothing is made before the job.
-        Step::SecretDefined | Step::ScratchMade => Preparation::Encrypted,
+        Step::SecretDefined => Preparation::Encrypted,
         Step::Frozen => Preparation::Guest,
     }
 }
@@ -85,7 +85,7 @@ impl Life {
             Preparation::Merge => {
                 while !self.merges_next()? {
                     self.write()?;
-                    self.heals(|mode| mode == "incremental")?;
+                    self.backs_up(|mode| mode == "incremental")?;
                 }
                 Ok(())
             }

@@ -313,7 +313,7 @@ impl Life {
         match done {
             Ok(_) => Ok(true),
             Err(error) if format!("{error:#}").to_lowercase().contains("bitmap") => {
-                self.note(format!("refused: {error:#}"));
+                self.note(&format!("refused: {error:#}"));
                 Ok(false)
             }
             Err(error) => Err(error),
@@ -370,7 +370,7 @@ impl Life {
         if self.unless_a_bitmap_forbids_it(done)? {
             self.model.disks[number].chain.truncate(1);
         } else if let Err(error) = self.virsh(&["blockjob", "web01", name, "--abort"]) {
-            self.note(format!("no commit left: {error:#}"));
+            self.note(&format!("no commit left: {error:#}"));
         }
         self.model.breaks(number);
         Ok(())

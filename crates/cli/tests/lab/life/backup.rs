@@ -68,7 +68,7 @@ impl Life {
             && !self.are_unbroken(repository, &disks);
         if may_refuse && ended.code == Some(1) {
             ensure!(ended.stderr.contains("is possible"), "{}", ended.stderr);
-            self.note("refused: no increment is possible".to_owned());
+            self.note("refused: no increment is possible");
             self.added_nothing(repository)?;
         } else {
             let content = self.model.content(&disks);
@@ -123,7 +123,7 @@ impl Life {
 
     /// The way that the message tells.
     pub(super) fn way_out_of_a_lost_job(&mut self) -> Result<()> {
-        self.note("libvirt has lost the job: the way out".to_owned());
+        self.note("libvirt has lost the job: the way out");
         self.vm.destroy()?;
         self.bed.lab.restart_libvirtd()?;
         self.vm.start()?;
@@ -203,21 +203,19 @@ impl Life {
 
     /// A backup that somebody else's work keeps from starting.
     pub(super) fn is_refused(&mut self, repository: usize) -> Result<()> {
-        let marks = |it: &Self| -> Result<Vec<_>> {
-            let mut names = it.vm.checkpoints()?;
-            names.sort();
-            Ok(names)
-        };
-        let before = marks(self)?;
+        let before = self.vm.checkpoints()?;
         let ended = self.start_and_wait(repository, &[], false)?;
         if ended.code != Some(11) {
             bail!("{:?} instead of 11: {}", ended.code, ended.stderr);
         }
         self.added_nothing(repository)?;
-        let (after, own) = (
-            marks(self)?,
-            self.model.repositories[repository].prefix.clone(),
-        );
+        self.has_no_new_mark(repository, &before)
+    }
+
+    /// A backup that has added no point leaves no mark of its own.
+    pub(super) fn has_no_new_mark(&self, repository: usize, before: &[String]) -> Result<()> {
+        let after = self.vm.checkpoints()?;
+        let own = self.model.repositories[repository].prefix.clone();
         // What nobody needs may be gone, what was forgotten may be told again.
         let own = own.unwrap_or_else(|| "hw-".to_owned());
         let needed = &self.model.repositories[repository].needed;
@@ -225,7 +223,7 @@ impl Life {
             let id = name.strip_prefix(&own);
             id.is_some_and(|id| needed.values().any(|it| it == id))
         };
-        for name in &before {
+        for name in before {
             let may_go = name.starts_with(&own);
             ensure!(after.contains(name) || may_go, "{name} is gone");
         }
@@ -250,7 +248,7 @@ impl Life {
             _ => String::new(),
         };
         let point = report["point"].as_str().unwrap_or("?");
-        self.note(format!(
+        self.note(&format!(
             "point {point}: {}{healed}{warned}",
             modes.join(", ")
         ));

@@ -74,7 +74,17 @@ pub(super) enum Meanwhile {
     LibvirtdDies,
     Terminated,
     Interrupted,
+    /// The repository fails from then on, or once: an action of `HIGHWATER_FAULT`.
+    StoreFails(&'static str),
 }
+
+const FAILURES: [&str; 5] = [
+    "store-broken",
+    "store-hiccup",
+    "store-full",
+    "store-done",
+    "store-lost",
+];
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Doctor {
@@ -323,8 +333,9 @@ impl Operation {
 
 impl Meanwhile {
     fn draw(random: &mut Random) -> Self {
-        match random.below(17) {
+        match random.below(20) {
             16 => Self::Looks,
+            17..20 => Self::StoreFails(one(random, &FAILURES)),
             0..4 => Self::Writes(1 + random.below(12)),
             4..6 => Self::Dies,
             6 => Self::MoverDies,

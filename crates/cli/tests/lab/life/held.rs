@@ -15,7 +15,7 @@ use super::model::is_before_the_point;
 use crate::processes::{guard_of, kill_all, mover_of, signal};
 
 /// How long a backup may take to a step, and to its end.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_mins(1);
 
 fn wait(what: &str, mut done: impl FnMut() -> Result<bool>) -> Result<()> {
     let end = Instant::now() + PATIENCE;
@@ -35,20 +35,24 @@ impl Life {
         random: &mut Random,
     ) -> Result<()> {
         let theirs = self.theirs()?;
+        let marks = self.vm.checkpoints()?;
         let mut content = self.model.content(&self.model.attached());
         let signs = tempfile::tempdir_in(self.bed.lab.dir())?;
-        let action = if meanwhile == Meanwhile::Dies {
-            "kill"
-        } else {
-            "wait"
+        let action = match meanwhile {
+            Meanwhile::Dies => "kill",
+            Meanwhile::StoreFails(action) => action,
+            _ => "wait",
         };
         let fault = format!("{}:{action}:{}", step.word(), signs.path().display());
         let (stdout, stderr) = (signs.path().join("stdout"), signs.path().join("stderr"));
         let args = self.args(repository, &["backup", "web01", "--json"]);
         let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let mut mover = self
-            .bed
-            .command(&args)
+        let mut command = self.bed.command(&args);
+        if meanwhile == Meanwhile::LibvirtdDies {
+            // Nobody starts it before the backup has ended.
+            command.env("HIGHWATER_FAULT_PATIENCE", "1");
+        }
+        let mut mover = command
             .env("HIGHWATER_FAULT", fault)
             .stdout(Stdio::from(fs::File::create(&stdout)?))
             .stderr(Stdio::from(fs::File::create(&stderr)?))
@@ -64,7 +68,7 @@ impl Life {
             self.happens(repository, meanwhile, step, &mut mover, random)?;
             self.model.held = false;
         } else {
-            self.note("the step was not passed".to_owned());
+            self.note("the step was not passed");
         }
         if matches!(meanwhile, Meanwhile::Writes(_)) && is_before_the_point(step) {
             content = self.model.content(&self.model.attached());
@@ -79,7 +83,12 @@ impl Life {
             stderr: fs::read_to_string(stderr)?,
         };
         self.goes_on(if reached { Some(meanwhile) } else { None })?;
+        let was_told = matches!(meanwhile, Meanwhile::Terminated | Meanwhile::Interrupted);
         self.judge(repository, reached.then_some(meanwhile), &ended, content)
+            .and_then(|()| match ended.code {
+                Some(130) if was_told => self.has_no_new_mark(repository, &marks),
+                _ => Ok(()),
+            })
             .with_context(|| format!("it said {}{}", ended.stdout, ended.stderr))?;
         if !matches!(meanwhile, Meanwhile::QemuDies) || !reached {
             self.others_are_unharmed(&theirs, meanwhile)?;
@@ -108,7 +117,7 @@ impl Life {
                 self.check_any(repository, nth, false, "raw")?;
                 self.looks_busy(repository, step)?;
             }
-            Meanwhile::Dies => {}
+            Meanwhile::Dies | Meanwhile::StoreFails(_) => {}
             Meanwhile::MoverDies => signal("-KILL", mover_of(mover)?)?,
             Meanwhile::GuardDies => signal("-KILL", guard_of(mover)?)?,
             Meanwhile::BothDie => {
@@ -149,7 +158,7 @@ impl Life {
             let output = self.bed.output(&args)?;
             let said = String::from_utf8_lossy(&output.stderr);
             let said = format!("{:?}: {said}", output.status.code());
-            self.note(format!("doctor at {}: {said}", step.word()));
+            self.note(&format!("doctor at {}: {said}", step.word()));
             ensure!(
                 output.status.code() == Some(due),
                 "doctor {option:?}: {said}"
@@ -216,7 +225,7 @@ impl Life {
             };
         }
         let unknown = self.unknown(repository)?;
-        self.note(format!("exit code {:?}, points {unknown:?}", ended.code));
+        self.note(&format!("exit code {:?}, points {unknown:?}", ended.code));
         ensure!(unknown.len() < 2, "two points of one run: {unknown:?}");
         if let [id] = &unknown[..] {
             let disks: Vec<&str> = content.keys().copied().collect();
@@ -236,7 +245,7 @@ impl Life {
         let codes: &[Option<i32>] = match happened {
             Some(Meanwhile::Terminated | Meanwhile::Interrupted) => &[Some(130)],
             Some(Meanwhile::GuardDies) => &[Some(1)],
-            Some(Meanwhile::QemuDies) => &[Some(0), Some(1)],
+            Some(Meanwhile::QemuDies | Meanwhile::StoreFails(_)) => &[Some(0), Some(1)],
             Some(Meanwhile::LibvirtdDies | Meanwhile::LibvirtdRestarts) => {
                 &[Some(0), Some(1), Some(11)]
             }

@@ -57,7 +57,7 @@ impl Life {
 
     fn harm_bitmap(&mut self, repository: usize, number: usize, what: Harm) -> Result<()> {
         let Some(bitmap) = self.bitmap_of(repository, number)? else {
-            self.note("there is no mark".to_owned());
+            self.note("there is no mark");
             return Ok(());
         };
         let (node, name) = (self.node(number)?, self.model.disks[number].name);
@@ -70,7 +70,7 @@ impl Life {
                     let done = remove.arg(&image).arg(&bitmap).run();
                     if let Err(error) = done {
                         // It was never stored.
-                        it.note(format!("not removed: {error:#}"));
+                        it.note(&format!("not removed: {error:#}"));
                     }
                     Ok(())
                 })?;
@@ -79,7 +79,7 @@ impl Life {
                 let disabled = self.qmp("block-dirty-bitmap-disable", &of);
                 if let Err(error) = disabled {
                     // Nobody can do anything with one that is broken.
-                    self.note(format!("not disabled: {error:#}"));
+                    self.note(&format!("not disabled: {error:#}"));
                 }
             }
             _ => drop(self.qmp("block-dirty-bitmap-remove", &of)?),
@@ -96,7 +96,7 @@ impl Life {
         marks.retain(|it| it.starts_with(&prefix));
         marks.sort();
         let Some(mark) = marks.pop() else {
-            self.note("there is no mark".to_owned());
+            self.note("there is no mark");
             return Ok(());
         };
         let delete = ["checkpoint-delete", "web01", mark.as_str()];
@@ -119,7 +119,7 @@ impl Life {
                 self.model.repositories[repository].unbroken.clear();
                 if let Err(error) = done {
                     // libvirt deletes none whose bitmap is gone.
-                    self.note(format!("not deleted: {error:#}"));
+                    self.note(&format!("not deleted: {error:#}"));
                 }
             }
         }
@@ -234,7 +234,7 @@ impl Life {
         let said = String::from_utf8_lossy(&output.stdout).into_owned()
             + &String::from_utf8_lossy(&output.stderr);
         let code = output.status.code();
-        self.note(format!("exit code {code:?}"));
+        self.note(&format!("exit code {code:?}"));
         let is_on = self.model.power != Power::Off;
         let lost = self.model.libvirtd_died && said.contains("libvirt died");
         let codes: &[i32] = match what {
