@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod config;
 mod cut_short;
+mod disk_below;
 mod doing;
 mod dying;
 mod effective;

@@ -5,6 +5,9 @@
 //! for its size beside (`statfs`): one that needs half a minute for a sync
 //! answers that at once, a dead server answers nothing. Each question is asked
 //! by a thread of its own, which may never come back either.
+//!
+//! A file system on a disk answers from memory though the disk is dead. There the
+//! kernel tells whether the disk still completes requests.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -14,6 +17,7 @@ use std::time::{Duration, Instant};
 use highwater_store::Calls;
 
 use crate::cut_short::Why;
+use crate::disk_below::{DiskBelow, Requests};
 use crate::front::mover;
 use crate::signals;
 
@@ -29,6 +33,10 @@ const ASK_EVERY: Duration = Duration::from_secs(1);
 const HANGS_AFTER: Duration = Duration::from_secs(5);
 /// The same when the user waits for the end.
 const HANGS_AFTER_SIGNAL: Duration = Duration::from_secs(2);
+/// A disk that has requests and completes none for so long is dead. That is the
+/// kernel's own limit for a request to a disk (`SD_TIMEOUT`, 30 s), and more than
+/// one that sleeps needs to spin up.
+const DISK_HANGS_AFTER: Duration = Duration::from_secs(30);
 /// How long one call may take where questions are answered. A disk that syncs
 /// behind a full cache was seen to take a minute.
 const STUCK_AFTER: Duration = Duration::from_mins(2);
@@ -40,14 +48,20 @@ const SLEPT: Duration = Duration::from_secs(2);
 pub(crate) fn watch(calls: Arc<Calls>, directory: PathBuf) {
     std::thread::spawn(move || {
         let mut watch = Watch::new(Instant::now());
-        let mut asked: Option<Receiver<()>> = None;
+        let mut asked: Option<Receiver<Option<DiskBelow>>> = None;
+        let mut below = None;
         loop {
             std::thread::sleep(LOOK_EVERY);
             let now = Instant::now();
-            if asked.as_ref().is_some_and(is_answered) {
-                asked = None;
-                watch.answered(now);
+            match asked.as_ref().map(Receiver::try_recv) {
+                None | Some(Err(TryRecvError::Empty)) => {}
+                Some(answer) => {
+                    below = answer.ok().flatten();
+                    asked = None;
+                    watch.answered(now);
+                }
             }
+            watch.requests(now, below.as_ref().and_then(DiskBelow::requests));
             match watch.look(now, calls.oldest(), signals::is_asked()) {
                 Next::Nothing => {}
                 Next::Ask => asked = Some(ask(&directory)),
@@ -68,20 +82,16 @@ pub(crate) fn watch(calls: Arc<Calls>, directory: PathBuf) {
     });
 }
 
-/// Asks the file system something that is no work for it.
-fn ask(directory: &Path) -> Receiver<()> {
+/// Asks the file system something that is no work for it, and on which disk it is.
+fn ask(directory: &Path) -> Receiver<Option<DiskBelow>> {
     let (answer, answered) = channel();
     let directory = directory.to_owned();
     std::thread::spawn(move || {
         // An error is an answer as well.
         let _ = rustix::fs::statvfs(&directory);
-        let _ = answer.send(());
+        drop(answer.send(DiskBelow::of(&directory)));
     });
     answered
-}
-
-fn is_answered(asked: &Receiver<()>) -> bool {
-    asked.try_recv() != Err(TryRecvError::Empty)
 }
 
 /// What is to be done after a look.
@@ -101,6 +111,9 @@ struct Watch {
     /// Since when a question has not been answered.
     asked: Option<Instant>,
     answered: Option<Instant>,
+    requests: Option<Requests>,
+    /// Since when the disk has had requests and has completed none.
+    still: Option<Instant>,
 }
 
 impl Watch {
@@ -110,7 +123,16 @@ impl Watch {
             awake: now,
             asked: None,
             answered: None,
+            requests: None,
+            still: None,
         }
+    }
+
+    /// Notes what the disk below has done so far.
+    fn requests(&mut self, now: Instant, requests: Option<Requests>) {
+        let is_still = requests.is_some_and(|it| it.under_way) && requests == self.requests;
+        self.still = is_still.then(|| self.still.unwrap_or(now));
+        self.requests = requests;
     }
 
     const fn answered(&mut self, now: Instant) {
@@ -131,6 +153,10 @@ impl Watch {
             HANGS_AFTER
         };
         let silent = self.asked.map(|asked| now.duration_since(asked).min(awake));
+        let still = self.still.map(|since| now.duration_since(since).min(awake));
+        if call >= DISK_HANGS_AFTER && still.is_some_and(|still| still >= DISK_HANGS_AFTER) {
+            return Next::Hangs(call);
+        }
         if call >= STUCK_AFTER {
             return Next::Stuck(call);
         }
@@ -199,6 +225,34 @@ mod tests {
         // It answers now and then.
         let now_and_then = |age: Duration| age.as_secs().is_multiple_of(4);
         assert_eq!(given_up(100, false, now_and_then), None);
+    }
+
+    /// Looks at a call for two minutes at most; `completed` says how many
+    /// requests a disk that always has one has completed by a second.
+    fn given_up_on_disk(completed: impl Fn(u64) -> u64) -> Option<u64> {
+        let began = Instant::now();
+        let mut watch = Watch::new(began);
+        (1..120).find(|&second| {
+            let age = Duration::from_secs(second);
+            let now = began + age;
+            watch.answered(now);
+            let requests = Requests {
+                completed: completed(second),
+                under_way: true,
+            };
+            watch.requests(now, Some(requests));
+            matches!(watch.look(now, Some(age), false), Next::Hangs(_))
+        })
+    }
+
+    #[test]
+    fn a_disk_that_completes_nothing_is_given_up_and_a_slow_one_is_not() {
+        let at = given_up_on_disk(|_| 7).unwrap();
+        assert!((30..33).contains(&at), "{at} s");
+        assert_eq!(given_up_on_disk(|second| second / 20), None);
+        // It worked until then.
+        let at = given_up_on_disk(|second| second.min(50)).unwrap();
+        assert!((80..83).contains(&at), "{at} s");
     }
 
     #[test]
