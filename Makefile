@@ -2,7 +2,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup install check test demo bench scale mutants fuzz
+.PHONY: help setup install check test demo bench scale mutants fuzz soak
 
 # A rustup in the home directory need not be in PATH.
 export PATH := $(PATH):$(HOME)/.cargo/bin
@@ -68,3 +68,10 @@ FUZZ_SECONDS ?= 60
 fuzz: ## feed garbage to every parser, FUZZ_SECONDS=60 each
 	@scripts/setup.sh --for fuzz
 	scripts/fuzz.sh $(FUZZ_SECONDS)
+
+SOAK_SECONDS ?= 3600
+SOAK_SEED ?= $(shell date +%s)
+soak: ## random lives of a VM, one seed after the other for SOAK_SECONDS=3600, from SOAK_SEED= on
+	@scripts/setup.sh --for test
+	HIGHWATER_LIFE_SEED=$(SOAK_SEED) HIGHWATER_LIFE_SECONDS=$(SOAK_SECONDS) cargo nextest run --locked \
+	  --profile soak -p highwater --test lab --no-capture -E 'test(=life::a_life_of_any_seed_loses_nothing)'

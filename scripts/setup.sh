@@ -41,7 +41,7 @@ build=(gcc libc6-dev make git curl ca-certificates)
 # suite is too old to stand for what people run.
 vms=(qemu-system-x86 qemu-utils qemu-guest-agent libvirt-daemon-system libvirt-clients
     libvirt-daemon-driver-qemu)
-lab=(busybox-static e2fsprogs ovmf procps swtpm swtpm-tools util-linux xz-utils zstd)
+lab=(bindfs busybox-static e2fsprogs ovmf procps swtpm swtpm-tools util-linux xz-utils zstd)
 readers=(libnbd-bin nbdkit nbdkit-plugin-python python3-libnbd python3-venv)
 # What reads our manual pages and completions.
 shells=(groff-base zsh fish)

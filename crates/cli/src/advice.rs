@@ -9,6 +9,8 @@ use highwater_engine::{BackupError, DoctorError, PointError, RestoreError};
 use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
 use highwater_store::{StoreError, StoreErrorKind};
 
+use crate::cut_short::CutShort;
+
 pub(crate) const DONE: u8 = 0;
 pub(crate) const FAILED: u8 = 1;
 pub(crate) const USAGE: u8 = 2;
@@ -81,6 +83,12 @@ pub(crate) enum CliError {
     },
     Hypervisor(HypervisorError),
     Interrupted,
+    /// The command did not come to its own end.
+    CutShort(CutShort),
+    /// The process that does the work could not be started.
+    NoMover {
+        source: std::io::Error,
+    },
 }
 
 impl CliError {
@@ -122,6 +130,11 @@ impl CliError {
             Self::Doctor { error, .. } => chain(error.as_ref()),
             Self::Hypervisor(error) => chain(error),
             Self::Interrupted => vec!["interrupted".to_owned()],
+            Self::CutShort(cut) => cut.chain(),
+            Self::NoMover { source } => one(
+                "cannot start the process that does the work".to_owned(),
+                source,
+            ),
         }
     }
 }
@@ -201,6 +214,8 @@ pub(crate) fn advise(error: &CliError) -> Advice {
         | CliError::Write { .. }
         | CliError::PasswordCommand { .. }
         | CliError::Output { .. } => Advice::code(FAILED),
+        CliError::NoMover { .. } => Advice::code(FAILED).state(UNCHANGED),
+        CliError::CutShort(cut) => cut.advise(),
         CliError::Init(error) => of_init(error),
         CliError::Backup(error) => of_backup(error),
         CliError::Restore(error) => of_restore(error),
@@ -315,11 +330,13 @@ fn of_hypervisor(error: &HypervisorError) -> Advice {
     advice
 }
 
-const NO_POINT: &str = "no restore point was added; earlier ones are untouched";
-const LEFT_TO_THE_NEXT: &str =
+pub(crate) const NO_POINT: &str = "no restore point was added; earlier ones are untouched";
+pub(crate) const LEFT_TO_THE_NEXT: &str =
     "no restore point was added; the next backup tidies what is left at the VM";
-const TIDIED: &str =
+pub(crate) const TIDIED: &str =
     "no restore point was added; earlier ones are untouched; the session at the VM was ended";
+pub(crate) const UNKNOWN_POINT: &str =
+    "the restore point may or may not exist; both marks were kept";
 
 fn of_backup(error: &BackupError) -> Advice {
     match error {
@@ -379,6 +396,15 @@ fn of_backup(error: &BackupError) -> Advice {
             .state(LEFT_TO_THE_NEXT)
             .hint(format!("run `highwater backup {vm}` again")),
         BackupError::NoExport { .. } => Advice::code(FAILED).state(TIDIED),
+        BackupError::Copy { vm, source } if source.lost_session().is_some() => {
+            let why = source.lost_session();
+            let is_reached = why.is_none_or(|why| why.kind != ErrorKind::Unreachable);
+            let own = why.and_then(|why| why.hint.clone());
+            let hint = own.unwrap_or_else(|| "see why".to_owned());
+            Advice::code(FAILED)
+                .state(if is_reached { TIDIED } else { LEFT_TO_THE_NEXT })
+                .hint(format!("{hint}, then run `highwater backup {vm}` again"))
+        }
         BackupError::Copy { vm, .. } | BackupError::AllDisksFailed { vm, .. } => {
             Advice::code(FAILED)
                 .state(TIDIED)
@@ -397,11 +423,9 @@ fn of_backup(error: &BackupError) -> Advice {
                 _ => advice,
             }
         }
-        BackupError::CommitUnknown { vm, .. } => Advice::code(FAILED)
-            .state("the restore point may or may not exist; both marks were kept")
-            .hint(format!(
-                "the next `highwater backup {vm}` finds out and goes on"
-            )),
+        BackupError::CommitUnknown { vm, .. } => Advice::code(FAILED).state(UNKNOWN_POINT).hint(
+            format!("the next `highwater backup {vm}` finds out and goes on"),
+        ),
         BackupError::Interrupted { .. } => Advice::code(INTERRUPTED).state(TIDIED),
     }
 }

@@ -4,23 +4,36 @@
 //! and a name nobody types. It leaves our unix session at once, so that Ctrl-C at the
 //! terminal ends the mover and never the one that tidies up.
 
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
-use highwater_engine::{Guard, GuardError, serve};
+use highwater_engine::{Guard, GuardError, Parting, serve};
 use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
 use rustix::fd::AsFd as _;
+use rustix::process::{Pid, getppid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
+use crate::dying::is_dying;
+use crate::front::mover;
 use crate::{env, secrets, settings};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
+
+/// How often the mover is looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// So many looks in a row: one that was killed and can end does so in no time.
+const DYING_TIMES: u32 = 3;
+
+/// How to part from the guards there are.
+static PARTINGS: Mutex<Vec<Parting>> = Mutex::new(Vec::new());
 
 /// Starts a guard and connects it to a hypervisor.
 pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
@@ -38,7 +51,25 @@ pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
         .stderr(Stdio::null())
         .spawn()
         .map_err(|source| cannot_start(&source))?;
-    Guard::connect(ours, lifeline, uri, &settings::runtime_dir())
+    let guard = Guard::connect(ours, lifeline, uri, &settings::runtime_dir())?;
+    let mut partings = PARTINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    partings.retain(|parting| !parting.is_over());
+    partings.push(guard.parting());
+    drop(partings);
+    Ok(match mover::witness() {
+        Some(witness) => guard.witnessed_by(witness),
+        None => guard,
+    })
+}
+
+/// Has all guards end their sessions on their own, and waits for that a while.
+pub(crate) fn part(limit: Duration) {
+    let partings = PARTINGS.lock().unwrap_or_else(PoisonError::into_inner);
+    partings.iter().for_each(Parting::part);
+    let end = Instant::now() + limit;
+    for parting in partings.iter() {
+        parting.wait(end.saturating_duration_since(Instant::now()));
+    }
 }
 
 fn cannot_start(source: &std::io::Error) -> GuardError {
@@ -68,12 +99,24 @@ pub(crate) fn run() -> ExitCode {
     let (Ok(socket), Ok(lifeline)) = (socket, lifeline) else {
         return ExitCode::FAILURE;
     };
-    serve(
-        UnixStream::from(socket),
-        UnixStream::from(lifeline),
-        &connect,
-    );
+    let socket = UnixStream::from(socket);
+    if let (Some(mover), Ok(stream)) = (getppid(), socket.try_clone()) {
+        std::thread::spawn(move || watch(mover, &stream));
+    }
+    serve(socket, UnixStream::from(lifeline), &connect);
     ExitCode::SUCCESS
+}
+
+/// Parts from a mover that was killed and cannot end: its sockets stay open, and
+/// that it is silent may have other reasons, which are waited for longer.
+fn watch(mover: Pid, stream: &UnixStream) {
+    let mut times = 0;
+    while times < DYING_TIMES {
+        std::thread::sleep(LOOK_EVERY);
+        times = if is_dying(mover) { times + 1 } else { 0 };
+    }
+    // Fails if it has ended.
+    drop(stream.shutdown(Shutdown::Both));
 }
 
 fn connect(uri: &str) -> Result<Box<dyn Driver>, HypervisorError> {

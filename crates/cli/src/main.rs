@@ -6,10 +6,14 @@ mod advice;
 mod args;
 mod commands;
 mod config;
+mod cut_short;
+mod doing;
+mod dying;
 mod effective;
 mod env;
 #[cfg(debug_assertions)]
 mod faults;
+mod front;
 mod guard_process;
 mod json;
 mod json_events;
@@ -24,6 +28,7 @@ mod sys;
 mod times;
 mod usage;
 mod values;
+mod watchdog;
 
 use std::process::ExitCode;
 
@@ -31,14 +36,23 @@ use clap::Parser as _;
 
 use crate::advice::CliError;
 use crate::args::{Args, JsonStyle};
+use crate::front::mover;
 
 fn main() -> ExitCode {
-    #[cfg(debug_assertions)]
-    faults::install();
     if guard_process::is_wanted() {
+        #[cfg(debug_assertions)]
+        faults::install();
         return guard_process::run();
     }
+    let is_mover = mover::begin();
+    #[cfg(debug_assertions)]
+    if is_mover {
+        faults::install();
+    }
     let code = match Args::try_parse() {
+        Ok(args) if !is_mover && front::is_needed(&args.command) => {
+            return ExitCode::from(front::run(&args));
+        }
         Ok(args) => run(args),
         Err(error) if !error.use_stderr() => {
             // Help and version are data and go to stdout.
@@ -54,12 +68,13 @@ fn main() -> ExitCode {
         }
     };
     output::end_of_events(code);
-    ExitCode::from(code)
+    mover::leave(code)
 }
 
 fn run(mut args: Args) -> u8 {
     let json = args.global.json_style.is_some();
     args.global.json = json;
+    output::want_json(json);
     if args.global.json_style == Some(JsonStyle::Events) {
         output::print_events();
     }

@@ -9,12 +9,24 @@ use crate::json;
 /// Whether documents are lines of a stream of events. How a process prints is
 /// settled once, before anything is printed.
 static EVENTS: AtomicBool = AtomicBool::new(false);
+/// Whether errors are documents, too.
+static JSON: AtomicBool = AtomicBool::new(false);
 /// Whether a warning was told, for `--strict`.
 static WARNED: AtomicBool = AtomicBool::new(false);
 
 /// Has every document printed as a line of a stream of events.
 pub(crate) fn print_events() {
     EVENTS.store(true, Ordering::Relaxed);
+}
+
+/// Has errors printed as documents, too, by whoever cuts the command short.
+pub(crate) fn want_json(json: bool) {
+    JSON.store(json, Ordering::Relaxed);
+}
+
+/// Returns whether errors are documents, too.
+pub(crate) fn wants_json() -> bool {
+    JSON.load(Ordering::Relaxed)
 }
 
 /// Returns whether a warning was told.

@@ -12,7 +12,7 @@ use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::args::{Global, JsonStyle};
 use crate::json_events::EventLines;
-use crate::output;
+use crate::{doing, output};
 
 /// How often a plain line tells about each disk.
 const LINE_EVERY: Duration = Duration::from_secs(10);
@@ -184,6 +184,7 @@ fn done_line(disk: &str, plan: Option<&Plan>, done: &DiskDone) -> Option<String>
 
 impl Observer for Progress {
     fn event(&self, event: &Event<'_>) {
+        doing::note(event);
         if let Event::Warning(_) = event {
             output::note_warning();
         }

@@ -6,13 +6,13 @@ use std::sync::Arc;
 
 use clap::ValueEnum as _;
 use highwater_engine::repository::{Compression, Repository};
-use highwater_store::Store;
+use highwater_store::{Location, Store, Watched};
 
 use crate::advice::CliError;
 use crate::args::{Args, Backup, Command, ConfiguredSecrets, Global, Quiesce};
 use crate::config::{self, Entry, Layer, Value, Wanted};
 use crate::effective::{Effective, Shown};
-use crate::{env, secrets, values};
+use crate::{env, secrets, values, watchdog};
 
 /// Completes what was typed with the environment, the configuration and the
 /// defaults, in that order.
@@ -362,7 +362,10 @@ pub(crate) fn open_store(global: &Global) -> Result<Arc<dyn Store>, CliError> {
     let store = highwater_store::open(&url)?;
     #[cfg(debug_assertions)]
     let store = crate::faults::beneath(store);
-    Ok(store)
+    let Location::Directory(directory) = Location::parse(&url)?;
+    let watched = Watched::new(store);
+    watchdog::watch(watched.calls(), directory);
+    Ok(Arc::new(watched))
 }
 
 /// Opens the repository, asking for its secret only if it has one.

@@ -25,7 +25,10 @@ pub use doctor::{
     ChangedGraph, Checkup, DoctorError, DoctorOptions, MarkReport, NextBackup, Refused, doctor,
 };
 pub use events::{DiskDone, DiskProgress, Event, Observer};
-pub use guard::{Connect, Guard, GuardError, LockHolder, Outcome, lock_path, serve};
+pub use guard::{
+    Connect, Guard, GuardError, Heir, LockHolder, Outcome, Parting, SessionEnds, Witness,
+    lock_path, serve,
+};
 pub use limiter::Limiter;
 pub use points::{PointError, PointRef, resolve, select_vm};
 pub use restore::{

@@ -18,9 +18,11 @@ mod location;
 mod store;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod watched;
 
 pub use error::{StoreError, StoreErrorKind};
 pub use key::{KeyError, ObjectKey, ObjectKind};
 pub use local::LocalStore;
 pub use location::{Location, open};
 pub use store::{Listed, Store, Unfinished};
+pub use watched::{Calls, Watched};

@@ -143,7 +143,7 @@ pub(crate) fn which(program: &str) -> Result<PathBuf> {
 }
 
 /// Asks `ready` until it says yes; fails after `deadline`, naming `what`.
-pub(crate) fn wait_until(
+pub fn wait_until(
     what: &str,
     deadline: Duration,
     mut ready: impl FnMut() -> Result<bool>,

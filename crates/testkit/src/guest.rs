@@ -5,6 +5,7 @@
 
 mod assets;
 mod initramfs;
+mod latency;
 mod writer;
 
 use std::fmt::Write as _;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail, ensure};
 
 pub use assets::{Assets, assets};
+pub use latency::{Latency, LatencyWriter};
 pub use writer::{NumberedWriter, Numbering};
 
 use crate::command::{tool, wait_until};

@@ -35,10 +35,10 @@ mod vm;
 pub mod workload;
 mod xml;
 
-pub use command::{Tool, tool};
+pub use command::{Tool, tool, wait_until};
 pub use corpus::replay;
 pub use disk::{DiskSpec, ErrorPolicy};
-pub use guest::{Guest, NumberedWriter, Numbering};
+pub use guest::{Guest, Latency, LatencyWriter, NumberedWriter, Numbering};
 pub use images::{compare_images, raw_hash};
 pub use lab::Lab;
 pub use scattered::Scattered;

@@ -12,7 +12,7 @@ use crate::advice::{self, CliError};
 use crate::args::{self, Backup, Global, JsonStyle};
 use crate::commands::{each_once, names_of_vms};
 use crate::progress::Progress;
-use crate::{guard_process, json, output, settings, signals, times};
+use crate::{doing, guard_process, json, output, settings, signals, times};
 
 /// What came of one VM.
 enum Outcome {
@@ -138,6 +138,7 @@ impl Run<'_> {
             engine::backup(&context, name, &self.options).map(Outcome::Done)
         };
         progress.end();
+        doing::nothing();
         let outcome = outcome.map_err(|error| with_names(error, name, &guard))?;
         if !self.global.quiet && !self.global.json {
             match &outcome {

@@ -11,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, NumberedWriter, Numbering, Vm, tool};
 use serde_json::{Value, json};
 
+use crate::processes::mover_of;
 use crate::support::{Bed, assert_same, disk, mode, point, reference};
 
 const KIB: u64 = 1 << 10;
@@ -214,7 +215,7 @@ fn a_lie_is_not_forgotten_by_a_run_that_found_it_and_failed() -> Result<()> {
         ensure!(Instant::now() < end, "nothing was copied");
         std::thread::sleep(Duration::from_millis(5));
     }
-    let pid = mover.id().to_string();
+    let pid = mover_of(&mover)?.to_string();
     tool("kill").args(["-INT", &pid]).run()?;
     std::fs::write(signs.path().join("go"), "")?;
     ensure!(mover.wait()?.code() == Some(130));

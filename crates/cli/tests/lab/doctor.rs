@@ -12,6 +12,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 use serde_json::{Value, json};
 
+use crate::processes::{kill_all, mover_of, signal};
 use crate::support::{Bed, assert_same, mode, point, reference, write_noise};
 
 const MIB: u64 = 1 << 20;
@@ -163,18 +164,15 @@ fn reads(vm: &Vm) -> Result<()> {
     Ok(())
 }
 
-/// Kills a backup and its guard, so that nobody tidies up.
+/// Kills all processes of a backup, so that nobody tidies up.
 fn killed_with_its_guard(bed: &Bed, vm: &Vm) -> Result<()> {
-    let mut mover = busy(bed, vm)?;
+    let mut started = busy(bed, vm)?;
     let lock = bed.runtime().join(format!("vm-{}.lock", vm.uuid()?));
     let note = fs::read_to_string(&lock)?;
     let guard = note.split(' ').nth(1).context("a process id")?.to_owned();
-    let kill = |signal: &str, pid: &str| tool("kill").args([signal, pid]).run();
-    kill("-STOP", &mover.id().to_string())?;
-    kill("-KILL", &guard)?;
-    mover.kill()?;
-    mover.wait()?;
-    Ok(())
+    let mover = mover_of(&started)?;
+    signal("-STOP", mover)?;
+    kill_all(&mut started, guard.parse()?, mover)
 }
 
 fn sessions(bed: &Bed, below: &str) -> Result<usize> {

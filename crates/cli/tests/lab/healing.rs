@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Result, ensure};
 use highwater_testkit::{DiskSpec, Vm};
 
+use crate::processes::{mover_of, signal};
 use crate::support::{Bed, assert_same, mode, point, reference, write_noise};
 
 const MIB: u64 = 1 << 20;
@@ -43,7 +44,7 @@ fn killed_while_copying(bed: &Bed, vm: &Vm) -> Result<()> {
             "it ended before it could be killed"
         );
     }
-    child.kill()?;
+    signal("-KILL", mover_of(&child)?)?;
     child.wait()?;
     Ok(())
 }

@@ -5,6 +5,7 @@ use std::os::unix::fs::PermissionsExt as _;
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 
+use crate::processes::{front_of, mover_of, signal};
 use crate::support::{Bed, assert_same, mode, point, reference, wait_for_job, write_noise};
 
 const MIB: u64 = 1 << 20;
@@ -21,13 +22,13 @@ fn busy_vm(bed: &Bed) -> Result<Vm> {
     Ok(vm)
 }
 
-fn a_signal_ends_cleanly(signal: &str) -> Result<()> {
+fn a_signal_ends_cleanly(name: &str) -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
     let marks = vm.checkpoints()?;
     let child = bed.spawn_slow(&["backup", "web01"])?;
     wait_for_job(&vm)?;
-    tool("kill").args([signal, &child.id().to_string()]).run()?;
+    signal(name, front_of(&child))?;
     let output = child.wait_with_output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(
@@ -63,18 +64,15 @@ fn a_second_backup_of_the_same_vm_is_told_who_holds_it() -> Result<()> {
     let vm = busy_vm(&bed)?;
     let mut first = bed.spawn_slow(&["backup", "web01"])?;
     wait_for_job(&vm)?;
-    // Stopped, it holds the VM for ten seconds more: the second one waits for
+    // Stopped, it holds the VM for some seconds more: the second one waits for
     // that and goes on.
-    tool("kill")
-        .args(["-STOP", &first.id().to_string()])
-        .run()?;
+    let mover = mover_of(&first)?;
+    signal("-STOP", mover)?;
     let report = bed
         .backup(&vm, &[])
         .context("the second backup waits for the dying first")?;
     assert_eq!(mode(&report, "vda"), "incremental");
-    tool("kill")
-        .args(["-CONT", &first.id().to_string()])
-        .run()?;
+    signal("-CONT", mover)?;
     let first = first.wait()?;
     ensure!(
         !first.success(),

@@ -4,6 +4,7 @@
     clippy::unwrap_used,
     clippy::indexing_slicing,
     clippy::disallowed_methods,
+    clippy::print_stderr,
     dead_code,
     reason = "a test may stop at the first surprise"
 )]
@@ -22,9 +23,13 @@ mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
 mod healing;
+mod hung;
+mod hung_mount;
 mod interruption;
 mod late;
+mod latency;
 mod levels;
+mod life;
 mod losses;
 mod matrix;
 mod matrix_changes;
@@ -40,6 +45,7 @@ mod saved;
 mod scale;
 mod scene;
 mod shells;
+mod slow_disk;
 mod stress;
 mod support;
 mod verify;

@@ -10,6 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm};
 use serde_json::Value;
 
+use crate::processes::guard_of;
 use crate::support::{Bed, assert_same, disk, mode, reference, write_noise};
 
 const MIB: u64 = 1 << 20;
@@ -286,7 +287,7 @@ fn the_guard_knows_no_passphrase_and_holds_no_descriptor_of_one() -> Result<()> 
     while !vm.job_running().unwrap_or_default() {
         ensure!(Instant::now() < deadline, "no job began");
     }
-    let guard = guard_of(child.id()).context("there is a guard")?;
+    let guard = guard_of(&child)?;
     let proc = Path::new("/proc").join(guard.to_string());
     let open: Vec<_> = fs::read_dir(proc.join("fd"))?
         .filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
@@ -299,15 +300,4 @@ fn the_guard_knows_no_passphrase_and_holds_no_descriptor_of_one() -> Result<()> 
     );
     assert!(child.wait()?.success());
     Ok(())
-}
-
-/// Finds the guard that process `mover` started.
-fn guard_of(mover: u32) -> Option<u32> {
-    fs::read_dir("/proc").ok()?.find_map(|entry| {
-        let pid: u32 = entry.ok()?.file_name().to_str()?.parse().ok()?;
-        let about = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-        let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
-        let is_child = about.lines().any(|line| line == format!("PPid:\t{mover}"));
-        (is_child && command.starts_with("highwater-guard")).then_some(pid)
-    })
 }

@@ -14,7 +14,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 use serde_json::Value;
 
-use crate::processes::{guard_of, mover_of, signal};
+use crate::processes::{guard_of, kill_all, mover_of, signal};
 use crate::support::{Bed, assert_same, mode, point, reference, wait_for_job};
 
 const MIB: u64 = 1 << 20;
@@ -156,10 +156,10 @@ fn stopped_mover(after: Duration) -> Result<Duration> {
     let mover = begin(&bed)?;
     wait_for_socket(&bed)?;
     std::thread::sleep(after);
-    signal("-STOP", mover_of(&mover))?;
+    signal("-STOP", mover_of(&mover)?)?;
     wait_until_tidy(&bed, &vm, &marks)?;
     heals(&bed, &vm)?;
-    signal("-CONT", mover_of(&mover))?;
+    signal("-CONT", mover_of(&mover)?)?;
     let output = mover.wait_with_output()?;
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(
@@ -195,10 +195,10 @@ fn a_mover_killed_within_the_start_call_leaves_nothing() -> Result<()> {
     let marks = vm.checkpoints()?;
     let pulse = Pulse::of(&bed);
     for _ in 0..3 {
-        let mut mover = begin(&bed)?;
+        let mut started = begin(&bed)?;
         wait_for_socket(&bed)?;
-        mover.kill()?;
-        mover.wait()?;
+        signal("-KILL", mover_of(&started)?)?;
+        ensure!(started.wait()?.code() == Some(1));
         wait_until_tidy(&bed, &vm, &marks)?;
     }
     heals(&bed, &vm)?;
@@ -236,24 +236,22 @@ fn a_guard_killed_in_mid_copy_is_replaced_and_the_vm_tidied_up() -> Result<()> {
     pulse.check().map(drop)
 }
 
-/// Kills both in mid copy.
-fn mover_and_guard_killed(bed: &Bed, vm: &Vm) -> Result<()> {
-    let mut mover = begin(bed)?;
+/// Kills all three processes in mid copy.
+fn all_of_us_killed(bed: &Bed, vm: &Vm) -> Result<()> {
+    let mut started = begin(bed)?;
     wait_for_job(vm)?;
-    let guard = guard_of(&mover)?;
-    // Stopped first: neither may see the other die.
+    let (mover, guard) = (mover_of(&started)?, guard_of(&started)?);
+    // Stopped first: the guard must not see the mover die.
     signal("-STOP", guard)?;
-    mover.kill()?;
-    mover.wait()?;
-    signal("-KILL", guard)
+    kill_all(&mut started, mover, guard)
 }
 
 /// A row of the table; its test is made there.
-pub(crate) fn mover_and_guard_killed_together_are_healed_by_the_next_backup() -> Result<()> {
+pub(crate) fn all_processes_killed_together_are_healed_by_the_next_backup() -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
     let pulse = Pulse::of(&bed);
-    mover_and_guard_killed(&bed, &vm)?;
+    all_of_us_killed(&bed, &vm)?;
     ensure!(vm.job_running()?, "nobody was left to end the job");
     let report = heals(&bed, &vm)?;
     let healed = report["healed"].to_string();
@@ -308,9 +306,9 @@ fn ask_qemu(bed: &Bed, command: &str) -> Result<()> {
     Ok(())
 }
 
-/// Kills mover, guard and libvirtd in mid copy: nobody ends the job.
+/// Kills all of us and libvirtd in mid copy: nobody ends the job.
 fn all_but_qemu_killed(bed: &Bed, vm: &Vm) -> Result<()> {
-    mover_and_guard_killed(bed, vm)?;
+    all_of_us_killed(bed, vm)?;
     bed.lab.kill_libvirtd()
 }
 

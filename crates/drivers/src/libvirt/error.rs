@@ -50,7 +50,7 @@ pub(crate) fn kind_of(error: &CallError) -> ErrorKind {
 
 /// Texts as of libvirt 11.3 and QEMU 10.0 (seen in experiments).
 fn kind_by_text(text: &str) -> ErrorKind {
-    const TEXTS: [(&str, ErrorKind); 14] = [
+    const TEXTS: [(&str, ErrorKind); 15] = [
         // What libvirt's client says whose daemon has died: before a call, in
         // the midst of one, and when nobody has heard of it for a while.
         ("client socket is closed", ErrorKind::Unreachable),
@@ -67,6 +67,7 @@ fn kind_by_text(text: &str) -> ErrorKind {
         ("Failed to bind socket", ErrorKind::Scratch),
         ("Failed to create file", ErrorKind::Scratch),
         ("unable to create scratch", ErrorKind::Scratch),
+        ("failed to create image file", ErrorKind::Scratch),
     ];
     TEXTS
         .iter()
@@ -90,6 +91,13 @@ fn hint_for(kind: ErrorKind, error: &CallError) -> Option<&'static str> {
         return Some(
             "QEMU may not use that directory: AppArmor or SELinux may forbid it (see the host's \
              audit log), or a parent directory may not be entered; choose another directory",
+        );
+    }
+    if kind == ErrorKind::Scratch && text.contains("No such file or directory") {
+        return Some(
+            "libvirt does not see that directory: was it mounted after libvirtd was started, in \
+             another mount namespace, or is libvirt on another host? choose another one with \
+             `--scratch-dir`",
         );
     }
     if text.contains("NBD server already running") {

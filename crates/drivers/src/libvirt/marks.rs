@@ -62,7 +62,7 @@ impl LibvirtDriver {
             // A bitmap in a backing file: only libvirt can have QEMU open that
             // for writing, and only for a record that it knows.
             let definition = read_definition(vm, &domain, true)?;
-            because.extend(delete_through_record(&domain, &definition, name).err());
+            because.extend(delete_through_records(&domain, &definition, name));
         }
         if query_blocks(vm, &domain)?.holders(name).is_empty() {
             return Ok(());
@@ -150,21 +150,28 @@ fn remove_bitmap(domain: &DomainHandle, node: &str, name: &str) -> Result<(), St
         .map_err(|error| error.to_string())
 }
 
-/// Makes a record for bitmaps that have none, and deletes it with them.
-fn delete_through_record(
+/// Makes a record for bitmaps that have none, and deletes it with them: one for
+/// each disk, because libvirt deletes nothing if one of a record's disks has no
+/// such bitmap. Returns what libvirt said against it, which for those disks is
+/// just that.
+fn delete_through_records(
     domain: &DomainHandle,
     definition: &DomainXml,
     name: &str,
-) -> Result<(), String> {
-    let disks: Vec<String> = definition
+) -> Vec<String> {
+    let disks = definition
         .disks
         .iter()
         .filter(|disk| disks::skip_reason(disk).is_none())
-        .filter(|disk| disk.chain.iter().any(|link| link.format == "qcow2"))
-        .map(|disk| disk.target.clone())
-        .collect();
+        .filter(|disk| disk.chain.iter().any(|link| link.format == "qcow2"));
+    disks
+        .filter_map(|disk| delete_through_record(domain, &disk.target, name).err())
+        .collect()
+}
+
+fn delete_through_record(domain: &DomainHandle, disk: &str, name: &str) -> Result<(), String> {
     // Its time is of no matter: it is deleted at once.
-    let xml = backup_xml::checkpoint(name, None, Some(0), &disks);
+    let xml = backup_xml::checkpoint(name, None, Some(0), &[disk.to_owned()]);
     let words = |error: &CallError| error.message.clone();
     let record = domain
         .create_checkpoint(&xml, REDEFINE)

@@ -37,6 +37,8 @@ pub(super) const REQUEST_BYTES: u64 = 512 << 10;
 const FILLED_PER_WORKER: usize = 4;
 /// How often progress is told and the session looked at.
 const TICK: Duration = Duration::from_millis(100);
+/// How long the guard's word may take to arrive after the connections it ended.
+const GUARD_WORD: Duration = Duration::from_millis(200);
 
 /// Threads and buffers of a backup.
 #[derive(Debug, Clone, Copy)]
@@ -149,6 +151,16 @@ pub enum CopyError {
     Store { source: Box<RepoError> },
     #[error("interrupted")]
     Interrupted,
+}
+
+impl CopyError {
+    /// Returns why the session broke, if that is what it was.
+    pub const fn lost_session(&self) -> Option<&HypervisorError> {
+        match self {
+            Self::SessionLost { source } => Some(source),
+            _ => None,
+        }
+    }
 }
 
 /// What is watched while copying.
@@ -398,7 +410,7 @@ pub(super) fn copy_disks(
     // The guard ends a broken session at once, and then reads fail: that is no
     // fault of the disk either.
     if results.iter().any(|copied| copied.result.is_err())
-        && let Some(why) = reason_to_stop(watch)
+        && let Some(why) = reason_to_stop_soon(watch)
     {
         return Err(why);
     }
@@ -415,6 +427,19 @@ fn reason_to_stop(watch: &CopyWatch<'_>) -> Option<CopyError> {
         return Some(CopyError::Interrupted);
     }
     (watch.lost)().map(|source| CopyError::SessionLost { source })
+}
+
+/// Waits a moment for the guard's word: it is under way before the connections
+/// end, and a process that was stopped hears of both at once.
+fn reason_to_stop_soon(watch: &CopyWatch<'_>) -> Option<CopyError> {
+    let since = Instant::now();
+    loop {
+        let why = reason_to_stop(watch);
+        if why.is_some() || since.elapsed() > GUARD_WORD {
+            return why;
+        }
+        std::thread::sleep(GUARD_WORD / 20);
+    }
 }
 
 /// Hashes, compresses and packs until the work ends.

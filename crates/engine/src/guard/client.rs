@@ -1,12 +1,13 @@
 //! The mover's side: asks the guard, and beats so that the guard knows it lives.
 
 use std::io::BufReader;
-use std::os::fd::AsFd;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use highwater_hypervisor::{
@@ -14,10 +15,12 @@ use highwater_hypervisor::{
     Surroundings, Swept, VmFacts, VmRef,
 };
 use highwater_model::SessionId;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::lifeline::Giver;
 use super::lock::LockHolder;
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
+use super::witness::{SessionEnds, Witness};
 
 /// The guard allows ten times this.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
@@ -41,6 +44,56 @@ pub struct Guard {
     /// A request could not be sent, or got no reply.
     gone: AtomicBool,
     lifeline: Giver,
+    leash: Arc<Leash>,
+    connect: String,
+    witness: Option<Box<dyn Witness>>,
+    session: Mutex<Option<Told>>,
+}
+
+/// A session that the witness was told of.
+#[derive(Debug)]
+struct Told {
+    order: BeginOrder,
+    connections: Giver,
+}
+
+/// The sockets of a guard, which nobody locks.
+#[derive(Debug)]
+struct Leash {
+    stream: UnixStream,
+    /// Its other end is open for as long as the guard lives.
+    lifeline: UnixStream,
+}
+
+/// Parts a mover from its guard, which then ends the session on its own. For
+/// when the mover hangs or ends: its sockets may stay open for ever.
+#[derive(Debug, Clone)]
+pub struct Parting(Weak<Leash>);
+
+impl Parting {
+    /// Parts them. May be called again, and from any thread.
+    pub fn part(&self) {
+        if let Some(leash) = self.0.upgrade() {
+            // Fails if the guard has ended, which is as good.
+            drop(leash.stream.shutdown(Shutdown::Both));
+        }
+    }
+
+    /// Waits until the guard has ended, but not for longer than this.
+    pub fn wait(&self, limit: Duration) {
+        let Some(leash) = self.0.upgrade() else {
+            return;
+        };
+        let mut polled = [PollFd::new(&leash.lifeline, PollFlags::empty())];
+        let limit = Timespec::try_from(limit).unwrap_or_default();
+        // Interrupted or not: nobody relies on it.
+        let _ = poll(&mut polled, Some(&limit));
+    }
+
+    /// Whether there is still a guard to part from.
+    pub fn is_over(&self) -> bool {
+        self.0.strong_count() == 0
+    }
 }
 
 #[derive(Debug)]
@@ -60,6 +113,10 @@ impl Guard {
     ) -> Result<Self, GuardError> {
         let gone = |source: std::io::Error| guard_gone().because(source.to_string());
         let reading = stream.try_clone().map_err(gone)?;
+        let leash = Arc::new(Leash {
+            stream: stream.try_clone().map_err(gone)?,
+            lifeline: lifeline.try_clone().map_err(gone)?,
+        });
         let (sender, receiver) = channel();
         let lost = Arc::new(Mutex::new(None));
         let lost_sink = Arc::clone(&lost);
@@ -92,6 +149,10 @@ impl Guard {
             lost,
             gone: AtomicBool::new(false),
             lifeline: Giver::new(lifeline),
+            leash,
+            connect: uri.to_owned(),
+            witness: None,
+            session: Mutex::new(None),
         };
         let hello = Request::Hello {
             connect: uri.to_owned(),
@@ -99,6 +160,18 @@ impl Guard {
         };
         guard.done(hello)?;
         Ok(guard)
+    }
+
+    /// Has somebody told of the sessions, who can end them in our place.
+    #[must_use]
+    pub fn witnessed_by(mut self, witness: Box<dyn Witness>) -> Self {
+        self.witness = Some(witness);
+        self
+    }
+
+    /// Returns the means to part from this guard at any time.
+    pub fn parting(&self) -> Parting {
+        Parting(Arc::downgrade(&self.leash))
     }
 
     /// Lists all VMs and how each runs.
@@ -180,32 +253,56 @@ impl Guard {
 
     /// Takes the point in time.
     pub fn begin(&self, order: &BeginOrder) -> Result<Begun, GuardError> {
-        match self.ask(Request::Begin {
+        self.tell_begins(order)?;
+        let begun = self.ask(Request::Begin {
             order: Box::new(order.clone()),
-        })? {
-            Reply::Begun(begun) => Ok(*begun),
-            _ => Err(wrong_reply()),
+        });
+        match begun {
+            Ok(Reply::Begun(begun)) => Ok(*begun),
+            Ok(_) => Err(wrong_reply()),
+            Err(error) => {
+                // A guard that lives has taken back what it had begun.
+                if !self.is_gone() && !error.left_behind {
+                    self.tell_ended(order);
+                }
+                Err(error)
+            }
         }
     }
 
     /// Tells the guard that the manifest is about to be written. Only after
     /// its reply may it be.
     pub fn committing(&self) -> Result<(), GuardError> {
+        if let (Some(witness), Some(told)) = (&self.witness, &*self.told()) {
+            // First: the guard may die between its reply and the manifest, and
+            // whoever settles then must not take the backup for one that failed.
+            witness.commits(&told.order).map_err(witness_gone)?;
+        }
         self.done(Request::Committing)
     }
 
     /// Ends the session at the VM.
     pub fn finish(&self, outcome: Outcome) -> Result<Ended, GuardError> {
-        self.ended(Request::Finish { outcome })
+        let ended = self.ended(Request::Finish { outcome })?;
+        if ended.warnings.is_empty()
+            && let Some(told) = self.told().take()
+        {
+            self.tell_ended(&told.order);
+        }
+        Ok(ended)
     }
 
     /// Ends the session of another guard, which has died; what could not be
     /// done is in the warnings.
     pub fn settle(&self, order: &BeginOrder, outcome: Outcome) -> Result<Ended, GuardError> {
-        self.ended(Request::Settle {
+        let ended = self.ended(Request::Settle {
             order: Box::new(order.clone()),
             outcome,
-        })
+        })?;
+        if ended.warnings.is_empty() {
+            self.tell_ended(order);
+        }
+        Ok(ended)
     }
 
     /// Ends what a dead session left behind.
@@ -227,9 +324,45 @@ impl Guard {
     /// Gives the guard the means to cut an NBD connection that reads from its
     /// session. To be called before the connection's first request.
     pub fn entrust(&self, socket: &impl AsFd) -> Result<(), GuardError> {
+        if let Some(told) = &*self.told() {
+            // Nobody cuts the connection for a witness that is gone, and a
+            // mover without one is about to end.
+            told.connections.give(socket).map_err(witness_gone)?;
+        }
         self.lifeline
             .give(socket)
             .map_err(|source| guard_gone().because(source.to_string()))
+    }
+
+    fn told(&self) -> MutexGuard<'_, Option<Told>> {
+        self.session.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_begins(&self, order: &BeginOrder) -> Result<(), GuardError> {
+        let Some(witness) = &self.witness else {
+            return Ok(());
+        };
+        let told = (|| {
+            let (connections, theirs) = UnixStream::pair()?;
+            let ends = SessionEnds {
+                connect: self.connect.clone(),
+                guard: OwnedFd::from(self.leash.stream.try_clone()?),
+                connections: OwnedFd::from(theirs),
+            };
+            witness.begins(order, ends)?;
+            Ok(Giver::new(connections))
+        })();
+        *self.told() = Some(Told {
+            order: order.clone(),
+            connections: told.map_err(witness_gone)?,
+        });
+        Ok(())
+    }
+
+    fn tell_ended(&self, order: &BeginOrder) {
+        if let Some(witness) = &self.witness {
+            witness.ended(order);
+        }
     }
 
     /// Returns why the running session broke, if the guard said so.
@@ -294,7 +427,7 @@ impl Drop for Guard {
         let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         // The reader thread holds a duplicate: only a shutdown ends the stream.
         // An error means it has ended already.
-        drop(stream.shutdown(std::net::Shutdown::Both));
+        drop(stream.shutdown(Shutdown::Both));
     }
 }
 
@@ -329,6 +462,18 @@ fn note_lost(lost: &Mutex<Option<HypervisorError>>, error: HypervisorError) {
 
 fn guard_gone() -> HypervisorError {
     cannot_reach_guard().because("it has ended")
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "it is what `map_err` hands over"
+)]
+fn witness_gone(source: std::io::Error) -> HypervisorError {
+    HypervisorError::new(
+        ErrorKind::Unreachable,
+        "cannot reach the process that was started",
+    )
+    .because(source.to_string())
 }
 
 fn cannot_reach_guard() -> HypervisorError {

@@ -159,6 +159,7 @@ impl Host {
                 Err(RecvTimeoutError::Disconnected) => return,
             }
             if self.session.is_some() && heard.elapsed() > SILENCE_MAX {
+                self.tell_silence();
                 return;
             }
             if self
@@ -293,6 +294,28 @@ impl Host {
             (Outcome::Failed | Outcome::Committed | Outcome::Unknown, _) => {}
         }
         ended
+    }
+
+    /// Leaves word for a mover that was stopped and may wake.
+    fn tell_silence(&mut self) {
+        let Some(session) = &self.session else { return };
+        if session.broken.is_some() {
+            return;
+        }
+        let error = HypervisorError::new(
+            ErrorKind::SessionLost,
+            format!(
+                "cannot go on with session {} of VM `{}`",
+                session.order.session, session.order.vm.name
+            ),
+        )
+        .because(format!(
+            "the process that copies was stopped, or hung, for more than {} s",
+            SILENCE_MAX.as_secs()
+        ))
+        .hint("a suspended backup holds its VM: let it run to its end");
+        // It may be dead.
+        drop(send(&mut self.stream, &Answer::Lost { error }));
     }
 
     fn lost_since(&self) -> Option<Instant> {

@@ -95,6 +95,11 @@ impl Cutter {
         }
     }
 
+    /// Where sockets come from.
+    pub(super) const fn incoming(&self) -> &UnixStream {
+        &self.stream
+    }
+
     /// Takes what was handed over so far.
     pub(super) fn take(&mut self) {
         loop {

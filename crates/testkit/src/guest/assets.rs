@@ -16,6 +16,7 @@ use crate::command::{tool, which};
 
 const INIT: &str = include_str!("init.sh");
 const NUMBERED_WRITER: &str = include_str!("numbered_writer.c");
+const LATENCY_WRITER: &str = include_str!("latency_writer.c");
 
 /// Packages that depend on the current kernel for virtual machines: Debian's, Ubuntu's.
 const KERNEL_PACKAGES: [&str; 2] = ["linux-image-cloud-amd64", "linux-image-virtual"];
@@ -44,7 +45,7 @@ pub struct Assets {
 pub fn assets() -> Result<Assets> {
     let agent = which("qemu-ga")?;
     let busybox = which("busybox")?;
-    let ours = blake3::hash([INIT, NUMBERED_WRITER].concat().as_bytes()).to_hex();
+    let ours = blake3::hash([INIT, NUMBERED_WRITER, LATENCY_WRITER].concat().as_bytes()).to_hex();
     let name = format!(
         "guest-{}-{}-{}",
         &ours[..8],
@@ -161,13 +162,18 @@ fn initramfs(kernel: &Path, agent: &Path, busybox: &Path, draft: &Path) -> Resul
             archive.add_file(&format!("/modules/{module}.ko"), &file)?;
         }
     }
-    let writer = draft.join("numbered-writer");
-    tool("cc")
-        .args(["-static", "-O2", "-Wall", "-Werror", "-x", "c", "-", "-o"])
-        .arg(&writer)
-        .input(NUMBERED_WRITER)
-        .run()?;
-    archive.add_file("/usr/bin/numbered-writer", &writer)?;
+    for (name, source) in [
+        ("numbered-writer", NUMBERED_WRITER),
+        ("latency-writer", LATENCY_WRITER),
+    ] {
+        let program = draft.join(name);
+        tool("cc")
+            .args(["-static", "-O2", "-Wall", "-Werror", "-x", "c", "-", "-o"])
+            .arg(&program)
+            .input(source)
+            .run()?;
+        archive.add_file(&format!("/usr/bin/{name}"), &program)?;
+    }
     archive.finish()
 }
 

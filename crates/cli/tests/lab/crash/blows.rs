@@ -213,7 +213,7 @@ impl Waiting {
 
     fn fall(&mut self, bed: &Bed, vm: &Vm, blow: Blow) -> Result<()> {
         match blow {
-            Blow::KillMover => signal("-KILL", mover_of(&self.run)),
+            Blow::KillMover => signal("-KILL", mover_of(&self.run)?),
             Blow::KillGuard => signal("-KILL", guard_of(&self.run)?),
             Blow::KillAll => kill_all(&mut self.run),
             Blow::KillQemu => vm.kill_qemu(),

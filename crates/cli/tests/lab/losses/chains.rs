@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::tool;
 
 use super::{Story, signal};
+use crate::processes::mover_of;
 use crate::support::{Bed, assert_same, disk, wait_for_job, write_noise};
 
 const KIB: u64 = 1 << 10;
@@ -54,7 +55,7 @@ fn finding_3_what_a_killed_increment_would_have_held_is_in_the_next() -> Result<
         let mut child = story.bed.spawn_slow(&args)?;
         wait_for_job(&story.vm)?;
         story.vm.write("vda", "write -P 5 60M 64k")?;
-        signal(by, child.id())?;
+        signal(by, mover_of(&child)?)?;
         ensure!(!child.wait()?.success(), "it ended before it was killed");
         story.vm.write("vda", "write -P 6 61M 64k")?;
         let report = story.backup_as(&["-l", "auto"], "incremental")?;

@@ -118,5 +118,5 @@ pub(super) fn foreign_nbd_server() -> Result<()> {
 }
 
 pub(super) fn dead_session() -> Result<()> {
-    crate::stress::mover_and_guard_killed_together_are_healed_by_the_next_backup()
+    crate::stress::all_processes_killed_together_are_healed_by_the_next_backup()
 }

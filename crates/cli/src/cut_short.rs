@@ -1,0 +1,169 @@
+//! A command that did not come to its own end: why, what is left, what to do.
+
+use std::time::Duration;
+
+use crate::advice::{
+    Advice, FAILED, INTERRUPTED, LEFT_TO_THE_NEXT, NO_POINT, TIDIED, UNKNOWN_POINT,
+};
+use crate::doing::Doing;
+
+/// A command that was cut short.
+#[derive(Debug)]
+pub(crate) struct CutShort {
+    pub(crate) why: Why,
+    /// What it was doing.
+    pub(crate) doing: Doing,
+}
+
+/// Why it was.
+#[derive(Debug)]
+pub(crate) enum Why {
+    /// A signal asked for it, and a clean end took too long, or was not wanted.
+    Asked,
+    /// The repository does not answer.
+    Hangs { repository: String, since: Duration },
+    /// The repository answers, and yet a call does not come back.
+    Stuck { repository: String, since: Duration },
+    /// The process that did the work was killed; by which signal, if known.
+    Killed { signal: Option<i32> },
+    /// It was killed, and what it left could not be tidied up.
+    KilledUntidy { signal: Option<i32> },
+}
+
+impl CutShort {
+    /// Returns the message and its causes, outermost first.
+    pub(crate) fn chain(&self) -> Vec<String> {
+        let cause = match &self.why {
+            Why::Asked => {
+                return vec![match self.doing.vm() {
+                    Some(vm) => format!("interrupted: the backup of VM `{vm}` was given up"),
+                    None => "interrupted".to_owned(),
+                }];
+            }
+            Why::Hangs { repository, since } => {
+                let seconds = since.as_secs();
+                format!("the repository at {repository} has not answered for {seconds} s")
+            }
+            Why::Stuck { repository, since } => {
+                let seconds = since.as_secs();
+                format!("a call into the repository at {repository} has taken {seconds} s so far")
+            }
+            Why::Killed { signal } | Why::KilledUntidy { signal } => match signal {
+                Some(signal) => {
+                    format!("the process that did the work was killed by signal {signal}")
+                }
+                None => "the process that did the work was killed".to_owned(),
+            },
+        };
+        let what = match (&self.doing, &self.why) {
+            (Doing::Other, Why::Hangs { .. } | Why::Stuck { .. }) => {
+                "cannot use the repository".to_owned()
+            }
+            (Doing::Other, _) => "cannot go on".to_owned(),
+            (Doing::Committed { vm, .. }, _) => {
+                format!("cannot end the backup of VM `{vm}` as it should")
+            }
+            (
+                Doing::Backup { vm } | Doing::Session { vm } | Doing::Committing { vm },
+                Why::Hangs { .. } | Why::Stuck { .. },
+            ) => format!("cannot store the backup of VM `{vm}`"),
+            (Doing::Backup { vm } | Doing::Session { vm } | Doing::Committing { vm }, _) => {
+                format!("cannot back up VM `{vm}`")
+            }
+        };
+        vec![what, cause]
+    }
+
+    /// Returns what to do about it.
+    pub(crate) fn advise(&self) -> Advice {
+        let is_untidy = matches!(self.why, Why::KilledUntidy { .. });
+        let state = match &self.doing {
+            Doing::Other if is_untidy => Some(LEFT_TO_THE_NEXT.to_owned()),
+            // Each command leaves something else; restore points were not touched.
+            Doing::Other => None,
+            Doing::Backup { .. } => Some(NO_POINT.to_owned()),
+            Doing::Session { .. } if is_untidy => Some(LEFT_TO_THE_NEXT.to_owned()),
+            Doing::Session { .. } => Some(TIDIED.to_owned()),
+            Doing::Committing { .. } => Some(UNKNOWN_POINT.to_owned()),
+            Doing::Committed { point, .. } => Some(format!(
+                "restore point {point} was added and is complete; the next backup tidies what is \
+                 left at the VM"
+            )),
+        };
+        let again = match self.doing.vm() {
+            Some(vm) => format!("run `highwater backup {vm}` again"),
+            None => "run the command again".to_owned(),
+        };
+        let (code, hint) = match &self.why {
+            Why::Asked => (INTERRUPTED, None),
+            Why::Hangs { repository, .. } | Why::Stuck { repository, .. } => (
+                FAILED,
+                Some(format!(
+                    "see why what it lies on does not answer (`stat -f {repository}`), then {again}"
+                )),
+            ),
+            Why::Killed { .. } | Why::KilledUntidy { .. } => (
+                FAILED,
+                Some(format!(
+                    "see who killed it (for want of memory the kernel does: `dmesg`), then {again}"
+                )),
+            ),
+        };
+        Advice { state, hint, code }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn told(why: Why, doing: Doing) -> (Vec<String>, Advice) {
+        let cut = CutShort { why, doing };
+        (cut.chain(), cut.advise())
+    }
+
+    fn hangs() -> Why {
+        Why::Hangs {
+            repository: "/backup".to_owned(),
+            since: Duration::from_millis(6_900),
+        }
+    }
+
+    #[test]
+    fn a_dead_repository_is_named_with_what_is_left_and_what_to_do() {
+        let vm = || "web01".to_owned();
+        let (chain, advice) = told(hangs(), Doing::Session { vm: vm() });
+        assert_eq!(
+            chain,
+            [
+                "cannot store the backup of VM `web01`",
+                "the repository at /backup has not answered for 6 s"
+            ]
+        );
+        assert_eq!(advice.code, FAILED);
+        assert_eq!(advice.state.as_deref(), Some(TIDIED));
+        let hint = advice.hint.unwrap();
+        assert!(
+            hint.ends_with("run `highwater backup web01` again"),
+            "{hint}"
+        );
+        let (_, advice) = told(hangs(), Doing::Committing { vm: vm() });
+        assert_eq!(advice.state.as_deref(), Some(UNKNOWN_POINT));
+        let (chain, advice) = told(hangs(), Doing::Other);
+        assert_eq!(chain[0], "cannot use the repository");
+        assert_eq!(advice.state, None);
+        let point = "01JD".to_owned();
+        let (_, advice) = told(hangs(), Doing::Committed { vm: vm(), point });
+        assert!(advice.state.unwrap().contains("point 01JD was added"));
+    }
+
+    #[test]
+    fn whoever_asked_for_the_end_gets_130() {
+        let (chain, advice) = told(Why::Asked, Doing::Other);
+        assert_eq!((chain.len(), advice.code), (1, INTERRUPTED));
+        let killed = Why::Killed { signal: Some(9) };
+        let (chain, advice) = told(killed, Doing::Other);
+        assert!(chain[1].ends_with("killed by signal 9"), "{chain:?}");
+        assert_eq!(advice.code, FAILED);
+    }
+}

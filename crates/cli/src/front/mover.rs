@@ -1,0 +1,138 @@
+//! The mover's side of the front: what it tells, and how it ends.
+
+use std::io::{self, Write as _};
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use highwater_engine::{SessionEnds, Witness};
+use highwater_hypervisor::BeginOrder;
+
+use super::link::{Link, Said};
+use crate::advice::{self, CliError};
+use crate::cut_short::{CutShort, Why};
+use crate::{doing, guard_process, output, signals, sys};
+
+/// The name under which the mover is started, before the number of its link.
+pub(super) const NAME: &str = "highwater-mover:";
+/// How long guards may take to end their sessions before the error is told.
+const GUARDS_MAX: Duration = Duration::from_secs(3);
+/// How long telling an error may take; nobody may be reading it.
+const TELL_MAX: Duration = Duration::from_secs(1);
+
+static LINK: OnceLock<Arc<Link>> = OnceLock::new();
+static LEAVING: AtomicBool = AtomicBool::new(false);
+
+/// Becomes the mover if this process was started as one.
+pub(crate) fn begin() -> bool {
+    let Some(link) = std::env::args_os().next().and_then(|name| {
+        let number = name.to_str()?.strip_prefix(NAME)?.parse().ok()?;
+        sys::inherited(number).ok()
+    }) else {
+        return false;
+    };
+    let link = Arc::new(Link::new(OwnedFd::from(link)));
+    let listening = Arc::clone(&link);
+    if LINK.set(link).is_err() {
+        return false;
+    }
+    std::thread::spawn(move || {
+        while listening.wait_for_signal() {
+            signals::relayed();
+        }
+        signals::front_gone();
+    });
+    true
+}
+
+/// Returns who is to be told of sessions.
+pub(crate) fn witness() -> Option<Box<dyn Witness>> {
+    let link = LINK.get()?;
+    Some(Box::new(Front(Arc::clone(link))))
+}
+
+/// The front, as the engine knows it.
+#[derive(Debug)]
+struct Front(Arc<Link>);
+
+impl Witness for Front {
+    fn begins(&self, order: &BeginOrder, ends: SessionEnds) -> io::Result<()> {
+        let said = Said::Begins {
+            order: Box::new(order.clone()),
+            connect: ends.connect.clone(),
+        };
+        self.0.say(&said, Some(&ends))
+    }
+
+    fn commits(&self, order: &BeginOrder) -> io::Result<()> {
+        let session = order.session;
+        self.0.say(&Said::Commits { session }, None)
+    }
+
+    fn ended(&self, order: &BeginOrder) {
+        let session = order.session;
+        // A front that is gone will not settle anything.
+        drop(self.0.say(&Said::Ended { session }, None));
+    }
+}
+
+/// Ends the process with a code.
+pub(crate) fn leave(code: u8) -> ! {
+    claim();
+    finish(code)
+}
+
+/// Ends the process although its threads may hang: the sessions are left to
+/// their guards, the error is told, and the front knows the exit code.
+pub(crate) fn cut_short(why: Why) -> ! {
+    claim();
+    guard_process::part(GUARDS_MAX);
+    let error = CliError::CutShort(CutShort {
+        why,
+        doing: doing::now(),
+    });
+    let advice = advice::advise(&error);
+    let code = advice.code;
+    let (told, wait) = channel();
+    std::thread::spawn(move || {
+        output::print_error(&error, &advice, output::wants_json());
+        output::end_of_events(code);
+        let _ = told.send(());
+    });
+    // Whether it was told or not, there is nothing more to wait for.
+    let _ = wait.recv_timeout(TELL_MAX);
+    finish(code)
+}
+
+/// One thread ends the process. Another that wants to as well waits for that.
+fn claim() {
+    if LEAVING.swap(true, Ordering::SeqCst) {
+        loop {
+            std::thread::park();
+        }
+    }
+}
+
+#[expect(
+    clippy::exit,
+    reason = "a call into a dead repository may hold the main thread for ever"
+)]
+fn finish(code: u8) -> ! {
+    drop(io::stdout().flush());
+    if let Some(link) = LINK.get() {
+        // The process may be unable to end, and then its descriptors stay open:
+        // whoever reads our output must see its end nevertheless.
+        if let Ok(null) = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/null")
+        {
+            let _ = rustix::stdio::dup2_stdout(&null);
+            let _ = rustix::stdio::dup2_stderr(&null);
+        }
+        drop(link.say(&Said::Done { code }, None));
+    }
+    std::process::exit(i32::from(code))
+}

@@ -1,0 +1,221 @@
+//! Gives a repository up that does not answer any more.
+//!
+//! A call into a dead network file system may never return, and nothing but
+//! another thread can see it. To tell *dead* from *slow* the file system is asked
+//! for its size beside (`statfs`): one that needs half a minute for a sync
+//! answers that at once, a dead server answers nothing. Each question is asked
+//! by a thread of its own, which may never come back either.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, TryRecvError, channel};
+use std::time::{Duration, Instant};
+
+use highwater_store::Calls;
+
+use crate::cut_short::Why;
+use crate::front::mover;
+use crate::signals;
+
+/// How often calls are looked at.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// A call of this age is reason enough to ask the file system.
+const ASK_AFTER: Duration = Duration::from_millis(500);
+/// A question after one that was answered.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// Calls and questions that nobody has answered for so long never will be. The
+/// VM is to be free within ten seconds, and on a busy machine its guard needs
+/// four of them.
+const HANGS_AFTER: Duration = Duration::from_secs(5);
+/// The same when the user waits for the end.
+const HANGS_AFTER_SIGNAL: Duration = Duration::from_secs(2);
+/// How long one call may take where questions are answered. A disk that syncs
+/// behind a full cache was seen to take a minute.
+const STUCK_AFTER: Duration = Duration::from_mins(2);
+/// A look that comes so late tells that this process was stopped, and what was
+/// not answered meanwhile says nothing.
+const SLEPT: Duration = Duration::from_secs(2);
+
+/// Ends the process when calls into the repository in this directory hang.
+pub(crate) fn watch(calls: Arc<Calls>, directory: PathBuf) {
+    std::thread::spawn(move || {
+        let mut watch = Watch::new(Instant::now());
+        let mut asked: Option<Receiver<()>> = None;
+        loop {
+            std::thread::sleep(LOOK_EVERY);
+            let now = Instant::now();
+            if asked.as_ref().is_some_and(is_answered) {
+                asked = None;
+                watch.answered(now);
+            }
+            match watch.look(now, calls.oldest(), signals::is_asked()) {
+                Next::Nothing => {}
+                Next::Ask => asked = Some(ask(&directory)),
+                // That it hangs is why the end was not clean; it was wished for.
+                Next::Hangs(_) | Next::Stuck(_) if signals::is_asked() => {
+                    mover::cut_short(Why::Asked)
+                }
+                Next::Hangs(since) => mover::cut_short(Why::Hangs {
+                    repository: directory.display().to_string(),
+                    since,
+                }),
+                Next::Stuck(since) => mover::cut_short(Why::Stuck {
+                    repository: directory.display().to_string(),
+                    since,
+                }),
+            }
+        }
+    });
+}
+
+/// Asks the file system something that is no work for it.
+fn ask(directory: &Path) -> Receiver<()> {
+    let (answer, answered) = channel();
+    let directory = directory.to_owned();
+    std::thread::spawn(move || {
+        // An error is an answer as well.
+        let _ = rustix::fs::statvfs(&directory);
+        let _ = answer.send(());
+    });
+    answered
+}
+
+fn is_answered(asked: &Receiver<()>) -> bool {
+    asked.try_recv() != Err(TryRecvError::Empty)
+}
+
+/// What is to be done after a look.
+#[derive(Debug, PartialEq, Eq)]
+enum Next {
+    Nothing,
+    Ask,
+    Hangs(Duration),
+    Stuck(Duration),
+}
+
+/// What is known from one look to the next.
+struct Watch {
+    looked: Instant,
+    /// Nothing before this counts.
+    awake: Instant,
+    /// Since when a question has not been answered.
+    asked: Option<Instant>,
+    answered: Option<Instant>,
+}
+
+impl Watch {
+    const fn new(now: Instant) -> Self {
+        Self {
+            looked: now,
+            awake: now,
+            asked: None,
+            answered: None,
+        }
+    }
+
+    const fn answered(&mut self, now: Instant) {
+        self.asked = None;
+        self.answered = Some(now);
+    }
+
+    fn look(&mut self, now: Instant, oldest: Option<Duration>, user_waits: bool) -> Next {
+        if now.duration_since(self.looked) > SLEPT {
+            self.awake = now;
+        }
+        self.looked = now;
+        let awake = now.duration_since(self.awake);
+        let call = oldest.unwrap_or_default().min(awake);
+        let limit = if user_waits {
+            HANGS_AFTER_SIGNAL
+        } else {
+            HANGS_AFTER
+        };
+        let silent = self.asked.map(|asked| now.duration_since(asked).min(awake));
+        if call >= STUCK_AFTER {
+            return Next::Stuck(call);
+        }
+        match silent {
+            Some(silent) if call >= limit && silent >= limit => Next::Hangs(call),
+            Some(_) => Next::Nothing,
+            None => self.ask_if_due(now, call),
+        }
+    }
+
+    fn ask_if_due(&mut self, now: Instant, call: Duration) -> Next {
+        let is_soon = |answered: Instant| now.duration_since(answered) < ASK_EVERY;
+        if call < ASK_AFTER || self.answered.is_some_and(is_soon) {
+            return Next::Nothing;
+        }
+        self.asked = Some(now);
+        Next::Ask
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Looks for so many seconds at a call that began with the first look;
+    /// `answers` says whether questions are answered at a second. Returns when
+    /// it was given up, in milliseconds, and how.
+    fn given_up(
+        seconds: u32,
+        user_waits: bool,
+        answers: impl Fn(Duration) -> bool,
+    ) -> Option<(u128, Next)> {
+        let began = Instant::now();
+        let mut watch = Watch::new(began);
+        for look in 1..=seconds * 4 {
+            let age = LOOK_EVERY * look;
+            let now = began + age;
+            if watch.asked.is_some() && answers(age) {
+                watch.answered(now);
+            }
+            match watch.look(now, Some(age), user_waits) {
+                Next::Nothing | Next::Ask => {}
+                verdict => return Some((age.as_millis(), verdict)),
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn what_answers_nothing_is_given_up_in_time_to_tidy_up() {
+        let (at, verdict) = given_up(60, false, |_| false).unwrap();
+        assert!(matches!(verdict, Next::Hangs(_)), "{verdict:?}");
+        assert!((5_000..6_500).contains(&at), "{at} ms");
+        let (at, _) = given_up(60, true, |_| false).unwrap();
+        assert!((2_000..3_000).contains(&at), "{at} ms");
+    }
+
+    #[test]
+    fn what_is_slow_but_answers_is_waited_for() {
+        assert_eq!(given_up(119, false, |_| true), None);
+        // Also when the user wants to stop: other patience ends that.
+        assert_eq!(given_up(30, true, |_| true), None);
+        let (at, verdict) = given_up(200, false, |_| true).unwrap();
+        assert!(matches!(verdict, Next::Stuck(_)), "{verdict:?}");
+        assert_eq!(at, 120_000);
+        // It answers now and then.
+        let now_and_then = |age: Duration| age.as_secs().is_multiple_of(4);
+        assert_eq!(given_up(100, false, now_and_then), None);
+    }
+
+    #[test]
+    fn a_process_that_was_stopped_blames_nobody() {
+        let began = Instant::now();
+        let mut watch = Watch::new(began);
+        let at = |seconds: u64| began + Duration::from_secs(seconds);
+        let look = |watch: &mut Watch, seconds| {
+            watch.look(at(seconds), Some(Duration::from_secs(seconds)), false)
+        };
+        assert_eq!(look(&mut watch, 1), Next::Ask);
+        // An hour later neither the call nor the question has had its chance.
+        assert_eq!(look(&mut watch, 3600), Next::Nothing);
+        assert_eq!(look(&mut watch, 3601), Next::Nothing);
+        for second in 3602..3605 {
+            assert_eq!(look(&mut watch, second), Next::Nothing);
+        }
+        assert!(matches!(look(&mut watch, 3605), Next::Hangs(_)));
+    }
+}
