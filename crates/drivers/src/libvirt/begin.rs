@@ -196,12 +196,15 @@ impl LibvirtDriver {
 
     /// Takes back what a failed start has done so far.
     fn undo(&mut self, order: &BeginOrder, error: HypervisorError) -> HypervisorError {
-        let (since, limit) = (Instant::now(), patience(UNDO_PATIENCE));
+        let since = Instant::now();
         let left = loop {
             match self.take_back(order, &error) {
                 Ok(left) => break left,
                 // The daemon was restarted, and needs a moment to come back.
-                Err(lost) if lost.kind == ErrorKind::Unreachable && since.elapsed() < limit => {
+                Err(lost)
+                    if lost.kind == ErrorKind::Unreachable
+                        && since.elapsed() < patience(UNDO_PATIENCE) =>
+                {
                     std::thread::sleep(UNDO_INTERVAL);
                 }
                 Err(other) => break vec![other.to_string()],

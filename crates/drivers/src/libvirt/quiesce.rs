@@ -20,6 +20,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, Quiesce, VmRef};
+use highwater_model::step::patience;
 use serde::Deserialize;
 
 use super::blocks;
@@ -258,7 +259,7 @@ fn thaw_until_sure(vm: &VmRef, domain: &DomainHandle, dialer: &Dialer) -> Result
         if is_gone(domain) {
             return Ok(());
         }
-        if since.elapsed() > THAW_DEADLINE {
+        if since.elapsed() > patience(THAW_DEADLINE) {
             return Err(because);
         }
         if !domain.is_connected() {

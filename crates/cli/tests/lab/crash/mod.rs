@@ -19,6 +19,7 @@ mod frozen;
 mod life;
 mod prepare;
 
+use std::fmt::Write as _;
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, ensure};
@@ -29,33 +30,34 @@ use cells::{Cell, Phase, phase};
 use life::Life;
 use prepare::{Preparation, preparation};
 
-/// Strikes at each step of a part of a backup.
-fn row(blow: Blow, is_in_row: fn(Phase) -> bool) -> Result<()> {
+/// Strikes at each step of a part of a backup. Returns the row as a table.
+fn row(blow: Blow, is_in_row: fn(Phase) -> bool) -> Result<String> {
     let mut steps: Vec<Step> = Step::ALL.to_vec();
     steps.retain(|step| is_in_row(phase(*step)) && preparation(*step) != Preparation::Guest);
     let is_encrypted = |step: &Step| preparation(*step) == Preparation::Encrypted;
     let (encrypted, plain) = steps.into_iter().partition(is_encrypted);
-    let mut cells = lives_through(blow, plain, Life::start()?)?;
+    let mut table = lives_through(blow, plain, Life::start()?)?;
     if !Vec::is_empty(&encrypted) {
-        cells += lives_through(blow, encrypted, Life::start_encrypted()?)?;
+        table += &lives_through(blow, encrypted, Life::start_encrypted()?)?;
     }
-    eprintln!("{blow:?}: {cells} cells");
-    Ok(())
+    let cells = table.matches(" x ").count();
+    ensure!(cells > 0, "a row without cells");
+    writeln!(table, "{blow:?}: {cells} cells")?;
+    Ok(table)
 }
 
-fn lives_through(blow: Blow, mut steps: Vec<Step>, mut life: Life) -> Result<usize> {
-    let mut cells = 0;
+fn lives_through(blow: Blow, mut steps: Vec<Step>, mut life: Life) -> Result<String> {
+    let mut table = String::new();
     while let Some(step) = next_step(&life, &mut steps)? {
         let cell = Cell { step, blow };
         let since = Instant::now();
-        let told = life.live_through(cell).with_context(|| cell.to_string())?;
-        eprintln!("{cell}: {told}; cell {:.1?}", since.elapsed());
-        cells += 1;
+        let told = life.live_through(cell);
+        let told = told.with_context(|| format!("{table}{cell}"))?;
+        writeln!(table, "{cell}: {told}; cell {:.1?}", since.elapsed())?;
     }
-    ensure!(cells > 0, "a row without cells");
     life.all_points_are_right()?;
-    eprintln!("{} points are right", life.points());
-    Ok(cells)
+    writeln!(table, "{} points are right", life.points())?;
+    Ok(table)
 }
 
 /// Takes the next step; one that needs index files to merge when there are some,
@@ -75,17 +77,26 @@ macro_rules! rows {
 
             #[test]
             fn before_the_point_in_time() -> Result<()> {
-                row(Blow::$blow, |phase| matches!(phase, Phase::Looking | Phase::Starting))
+                let is_in_row = |phase: Phase| matches!(phase, Phase::Looking | Phase::Starting);
+                let table = row(Blow::$blow, is_in_row)?;
+                eprintln!("{table}");
+                Ok(())
             }
 
             #[test]
             fn before_the_commit() -> Result<()> {
-                row(Blow::$blow, |phase| matches!(phase, Phase::Running | Phase::Read | Phase::Committing))
+                let is_in_row = |phase: Phase| matches!(phase, Phase::Running | Phase::Read | Phase::Committing);
+                let table = row(Blow::$blow, is_in_row)?;
+                eprintln!("{table}");
+                Ok(())
             }
 
             #[test]
             fn after_the_commit() -> Result<()> {
-                row(Blow::$blow, |phase| matches!(phase, Phase::Committed | Phase::Done))
+                let is_in_row = |phase: Phase| matches!(phase, Phase::Committed | Phase::Done);
+                let table = row(Blow::$blow, is_in_row)?;
+                eprintln!("{table}");
+                Ok(())
             }
         })*
 
