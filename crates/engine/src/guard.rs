@@ -18,7 +18,9 @@
 //! Then the guard ends the session by itself, see [`host`]. A guard that dies
 //! is noticed by the mover the same way; it starts another one to settle.
 
+mod claims;
 mod client;
+mod hold;
 mod host;
 mod lifeline;
 mod lock;

@@ -2,13 +2,14 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use highwater_model::SessionId;
+use highwater_model::{ClaimId, SessionId};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    BeginOrder, Begun, Ended, LeftDirectory, MarkOrder, RunState, Surroundings, Swept, VmFacts,
-    VmRef,
+    BeginOrder, Begun, Claimant, Ended, LeftDirectory, MarkOrder, RunState, Surroundings, Swept,
+    VmFacts, VmRef,
 };
 
 /// Talks to what runs the VMs.
@@ -75,7 +76,30 @@ pub trait Driver {
     /// is dead. Nothing of another VM, and nothing that a session did not make
     /// itself, is touched.
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError>;
+
+    /// Returns the means to claim a VM among all who can reach it; `None` while
+    /// no session can be there: it has no process, or is being saved or moved.
+    fn claimant(&mut self, vm: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError>;
+
+    /// From now on acts for this claim. What would hit whatever job there is,
+    /// is done only while the claim is there, and between the look and the deed
+    /// no more than [`ACT_MAX`] pass: the sign [`Sign::Acting`](crate::Sign)
+    /// stands meanwhile, and a process that was kept from it for longer dies
+    /// instead of doing it. What of other sessions is to be removed is listed
+    /// first, and then the claim looked for: what has come since is not in the
+    /// list.
+    fn act_for(&mut self, claim: Option<ClaimId>);
+
+    /// Fails ([`ErrorKind::Busy`]) if the claim that this acts for is not there
+    /// any more. No error without a claim.
+    fn still_claimed(&mut self, vm: &VmRef) -> Result<(), HypervisorError>;
 }
+
+/// Longest time between a look whose job there is and the request that ends it.
+///
+/// Both take milliseconds; a QEMU whose storage hangs may keep the reply back
+/// for longer, and then the guard dies and another one goes on.
+pub const ACT_MAX: Duration = Duration::from_secs(20);
 
 /// What kind of trouble a driver met; callers branch on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
