@@ -52,7 +52,7 @@ use turn::{Move, Taking};
 /// libvirt tells everybody who listens.
 const BEAT_EVERY: Duration = Duration::from_secs(2);
 /// How often the signs are read while somebody is waited for.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+const LOOK_EVERY: Duration = Duration::from_millis(50);
 
 /// A claim that was taken; dropping it gives it up.
 #[derive(Debug)]

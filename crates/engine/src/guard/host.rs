@@ -198,6 +198,12 @@ impl Host {
                 self.hold = Some(taken);
                 Ok(Reply::Done)
             }
+            Request::Release => {
+                if self.session.is_none() {
+                    self.hold = None;
+                }
+                Ok(Reply::Done)
+            }
             Request::Observe { vm } => self
                 .driver()?
                 .observe(&vm)
@@ -209,20 +215,16 @@ impl Host {
                 Ok(Reply::Begun(Box::new(begun)))
             }
             Request::Committing => {
-                let vm = self
-                    .session
-                    .as_ref()
-                    .ok_or_else(no_session)?
-                    .order
-                    .vm
-                    .clone();
-                // A successor has removed our mark, or is about to.
-                self.driver()?.still_claimed(&vm)?;
                 let session = self.session.as_mut().ok_or_else(no_session)?;
                 if let Some(broken) = &session.broken {
                     return Err(broken.error.clone());
                 }
-                session.committing = true;
+                let vm = session.order.vm.clone();
+                // A successor has removed our mark, or is about to.
+                self.driver()?.still_claimed(&vm)?;
+                if let Some(session) = &mut self.session {
+                    session.committing = true;
+                }
                 pass(Step::CommitTold);
                 Ok(Reply::Done)
             }

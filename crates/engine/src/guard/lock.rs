@@ -17,8 +17,9 @@ use highwater_model::{Clock, SystemClock, Timestamp};
 use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-/// How long between two tries; a dying holder needs a second or two.
-const RETRY: Duration = Duration::from_millis(100);
+/// How long between two tries. A dying holder needs a second or two; one whose
+/// backup has just ended gives the VM back while its command has returned.
+const RETRY: Duration = Duration::from_millis(20);
 /// A note is far shorter.
 const NOTE_BYTES_MAX: u64 = 200;
 
