@@ -87,7 +87,7 @@ impl HeldClaim {
                     Ok(_) | Err(_) => {}
                 }
             }
-            give_up(claimant.as_mut(), id, beats);
+            give_up(claimant.as_mut(), id);
         });
         Self {
             id,
@@ -108,12 +108,19 @@ impl Drop for HeldClaim {
     }
 }
 
-/// Removes what a claim consists of. What stays counts as a dead one's.
-fn give_up(claimant: &mut dyn Claimant, id: ClaimId, beats: u64) {
-    if beats > 0 {
+/// Removes what a claim consists of, the claim itself last. What stays, because
+/// the daemon or the VM is gone, counts as a dead one's.
+fn give_up(claimant: &mut dyn Claimant, id: ClaimId) {
+    let signs = claimant.signs().unwrap_or_default();
+    if signs.acting.contains(&id) {
+        drop(claimant.remove(id, SignKind::Acting));
+    }
+    if signs.beats.contains_key(&id) {
         drop(claimant.remove(id, SignKind::Beat));
     }
-    drop(claimant.remove(id, SignKind::Claim));
+    if signs.claim(id).is_some() {
+        drop(claimant.remove(id, SignKind::Claim));
+    }
 }
 
 /// Claims a VM, waiting at most `wait` for a living holder to end. Who looks
@@ -133,7 +140,7 @@ pub(super) fn take(
     match taken {
         Ok(()) => Ok(HeldClaim::beat_on(claimant, claim.id, taking.beats())),
         Err(error) => {
-            give_up(claimant.as_mut(), claim.id, taking.beats());
+            give_up(claimant.as_mut(), claim.id);
             Err(error)
         }
     }
