@@ -11,12 +11,14 @@
 
 mod claim;
 mod driver;
+mod error;
 mod facts;
 mod order;
 mod surroundings;
 
 pub use claim::{Claim, Claimant, Claimer, Sign, SignKind, Signs, Stance};
-pub use driver::{ACT_MAX, Driver, ErrorKind, HypervisorError};
+pub use driver::{ACT_MAX, Driver};
+pub use error::{ErrorKind, HypervisorError};
 pub use facts::{
     Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile,
     FirmwareRole, JobFacts, MarkSupport, NoMarks, Place, ProcessIdentity, RootNode, RunState,

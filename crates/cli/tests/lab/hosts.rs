@@ -466,7 +466,7 @@ fn two_repositories_in_turns_are_incremental_each_and_neither_disturbs_the_other
         command.env("HIGHWATER_REPO", &other);
         command
     };
-    report_is_ok(at_other(&["init", "--encryption", "none"]).output()?)?;
+    report_is_ok(&at_other(&["init", "--encryption", "none"]).output()?)?;
     report_of(&at_other(&["backup", "web01", "--json"]).output()?)?;
     for round in 1..4 {
         vm.write("vda", &format!("write -P {} {round}M 64k", round + 40))?;
@@ -493,13 +493,13 @@ fn two_repositories_in_turns_are_incremental_each_and_neither_disturbs_the_other
         let (id, out) = (point(&reports[1]), bed.lab.path(&format!("other-{round}")));
         let to = out.to_str().context("a path is text")?;
         let restored = at_other(&["restore", &id, "--to", to, "--format", "raw"]).output()?;
-        report_is_ok(restored)?;
+        report_is_ok(&restored)?;
         assert_same(&now, &out.join("vda.raw"))?;
     }
     bed.assert_tidy(&vm, 2)
 }
 
-fn report_is_ok(output: Output) -> Result<()> {
+fn report_is_ok(output: &Output) -> Result<()> {
     let told = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "{}: {told}", output.status);
     Ok(())
