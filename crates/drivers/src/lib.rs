@@ -8,3 +8,4 @@
 )]
 
 pub mod libvirt;
+mod sys;

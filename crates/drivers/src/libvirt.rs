@@ -18,6 +18,7 @@
 mod backup_xml;
 mod begin;
 mod blocks;
+mod claims;
 mod connection;
 mod directories;
 mod disks;

@@ -22,7 +22,9 @@
 //! started does that: it is their [`witness`], and touches neither repository
 //! nor VM itself.
 
+mod claims;
 mod client;
+mod hold;
 mod host;
 mod lifeline;
 mod lock;

@@ -1,14 +1,13 @@
 //! The contract of a driver.
 
-use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
-use highwater_model::SessionId;
-use serde::{Deserialize, Serialize};
+use highwater_model::{ClaimId, SessionId};
 
 use crate::{
-    BeginOrder, Begun, Ended, LeftDirectory, MarkOrder, RunState, Surroundings, Swept, VmFacts,
-    VmRef,
+    BeginOrder, Begun, Claimant, Ended, HypervisorError, LeftDirectory, MarkOrder, RunState,
+    Surroundings, Swept, VmFacts, VmRef,
 };
 
 /// Talks to what runs the VMs.
@@ -75,82 +74,27 @@ pub trait Driver {
     /// is dead. Nothing of another VM, and nothing that a session did not make
     /// itself, is touched.
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError>;
+
+    /// Returns the means to claim a VM among all who can reach it; `None` while
+    /// no session can be there: it has no process, or is being saved or moved.
+    fn claimant(&mut self, vm: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError>;
+
+    /// From now on acts for this claim. What would hit whatever job there is,
+    /// is done only while the claim is there, and between the look and the deed
+    /// no more than [`ACT_MAX`] pass: the sign [`Sign::Acting`](crate::Sign)
+    /// stands meanwhile, and a process that was kept from it for longer dies
+    /// instead of doing it. What of other sessions is to be removed is listed
+    /// first, and then the claim looked for: what has come since is not in the
+    /// list.
+    fn act_for(&mut self, claim: Option<ClaimId>);
+
+    /// Fails ([`ErrorKind::Busy`](crate::ErrorKind::Busy)) if the claim that this acts for is not there
+    /// any more. No error without a claim.
+    fn still_claimed(&mut self, vm: &VmRef) -> Result<(), HypervisorError>;
 }
 
-/// What kind of trouble a driver met; callers branch on it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum ErrorKind {
-    /// The hypervisor cannot be reached, or its library is not there.
-    Unreachable,
-    /// No such VM.
-    NoSuchVm,
-    /// No such disk.
-    NoSuchDisk,
-    /// The VM is not in a state for this (off, crashed).
-    WrongState,
-    /// Another job runs on the VM.
-    Busy,
-    /// The exact mark cannot be used (missing or broken bitmap).
-    BadMark,
-    /// The hypervisor does not know the mark's record.
-    UnknownMark,
-    /// Freezing was required and failed.
-    CannotFreeze,
-    /// Scratch or socket directory trouble (space, permission).
-    Scratch,
-    /// The running session broke (I/O error, job gone).
-    SessionLost,
-    /// Anything else.
-    Other,
-}
-
-/// Why a driver could not do what it was asked to. One level of message per
-/// value; causes are in `because`, outermost first.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error, Serialize, Deserialize)]
-#[error("{message}")]
-pub struct HypervisorError {
-    /// For control flow.
-    pub kind: ErrorKind,
-    /// *cannot ‹verb› ‹named thing›*.
-    pub message: String,
-    /// The causes, outermost first (the hypervisor's own words last).
-    pub because: Vec<String>,
-    /// What the user can do, if there is something.
-    pub hint: Option<String>,
-    /// Whether something of what failed is still at the VM.
-    pub left_behind: bool,
-}
-
-impl HypervisorError {
-    /// Makes an error without causes.
-    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self {
-            kind,
-            message: message.into(),
-            because: Vec::new(),
-            hint: None,
-            left_behind: false,
-        }
-    }
-
-    /// Adds the next deeper cause.
-    #[must_use]
-    pub fn because(mut self, cause: impl Into<String>) -> Self {
-        self.because.push(cause.into());
-        self
-    }
-
-    /// Says what is still at the VM of what failed.
-    #[must_use]
-    pub fn leaving(mut self, what: impl fmt::Display) -> Self {
-        self.left_behind = true;
-        self.because(format!("left behind: {what}"))
-    }
-
-    /// Says what the user can do.
-    #[must_use]
-    pub fn hint(mut self, hint: impl Into<String>) -> Self {
-        self.hint = Some(hint.into());
-        self
-    }
-}
+/// Longest time between a look whose job there is and the request that ends it.
+///
+/// Both take milliseconds; a QEMU whose storage hangs may keep the reply back
+/// for longer, and then the guard dies and another one goes on.
+pub const ACT_MAX: Duration = Duration::from_secs(20);

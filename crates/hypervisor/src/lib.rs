@@ -9,12 +9,16 @@
 //! repository). Both are the same binary, so the `serde` forms here are no
 //! promise to anybody else and need no version.
 
+mod claim;
 mod driver;
+mod error;
 mod facts;
 mod order;
 mod surroundings;
 
-pub use driver::{Driver, ErrorKind, HypervisorError};
+pub use claim::{Claim, Claimant, Claimer, Sign, SignKind, Signs, Stance};
+pub use driver::{ACT_MAX, Driver};
+pub use error::{ErrorKind, HypervisorError};
 pub use facts::{
     Agent, BitmapFacts, ChainLink, CheckpointFacts, DiskFacts, DiskSource, FirmwareFile,
     FirmwareRole, JobFacts, MarkSupport, NoMarks, Place, ProcessIdentity, RootNode, RunState,

@@ -93,6 +93,11 @@ binary_id!(
 );
 random_id!(SessionId);
 binary_id!(
+    /// Names the claim of one run on one VM; drawn anew for each.
+    ClaimId, 8, "claim id"
+);
+random_id!(ClaimId);
+binary_id!(
     /// Proves that a mark is the very one a manifest speaks of: it stands in
     /// the checkpoint's description and in the manifest.
     Nonce, 16, "nonce"

@@ -18,7 +18,7 @@ pub mod step;
 
 pub use clock::{Clock, FixedClock, SystemClock, Timestamp};
 pub use extents::{ExtentMap, OutOfOrder};
-pub use ids::{IdError, MarkName, Nonce, ObjectId, PointId, RepoId, RootHash, SessionId};
+pub use ids::{ClaimId, IdError, MarkName, Nonce, ObjectId, PointId, RepoId, RootHash, SessionId};
 pub use range::ByteRange;
 /// The format under which the raw data file of a qcow2 image is reported: it
 /// stands in a chain right behind its image.

@@ -51,7 +51,9 @@ macro_rules! steps {
 }
 
 steps! {
-    /// The guard holds the VM's lock.
+    /// Its claim is at the VM; it has not looked who else claims it.
+    ClaimSet Guard "claim-set"
+    /// The guard holds the VM's lock and claim.
     Locked Mover "locked"
     /// Facts were read for the first time.
     Observed Mover "observed"
@@ -95,6 +97,8 @@ steps! {
     ManifestWritten Mover "manifest-written"
     /// The manifest is durable.
     Committed Mover "committed"
+    /// It is seen that the job is the session's, and it is about to be ended.
+    JobSeen Guard "job-seen"
     /// The session's job was told to end, and may still run.
     JobAborted Guard "job-aborted"
     /// The session's job was ended, its files are there.

@@ -19,10 +19,10 @@ use highwater_engine::{
     backup, serve,
 };
 use highwater_hypervisor::{
-    BeginOrder, Begun, Driver, Ended, ErrorKind, ExportAddress, HypervisorError, LeftDirectory,
-    MarkOrder, Quiesce, RunState, Surroundings, Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Claimant, Driver, Ended, ErrorKind, ExportAddress, HypervisorError,
+    LeftDirectory, MarkOrder, Quiesce, RunState, Surroundings, Swept, VmFacts, VmRef,
 };
-use highwater_model::{SessionId, SystemClock};
+use highwater_model::{ClaimId, SessionId, SystemClock};
 use highwater_testkit::{DiskSpec, Vm};
 
 use crate::support::{Bed, assert_same, disk, mode, reference, write_noise};
@@ -116,6 +116,18 @@ impl Driver for Lying {
 
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
         self.driver.sweep(vm, places)
+    }
+
+    fn claimant(&mut self, vm: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError> {
+        self.driver.claimant(vm)
+    }
+
+    fn act_for(&mut self, claim: Option<ClaimId>) {
+        self.driver.act_for(claim);
+    }
+
+    fn still_claimed(&mut self, vm: &VmRef) -> Result<(), HypervisorError> {
+        self.driver.still_claimed(vm)
     }
 }
 

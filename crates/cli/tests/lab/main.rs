@@ -23,6 +23,7 @@ mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
 mod healing;
+mod hosts;
 mod hung;
 mod hung_mount;
 mod interruption;

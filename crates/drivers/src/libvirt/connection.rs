@@ -6,10 +6,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, LeftDirectory, MarkOrder,
-    RunState, Surroundings, Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Claimant, Driver, Ended, ErrorKind, HypervisorError, LeftDirectory,
+    MarkOrder, RunState, Surroundings, Swept, VmFacts, VmRef,
 };
-use highwater_model::{Clock, SessionId, SystemClock};
+use highwater_model::{ClaimId, Clock, SessionId, SystemClock};
 
 use super::begin::Watch;
 use super::blocks::{self, Blocks, ReplyError};
@@ -62,6 +62,8 @@ pub struct LibvirtDriver {
     pub(super) clock: Arc<dyn Clock>,
     /// What is watched for sessions that this value began.
     pub(super) watches: BTreeMap<SessionId, Watch>,
+    /// The claim that all this is done for.
+    pub(super) claim: Option<ClaimId>,
 }
 
 impl fmt::Debug for LibvirtDriver {
@@ -129,6 +131,7 @@ impl LibvirtDriver {
             connection,
             clock: Arc::clone(&options.clock),
             watches: BTreeMap::new(),
+            claim: None,
         })
     }
 
@@ -321,6 +324,18 @@ impl Driver for LibvirtDriver {
 
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
         self.sweep_leftovers(vm, places)
+    }
+
+    fn claimant(&mut self, vm: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError> {
+        self.open_claimant(vm)
+    }
+
+    fn act_for(&mut self, claim: Option<ClaimId>) {
+        self.claim = claim;
+    }
+
+    fn still_claimed(&mut self, vm: &VmRef) -> Result<(), HypervisorError> {
+        self.expect_claim(vm)
     }
 }
 

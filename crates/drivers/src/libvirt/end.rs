@@ -1,17 +1,19 @@
 //! Looks after a running session, and ends it.
 //!
 //! Aborting is the normal end of a pull-mode job. libvirt aborts whatever job a
-//! VM has, so whose it is gets asked right before; the per-VM lock keeps other
-//! sessions of ours from starting in between.
+//! VM has, so whose it is gets asked right before. Our claim keeps other
+//! sessions from starting in between, and a deadline keeps us from aborting when
+//! it does so no longer (see [`claims::act`]).
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{BeginOrder, Ended, ErrorKind, HypervisorError, RunState, VmRef};
 use highwater_model::step::{Step, pass};
-use highwater_model::{SessionId, format_size};
+use highwater_model::{ClaimId, SessionId, format_size};
 
 use super::begin::{Watch, lost};
+use super::claims;
 use super::connection::{Dialer, LibvirtDriver};
 use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
@@ -74,7 +76,7 @@ impl LibvirtDriver {
             }
             Err(error) => return Err(error),
         };
-        let mut ended = stop_job(&order.vm, &domain, &self.dialer, order.session, &paths)?;
+        let mut ended = self.stop_job(&order.vm, &domain, order.session, &paths)?;
         pass(Step::JobEnded);
         self.watches.remove(&order.session);
         ended.warnings.extend(paths.remove());
@@ -89,7 +91,7 @@ impl LibvirtDriver {
     ) -> Result<Ended, HypervisorError> {
         let domain = self.domain(vm)?;
         let Some(job) = backup_job(vm, &domain)?.filter(|job| job.session == Some(session)) else {
-            let cleared = remains::clear_unless_job(vm, &domain)?;
+            let cleared = remains::clear_unless_job(vm, &domain, self.claim)?;
             return Ok(Ended {
                 ended_job: !cleared.sessions.is_empty(),
                 warnings: cleared.warnings,
@@ -107,74 +109,106 @@ impl LibvirtDriver {
             .hint(format!("end it with `virsh domjobabort {}`", vm.name)));
         };
         let paths = SessionPaths::of_leftover(session, &socket_dir, &scratch_dir);
-        let mut ended = stop_job(vm, &domain, &self.dialer, session, &paths)?;
+        let mut ended = self.stop_job(vm, &domain, session, &paths)?;
         ended.warnings.extend(paths.remove());
+        Ok(ended)
+    }
+
+    /// Aborts the job if it is this session's, waits until it is gone, and lets
+    /// the guest run again if the session's scratch file stopped it.
+    pub(super) fn stop_job(
+        &self,
+        vm: &VmRef,
+        domain: &DomainHandle,
+        session: SessionId,
+        paths: &SessionPaths,
+    ) -> Result<Ended, HypervisorError> {
+        let (dialer, claim) = (&self.dialer, self.claim);
+        let is_ours = |job: &super::record_xml::BackupJob| job.session == Some(session);
+        let mut ended = Ended::default();
+        let since = Instant::now();
+        while run_state(vm, domain)? != RunState::Off
+            && backup_job(vm, domain)?.as_ref().is_some_and(is_ours)
+        {
+            if since.elapsed() > GONE_DEADLINE {
+                return Err(
+                    HypervisorError::new(ErrorKind::Busy, cannot_end(vm, session))
+                        .because("its job was aborted and does not end"),
+                );
+            }
+            if ended.ended_job {
+                std::thread::sleep(GONE_INTERVAL);
+                continue;
+            }
+            match abort_job(vm, domain, claim, session) {
+                Ok(false) => {}
+                Ok(true) => {
+                    ended.ended_job = true;
+                    pass(Step::JobAborted);
+                }
+                // It was shut off since it was looked at, and the job went with it.
+                Err(error) if error.kind == ErrorKind::WrongState => {}
+                Err(error) => return Err(error),
+            }
+        }
+        if ended.ended_job && run_state(vm, domain)? != RunState::Off {
+            // Silent where it has to remove something: a job of ours was ended, and
+            // that is all of it.
+            ended
+                .warnings
+                .extend(remains::clear_unless_job(vm, domain, claim)?.warnings);
+        }
+        ended.warnings.extend(forget_secret(session, domain));
+        if !ended.ended_job && is_another_qemu(vm, paths) {
+            paths.note_thawed();
+            return Ok(ended);
+        }
+        if paths.froze_guest() {
+            ended.warnings.extend(thaw(vm, domain, dialer, paths)?);
+        }
+        let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
+        let had_session = ended.ended_job || paths.exist();
+        if is_stopped && had_session && !paths.was_stopped_before() {
+            domain.resume().map_err(|error| {
+                explain(
+                    format!("cannot resume VM `{}` after an I/O error", vm.name),
+                    &error,
+                )
+                .hint(format!("run `virsh resume {}`", vm.name))
+            })?;
+            ended.warnings.push(
+                "the guest was stopped by an I/O error during the session and runs again"
+                    .to_owned(),
+            );
+        }
         Ok(ended)
     }
 }
 
-/// Aborts the job if it is this session's, waits until it is gone, and lets
-/// the guest run again if the session's scratch file stopped it.
-pub(super) fn stop_job(
+/// Aborts the job if it is this session's; says whether it was.
+fn abort_job(
     vm: &VmRef,
     domain: &DomainHandle,
-    dialer: &Dialer,
+    claim: Option<ClaimId>,
     session: SessionId,
-    paths: &SessionPaths,
-) -> Result<Ended, HypervisorError> {
-    let message = || format!("cannot end session {session} of VM `{}`", vm.name);
-    let is_ours = |job: &super::record_xml::BackupJob| job.session == Some(session);
-    let mut ended = Ended::default();
-    let since = Instant::now();
-    while run_state(vm, domain)? != RunState::Off
-        && backup_job(vm, domain)?.as_ref().is_some_and(is_ours)
-    {
-        if since.elapsed() > GONE_DEADLINE {
-            return Err(HypervisorError::new(ErrorKind::Busy, message())
-                .because("its job was aborted and does not end"));
+) -> Result<bool, HypervisorError> {
+    claims::act(vm, domain, claim, || {
+        let job = backup_job(vm, domain)?;
+        if job.is_none_or(|job| job.session != Some(session)) {
+            return Ok(false);
         }
-        if ended.ended_job {
-            std::thread::sleep(GONE_INTERVAL);
-            continue;
-        }
+        pass(Step::JobSeen);
         match domain.abort_job() {
-            Ok(()) => {
-                ended.ended_job = true;
-                pass(Step::JobAborted);
-            }
+            Ok(()) => Ok(true),
             // It ended by itself since it was looked for.
-            Err(error) if error.code == code::OPERATION_INVALID => {}
-            Err(error) => return Err(explain(message(), &error)),
+            Err(error) if error.code == code::OPERATION_INVALID => Ok(false),
+            Err(error) => Err(explain(cannot_end(vm, session), &error)),
         }
-    }
-    if ended.ended_job && run_state(vm, domain)? != RunState::Off {
-        // Silent where it has to remove something: a job of ours was ended, and
-        // that is all of it.
-        ended.warnings.extend(remains::clear(vm, domain)?.warnings);
-    }
-    ended.warnings.extend(forget_secret(session, domain));
-    if !ended.ended_job && is_another_qemu(vm, paths) {
-        paths.note_thawed();
-        return Ok(ended);
-    }
-    if paths.froze_guest() {
-        ended.warnings.extend(thaw(vm, domain, dialer, paths)?);
-    }
-    let is_stopped = run_state(vm, domain)? == RunState::PausedOnError;
-    let had_session = ended.ended_job || paths.exist();
-    if is_stopped && had_session && !paths.was_stopped_before() {
-        domain.resume().map_err(|error| {
-            explain(
-                format!("cannot resume VM `{}` after an I/O error", vm.name),
-                &error,
-            )
-            .hint(format!("run `virsh resume {}`", vm.name))
-        })?;
-        ended.warnings.push(
-            "the guest was stopped by an I/O error during the session and runs again".to_owned(),
-        );
-    }
-    Ok(ended)
+    })
+}
+
+fn cannot_end(vm: &VmRef, session: SessionId) -> String {
+    format!("cannot end session {session} of VM `{}`", vm.name)
 }
 
 /// Returns whether the VM is run by another QEMU than the session's. If nobody

@@ -22,9 +22,9 @@ use highwater_hypervisor::{
 use highwater_model::SessionId;
 use serde::{Deserialize, Serialize};
 
+use super::claims::other_job_runs;
 use super::connection::LibvirtDriver;
 use super::directories::{SessionPaths, label_name};
-use super::end::stop_job;
 use super::jobs::backup_job;
 use super::remains;
 
@@ -132,18 +132,26 @@ impl LibvirtDriver {
         };
         let mut swept = Swept::default();
         if let Some(domain) = &domain {
-            let cleared = remains::clear_unless_job(vm, domain)?;
+            // Nobody can claim it now, so nobody knows who is dead.
+            if other_job_runs(domain) {
+                return Ok(swept);
+            }
+            let cleared = remains::clear_unless_job(vm, domain, self.claim)?;
             swept.in_process.extend(cleared.sessions);
             swept.warnings.extend(cleared.warnings);
         }
         // Their files last: QEMU holds them open no longer.
         let found = self.dead_sessions(vm, places)?;
+        // After the list was made: what a successor has made is not in it.
+        if domain.is_some() && !found.is_empty() {
+            self.expect_claim(vm)?;
+        }
         for (session, left) in found {
             let paths =
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
             match &domain {
                 Some(domain) => {
-                    let ended = stop_job(vm, domain, &self.dialer, session, &paths)?;
+                    let ended = self.stop_job(vm, domain, session, &paths)?;
                     swept.warnings.extend(ended.warnings);
                 }
                 None => paths.note_thawed(),

@@ -10,6 +10,7 @@ use highwater_hypervisor::{
 };
 
 use super::blocks;
+use super::claims::without_signs;
 use super::connection::{LibvirtDriver, query_blocks, vm_ref};
 use super::disks::{self, DiskQueries};
 use super::domain_xml::{self, DomainXml, TpmXml};
@@ -72,6 +73,7 @@ impl LibvirtDriver {
             persistent: domain.is_persistent().map_err(|error| failed(&error))?,
             definition: domain
                 .xml(SECURE | INACTIVE)
+                .map(without_signs)
                 .map_err(|error| failed(&error))?,
             tpm_state: definition
                 .tpm

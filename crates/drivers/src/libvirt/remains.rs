@@ -4,19 +4,20 @@
 //! left when it dies in between: an NBD server (QEMU has one, and the next
 //! backup needs it), exports, and scratch nodes, which hold their files open.
 //! They are known by the names of our scratch files, so nobody else's are
-//! touched. Whoever calls holds the VM's lock and has seen that no job runs:
-//! then no session is alive.
+//! touched. Whoever holds the VM's lock and claim and sees that no job runs
+//! knows that no session is alive.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, RunState, VmRef};
-use highwater_model::SessionId;
+use highwater_model::{ClaimId, SessionId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::backup_xml::session_of_export;
 use super::blocks::{QUERY_EXPORTS, QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
+use super::claims;
 use super::error::explain;
 use super::jobs::{backup_job, run_state};
 use super::sys::handles::DomainHandle;
@@ -47,20 +48,31 @@ pub(super) struct Cleared {
     pub(super) warnings: Vec<String>,
 }
 
-/// Like [`clear`], where nobody has looked for a job yet; nothing is removed
-/// while one runs.
+/// Removes what dead sessions have left in a QEMU in which no job runs; nothing
+/// is removed while one does.
+///
+/// Jobs in QEMU are named after the guest's disks, and there is one NBD server,
+/// so a successor's would be hit as well: see [`claims::act`]. Scratch nodes and
+/// their exports have names that QEMU's process uses once.
 pub(super) fn clear_unless_job(
     vm: &VmRef,
     domain: &DomainHandle,
+    claim: Option<ClaimId>,
 ) -> Result<Cleared, HypervisorError> {
-    if run_state(vm, domain)? == RunState::Off || backup_job(vm, domain)?.is_some() {
+    let has_job =
+        || Ok(run_state(vm, domain)? == RunState::Off || backup_job(vm, domain)?.is_some());
+    if has_job()? || look(vm, domain)?.nodes.is_empty() {
         return Ok(Cleared::default());
     }
-    clear(vm, domain)
+    claims::act(vm, domain, claim, || {
+        if has_job()? {
+            return Ok(Cleared::default());
+        }
+        clear(vm, domain)
+    })
 }
 
-/// Removes what dead sessions have left in a QEMU in which no job runs.
-pub(super) fn clear(vm: &VmRef, domain: &DomainHandle) -> Result<Cleared, HypervisorError> {
+fn clear(vm: &VmRef, domain: &DomainHandle) -> Result<Cleared, HypervisorError> {
     let remains = look(vm, domain)?;
     let mut warnings = Vec::new();
     for job in &remains.jobs {

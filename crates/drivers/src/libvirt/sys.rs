@@ -114,6 +114,7 @@ api! {
         domain_get_xml = "virDomainGetXMLDesc": fn(Opaque, c_uint) -> *mut c_char;
         domain_get_state = "virDomainGetState": fn(Opaque, *mut c_int, *mut c_int, c_uint) -> c_int;
         domain_is_persistent = "virDomainIsPersistent": fn(Opaque) -> c_int;
+        domain_set_metadata = "virDomainSetMetadata": fn(Opaque, c_int, *const c_char, *const c_char, *const c_char, c_uint) -> c_int;
         domain_resume = "virDomainResume": fn(Opaque) -> c_int;
         domain_get_block_info = "virDomainGetBlockInfo": fn(Opaque, *const c_char, *mut RawBlockInfo, c_uint) -> c_int;
         domain_block_stats = "virDomainBlockStats": fn(Opaque, *const c_char, *mut RawBlockStats, usize) -> c_int;

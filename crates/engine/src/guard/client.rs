@@ -31,6 +31,8 @@ const REPLY_MAX: Duration = Duration::from_mins(2);
 /// How long a dying holder of the VM's lock is waited for: its guard needs to
 /// notice (10 s) and to settle, which libvirt may make it wait for on a busy host.
 const LOCK_WAIT_MS: u64 = 30_000;
+/// How long the guard may take to give the VM back: two short calls of libvirt.
+const RELEASE_MAX: Duration = Duration::from_secs(5);
 
 /// What can go wrong between mover and guard.
 pub type GuardError = HypervisorError;
@@ -393,6 +395,10 @@ impl Guard {
     }
 
     fn ask(&self, request: Request) -> Result<Reply, GuardError> {
+        self.ask_within(request, REPLY_MAX)
+    }
+
+    fn ask_within(&self, request: Request, limit: Duration) -> Result<Reply, GuardError> {
         let mut replies = self.replies.lock().unwrap_or_else(PoisonError::into_inner);
         let id = replies.next_id;
         replies.next_id += 1;
@@ -405,13 +411,14 @@ impl Guard {
             return Err(guard_gone().because(source.to_string()));
         }
         loop {
-            match replies.receiver.recv_timeout(REPLY_MAX) {
+            match replies.receiver.recv_timeout(limit) {
                 Ok((answered, result)) if answered == id => return result,
                 // The late reply to a request that was given up.
                 Ok(_) => {}
                 Err(RecvTimeoutError::Timeout) => {
                     self.gone.store(true, Ordering::Relaxed);
-                    return Err(cannot_reach_guard().because("it did not reply within 120 s"));
+                    return Err(cannot_reach_guard()
+                        .because(format!("it did not reply within {} s", limit.as_secs())));
                 }
                 Err(RecvTimeoutError::Disconnected) => {
                     self.gone.store(true, Ordering::Relaxed);
@@ -424,6 +431,11 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
+        // The guard may not outlive us: in a container of our own it ends when we
+        // do, and would leave its claim to be waited for.
+        if !self.is_gone() {
+            drop(self.ask_within(Request::Release, RELEASE_MAX));
+        }
         let stream = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
         // The reader thread holds a duplicate: only a shutdown ends the stream.
         // An error means it has ended already.

@@ -24,8 +24,9 @@ use highwater_hypervisor::{
 
 use highwater_model::step::{Step, pass, patience};
 
+use super::claims;
+use super::hold::{self, Hold};
 use super::lifeline::Cutter;
-use super::lock::{self, VmLock};
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 
 /// A mover that was silent for this long is stopped or dead to us. The mover
@@ -68,7 +69,7 @@ pub fn serve(stream: UnixStream, lifeline: UnixStream, connect: &Connect) {
         cutter: Cutter::new(lifeline),
         driver: None,
         lock_dir: PathBuf::new(),
-        lock: None,
+        hold: None,
         session: None,
     };
     host.run(&requests, connect);
@@ -90,7 +91,7 @@ struct Host {
     driver: Option<Box<dyn Driver>>,
     lock_dir: PathBuf,
     /// Which VM is locked.
-    lock: Option<(VmRef, VmLock)>,
+    hold: Option<Hold>,
     session: Option<Session>,
 }
 
@@ -191,10 +192,16 @@ impl Host {
             Request::List => self.driver()?.list().map(Reply::Vms),
             Request::Find { name } => self.driver()?.find(&name).map(Reply::Vm),
             Request::Lock { vm, wait_ms } => {
-                self.lock = None;
-                let wait = Duration::from_millis(wait_ms);
-                let taken = lock::take(&self.lock_dir, &vm, wait)?;
-                self.lock = Some((vm, taken));
+                self.hold = None;
+                let (lock_dir, wait) = (self.lock_dir.clone(), Duration::from_millis(wait_ms));
+                let taken = Hold::take(self.driver()?.as_mut(), &lock_dir, &vm, wait)?;
+                self.hold = Some(taken);
+                Ok(Reply::Done)
+            }
+            Request::Release => {
+                if self.session.is_none() {
+                    self.hold = None;
+                }
                 Ok(Reply::Done)
             }
             Request::Observe { vm } => self
@@ -202,6 +209,7 @@ impl Host {
                 .observe(&vm)
                 .map(|facts| Reply::Facts(Box::new(facts))),
             Request::Begin { order } => {
+                self.expect_claim(&order.vm)?;
                 let begun = self.driver()?.begin(&order)?;
                 self.session = Some(Session::new(*order));
                 Ok(Reply::Begun(Box::new(begun)))
@@ -211,7 +219,12 @@ impl Host {
                 if let Some(broken) = &session.broken {
                     return Err(broken.error.clone());
                 }
-                session.committing = true;
+                let vm = session.order.vm.clone();
+                // A successor has removed our mark, or is about to.
+                self.driver()?.still_claimed(&vm)?;
+                if let Some(session) = &mut self.session {
+                    session.committing = true;
+                }
                 pass(Step::CommitTold);
                 Ok(Reply::Done)
             }
@@ -221,23 +234,34 @@ impl Host {
             }
             Request::Settle { order, outcome } => Ok(Reply::Ended(self.finish(&order, outcome))),
             Request::EndLeftover { vm, session } => {
+                self.expect_claim(&vm)?;
                 self.driver()?.end_leftover(&vm, session).map(Reply::Ended)
             }
-            Request::Mark { vm, order } => self.driver()?.mark(&vm, &order).map(|()| Reply::Done),
-            Request::LockHolder { vm } => lock::holder(&self.lock_dir, &vm).map(Reply::Holder),
+            Request::Mark { vm, order } => {
+                // What is to be done to it was decided from what was there
+                // before: an unfinished mark of a successor was not.
+                self.driver()?.still_claimed(&vm)?;
+                self.driver()?.mark(&vm, &order).map(|()| Reply::Done)
+            }
+            Request::LockHolder { vm } => {
+                let lock_dir = self.lock_dir.clone();
+                let holder = hold::holder(self.driver()?.as_mut(), &lock_dir, &vm)?;
+                Ok(Reply::Holder(holder))
+            }
             Request::Survey { vm } => self.driver()?.survey(&vm).map(Reply::Surroundings),
             Request::Leftovers { vm, places } => {
                 self.driver()?.leftovers(&vm, &places).map(Reply::Leftovers)
             }
             Request::Sweep { vm, places } => {
                 // Who does not hold the lock cannot know that a session is dead.
-                if self.lock.as_ref().is_none_or(|(locked, _)| *locked != vm) {
+                if self.hold.as_ref().is_none_or(|hold| hold.vm != vm) {
                     return Err(HypervisorError::new(
                         ErrorKind::Other,
                         format!("cannot tidy up after sessions of VM `{}`", vm.name),
                     )
                     .because("its lock was not taken"));
                 }
+                self.expect_claim(&vm)?;
                 self.driver()?.sweep(&vm, &places).map(Reply::Swept)
             }
             Request::Beat => Ok(Reply::Done),
@@ -251,6 +275,14 @@ impl Host {
                 "cannot use a hypervisor before connecting",
             )
         })
+    }
+
+    /// Fails unless the VM is ours alone.
+    fn expect_claim(&mut self, vm: &VmRef) -> Result<(), HypervisorError> {
+        if let (Some(hold), Some(driver)) = (&mut self.hold, &mut self.driver) {
+            hold.complete(driver.as_mut())?;
+        }
+        self.driver()?.still_claimed(vm)
     }
 
     /// Ends the session, if that was not done when it broke.
@@ -339,7 +371,13 @@ impl Host {
         if session.broken.is_some() {
             return Ok(());
         }
-        let error = match driver.check(&session.order.vm, session.order.session) {
+        let vm = &session.order.vm;
+        let checked = if self.hold.as_ref().is_some_and(Hold::is_lost) {
+            Err(claims::lost(vm))
+        } else {
+            driver.check(vm, session.order.session)
+        };
+        let error = match checked {
             Ok(()) => {
                 session.away = None;
                 return Ok(());

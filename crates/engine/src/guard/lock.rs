@@ -1,4 +1,6 @@
-//! One backup per VM at a time on this host: an `flock` held by the guard.
+//! One backup per VM at a time among those who share a directory: an `flock`
+//! held by the guard. Among all others the VM's claims see to it (see
+//! [`claims`](super::claims)).
 //!
 //! The kernel lets go of it when the guard is gone, however it died, so there
 //! is no stale lock and no clock to trust. The file's text only tells people
@@ -15,8 +17,9 @@ use highwater_model::{Clock, SystemClock, Timestamp};
 use rustix::fs::{CWD, FileType, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
-/// How long between two tries; a dying holder needs a second or two.
-const RETRY: Duration = Duration::from_millis(100);
+/// How long between two tries. A dying holder needs a second or two; one whose
+/// backup has just ended gives the VM back while its command has returned.
+const RETRY: Duration = Duration::from_millis(20);
 /// A note is far shorter.
 const NOTE_BYTES_MAX: u64 = 200;
 
@@ -39,6 +42,8 @@ pub fn lock_path(dir: &Path, vm: &VmRef) -> PathBuf {
 /// Who holds a lock, as far as its note tells.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LockHolder {
+    /// Its host; `None` if that is this one, and its process id is one of here.
+    pub host: Option<String>,
     /// The guard's process.
     pub process: Option<u32>,
     /// Since when.
@@ -54,6 +59,7 @@ impl LockHolder {
         let process = words.nth(1).and_then(|word| word.parse().ok());
         let since = words.nth(1).and_then(|word| word.parse().ok());
         Self {
+            host: None,
             process,
             since: since.map(Timestamp::from_unix_ms),
         }
@@ -64,12 +70,15 @@ impl LockHolder {
         let Some(process) = self.process else {
             return "another process".to_owned();
         };
+        let host = self.host.as_deref();
+        let host = host.map_or_else(String::new, |host| format!(" on host {host}"));
         match self.since {
             Some(since) => {
-                let seconds = now.unix_ms().saturating_sub(since.unix_ms()) / 1000;
-                format!("process {process}, for {seconds} s")
+                // A clock that is ahead of ours has it begin in the future.
+                let age_ms = now.unix_ms().saturating_sub(since.unix_ms()).max(0);
+                format!("process {process}{host}, for {} s", age_ms / 1000)
             }
-            None => format!("process {process}"),
+            None => format!("process {process}{host}"),
         }
     }
 }
@@ -133,7 +142,9 @@ pub(super) fn take(dir: &Path, vm: &VmRef, wait: Duration) -> Result<VmLock, Hyp
             Err(rustix::io::Errno::WOULDBLOCK) if Instant::now() < until => {
                 std::thread::sleep(RETRY);
             }
-            Err(rustix::io::Errno::WOULDBLOCK) => return Err(held(&mut file, vm)),
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                return Err(held(&LockHolder::read(&mut file), vm));
+            }
             Err(source) => return Err(cannot(&source)),
         }
     }
@@ -203,8 +214,9 @@ fn open_file(dir: &File, path: &Path) -> Result<File, String> {
     Ok(file)
 }
 
-fn held(file: &mut File, vm: &VmRef) -> HypervisorError {
-    let who = LockHolder::read(file).words(SystemClock.now());
+/// Says who holds a VM.
+pub(super) fn held(holder: &LockHolder, vm: &VmRef) -> HypervisorError {
+    let who = holder.words(SystemClock.now());
     HypervisorError::new(ErrorKind::Busy, format!("cannot lock VM `{}`", vm.name))
         .because(format!("another backup of it runs: {who}"))
         .hint("wait until it has ended, or end that process: the VM is tidied up then")

@@ -38,6 +38,8 @@ pub(super) enum Request {
     Find { name: String },
     /// Take the VM's lock; wait for a dying holder for a while.
     Lock { vm: VmRef, wait_ms: u64 },
+    /// Give the VM back, unless a session is still there.
+    Release,
     /// Report facts.
     Observe { vm: VmRef },
     /// Take the point in time.

@@ -34,6 +34,8 @@ pub(super) struct Document<'a> {
 /// The living backup that holds the VM.
 #[derive(Debug, Serialize)]
 struct Holder {
+    /// Absent where it runs on this host.
+    host: Option<String>,
     process: Option<u32>,
     since: Option<String>,
 }
@@ -125,6 +127,7 @@ impl<'a> Document<'a> {
             },
             state: words::state_word(checkup.state),
             held_by: checkup.held_by.as_ref().map(|holder| Holder {
+                host: holder.host.clone(),
                 process: holder.process,
                 since: holder.since.map(times::rfc3339),
             }),

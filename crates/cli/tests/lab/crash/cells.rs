@@ -40,7 +40,8 @@ pub(super) enum Phase {
 
 pub(super) const fn phase(step: Step) -> Phase {
     match step {
-        Step::Locked
+        Step::ClaimSet
+        | Step::Locked
         | Step::Observed
         | Step::LeftoverEnded
         | Step::Swept
@@ -56,6 +57,7 @@ pub(super) const fn phase(step: Step) -> Phase {
         Step::Copied | Step::IndexStored | Step::CommitTold => Phase::Read,
         Step::Committing | Step::ManifestWritten => Phase::Committing,
         Step::Committed
+        | Step::JobSeen
         | Step::JobAborted
         | Step::JobEnded
         | Step::FilesRemoved

@@ -32,7 +32,8 @@ pub(super) enum Preparation {
 
 pub(super) const fn preparation(step: Step) -> Preparation {
     match step {
-        Step::Locked
+        Step::ClaimSet
+        | Step::Locked
         | Step::Observed
         | Step::Planned
         | Step::DirectoriesMade
@@ -47,6 +48,7 @@ pub(super) const fn preparation(step: Step) -> Preparation {
         | Step::Committing
         | Step::ManifestWritten
         | Step::Committed
+        | Step::JobSeen
         | Step::JobAborted
         | Step::JobEnded
         | Step::FilesRemoved

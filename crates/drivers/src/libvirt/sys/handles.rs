@@ -287,6 +287,36 @@ impl DomainHandle {
             == 1)
     }
 
+    /// Sets or, without a text, removes the element of a namespace in the
+    /// metadata of the running domain.
+    pub(crate) fn set_live_metadata(
+        &self,
+        element: Option<&str>,
+        prefix: &str,
+        namespace: &str,
+    ) -> Result<(), CallError> {
+        /// `VIR_DOMAIN_METADATA_ELEMENT`.
+        const ELEMENT: c_int = 2;
+        /// `VIR_DOMAIN_AFFECT_LIVE`.
+        const LIVE: c_uint = 1;
+        let element = element.map(c_text).transpose()?;
+        let element = element.as_ref().map_or(ptr::null(), |text| text.as_ptr());
+        let (prefix, namespace) = (c_text(prefix)?, c_text(namespace)?);
+        // SAFETY: a live domain; all texts are valid (the first may be null) and
+        // outlive the call.
+        let outcome = unsafe {
+            (self.api().domain_set_metadata)(
+                self.raw,
+                ELEMENT,
+                element,
+                prefix.as_ptr(),
+                namespace.as_ptr(),
+                LIVE,
+            )
+        };
+        self.api().checked(outcome).map(drop)
+    }
+
     /// Lets a paused guest run.
     pub(crate) fn resume(&self) -> Result<(), CallError> {
         // SAFETY: a live domain.

@@ -5,9 +5,9 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
 use highwater_hypervisor::{
-    Begun, Consistency, LeftDirectory, Quiesce, RunState, Surroundings, Swept, VmFacts,
+    Begun, Claimant, Consistency, LeftDirectory, Quiesce, RunState, Surroundings, Swept, VmFacts,
 };
-use highwater_model::{MarkName, Nonce, PointId, RepoId, SessionId, Timestamp};
+use highwater_model::{ClaimId, MarkName, Nonce, PointId, RepoId, SessionId, Timestamp};
 
 use super::*;
 use crate::guard::Guard;
@@ -117,6 +117,13 @@ impl Driver for Scripted {
     }
     fn sweep(&mut self, _: &VmRef, _: &[PathBuf]) -> Result<Swept, HypervisorError> {
         self.note("sweep", Swept::default())
+    }
+    fn claimant(&mut self, _: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError> {
+        Ok(None)
+    }
+    fn act_for(&mut self, _: Option<ClaimId>) {}
+    fn still_claimed(&mut self, _: &VmRef) -> Result<(), HypervisorError> {
+        Ok(())
     }
 }
 

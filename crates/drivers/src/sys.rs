@@ -1,0 +1,97 @@
+//! A deadline that the kernel keeps, whatever becomes of this process.
+//!
+//! A process that is stopped, or gets no processor, cannot look at a clock; when
+//! it goes on, it does what it was about to do, however late that is. So the
+//! kernel is asked to kill it by then: SIGKILL ends a stopped process, too, and
+//! lets no thread of it run another instruction of its own.
+#![expect(unsafe_code, reason = "the kernel's timers have no safe binding here")]
+
+use std::io;
+use std::mem::MaybeUninit;
+use std::ptr;
+use std::time::Duration;
+
+/// Kills this process when its time has come; dropping it prevents that.
+#[derive(Debug)]
+pub(crate) struct Deadline {
+    timer: libc::timer_t,
+}
+
+impl Deadline {
+    /// Sets the deadline. From the moment this returns on, the process does not
+    /// live for longer.
+    pub(crate) fn after(time: Duration) -> io::Result<Self> {
+        // SAFETY: a `sigevent` of zeroes is a valid one.
+        let mut event: libc::sigevent = unsafe { MaybeUninit::zeroed().assume_init() };
+        event.sigev_notify = libc::SIGEV_SIGNAL;
+        event.sigev_signo = libc::SIGKILL;
+        let mut timer: libc::timer_t = ptr::null_mut();
+        // SAFETY: a valid event, and a place for the timer's name.
+        if unsafe { libc::timer_create(libc::CLOCK_MONOTONIC, &raw mut event, &raw mut timer) } != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        // Deleted again if it cannot be set.
+        let deadline = Self { timer };
+        let once = libc::itimerspec {
+            it_interval: libc::timespec {
+                tv_sec: 0,
+                tv_nsec: 0,
+            },
+            it_value: libc::timespec {
+                tv_sec: time.as_secs().try_into().unwrap_or(libc::time_t::MAX),
+                tv_nsec: time.subsec_nanos().into(),
+            },
+        };
+        // SAFETY: a timer that was made above, and a valid time.
+        if unsafe { libc::timer_settime(deadline.timer, 0, &raw const once, ptr::null_mut()) } != 0
+        {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(deadline)
+    }
+}
+
+impl Drop for Deadline {
+    fn drop(&mut self) {
+        // SAFETY: made in `after`, and deleted nowhere else.
+        unsafe { libc::timer_delete(self.timer) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+    use std::time::Instant;
+
+    use super::*;
+
+    /// In the child: stops itself within its deadline.
+    const CHILD: &str = "HIGHWATER_TEST_DEADLINE";
+
+    #[test]
+    fn a_process_that_is_stopped_does_not_outlive_its_deadline() {
+        if std::env::var_os(CHILD).is_some() {
+            drop(Deadline::after(Duration::from_mins(1)).unwrap());
+            let _deadline = Deadline::after(Duration::from_millis(200)).unwrap();
+            let me = rustix::process::getpid();
+            rustix::process::kill_process(me, rustix::process::Signal::STOP).unwrap();
+            std::thread::sleep(Duration::from_mins(1));
+            return;
+        }
+        let since = Instant::now();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "sys::tests::a_process_that_is_stopped_does_not_outlive_its_deadline",
+            ])
+            .env(CHILD, "1")
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        let ended = child.wait().unwrap();
+        let signal = std::os::unix::process::ExitStatusExt::signal(&ended);
+        assert_eq!(signal, Some(libc::SIGKILL), "{ended}");
+        assert!(since.elapsed() < Duration::from_secs(30));
+    }
+}
