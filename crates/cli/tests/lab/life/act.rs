@@ -394,7 +394,10 @@ impl Life {
         if self.unless_a_bitmap_forbids_it(done)? {
             let disk = &mut self.model.disks[number];
             disk.chain = vec![copy];
-            disk.kind = Kind::Qcow2 { cluster: 64 * KIB };
+            // libvirt makes clusters of the same size, and nothing else alike.
+            if !matches!(disk.kind, Kind::Qcow2 { .. }) {
+                disk.kind = Kind::Qcow2 { cluster: 64 * KIB };
+            }
         }
         self.model.breaks(number);
         Ok(())

@@ -289,13 +289,10 @@ impl Operation {
             Self::Held { step, .. } => is_on && *step != Step::Frozen,
             Self::Vm(what) => match what {
                 VmLife::Start => !is_on,
-                VmLife::Suspend | VmLife::Reset => model.power == Power::Running,
+                // What is saved while paused has closed images until it goes on.
+                VmLife::Suspend | VmLife::Reset | VmLife::Save => model.power == Power::Running,
                 VmLife::Resume => model.power == Power::Paused,
-                VmLife::Off
-                | VmLife::OffAndOn
-                | VmLife::Kill
-                | VmLife::Save
-                | VmLife::UndefineAndDefine => is_on,
+                VmLife::Off | VmLife::OffAndOn | VmLife::Kill | VmLife::UndefineAndDefine => is_on,
                 VmLife::RestartLibvirtd | VmLife::WithoutLibvirtd { .. } => true,
                 // QEMU makes one of all disks or of none.
                 VmLife::InternalSnapshot { .. } => {
