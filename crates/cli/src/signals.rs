@@ -60,8 +60,15 @@ pub(crate) fn is_asked() -> bool {
 }
 
 fn times_asked() -> u32 {
-    let direct = DIRECT.load(Ordering::SeqCst);
-    direct.max(RELAYED.load(Ordering::SeqCst))
+    wishes(
+        DIRECT.load(Ordering::SeqCst),
+        RELAYED.load(Ordering::SeqCst),
+    )
+}
+
+/// How often somebody wished for the end, by what both processes have got.
+fn wishes(direct: u32, relayed: u32) -> u32 {
+    direct.max(relayed)
 }
 
 fn act() {
@@ -78,5 +85,19 @@ fn act() {
             std::thread::sleep(GRACE);
             mover::cut_short(Why::Asked);
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wishes;
+
+    #[test]
+    fn a_signal_that_both_processes_get_is_one_wish() {
+        for (direct, relayed, expected) in [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1), (2, 2, 2)] {
+            assert_eq!(wishes(direct, relayed), expected);
+        }
+        // Asked twice, whoever got both.
+        assert_eq!((wishes(0, 2), wishes(2, 1)), (2, 2));
     }
 }
