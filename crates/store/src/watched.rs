@@ -266,6 +266,8 @@ mod tests {
                 drop(given_up);
                 watched.begin().unwrap().unwrap().finish(&key).unwrap();
             });
+            // Dropped where this fails, or the caller would wait for ever.
+            let go = go;
             // Finishing one drops it, which is the last call that waits.
             for number in 0..12 {
                 came.recv().unwrap();
