@@ -171,7 +171,8 @@ mod tests {
         let first = calls.begin();
         let between = Instant::now();
         let second = calls.begin();
-        assert!(calls.oldest().unwrap() >= between.elapsed());
+        let least = between.elapsed();
+        assert!(calls.oldest().unwrap() >= least);
         drop(first);
         assert!(calls.oldest().unwrap() <= between.elapsed());
         drop(second);
