@@ -1,5 +1,6 @@
 //! A command that did not come to its own end: why, what is left, what to do.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use crate::doing::Doing;
@@ -11,6 +12,26 @@ pub(crate) const TIDIED: &str =
     "no restore point was added; earlier ones are untouched; the session at the VM was ended";
 pub(crate) const UNKNOWN_POINT: &str =
     "the restore point may or may not exist; both marks were kept";
+
+/// How the process that does the work is ended.
+static END: OnceLock<fn(Why) -> !> = OnceLock::new();
+
+/// Says how this process is ended when it does not come to its own end.
+pub(crate) fn ends_by(end: fn(Why) -> !) {
+    // The first one stays; there is one way.
+    let _ = END.set(end);
+}
+
+/// Ends this process, though its other threads may hang.
+pub(crate) fn end(why: Why) -> ! {
+    match END.get() {
+        Some(end) => end(why),
+        // Only what works can be cut short.
+        None => loop {
+            std::thread::park();
+        },
+    }
+}
 
 /// A command that was cut short.
 #[derive(Debug)]

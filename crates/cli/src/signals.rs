@@ -12,8 +12,7 @@ use highwater_engine::Cancel;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::cut_short::Why;
-use crate::front::mover;
+use crate::cut_short::{self, Why};
 
 /// How long a clean end may take. A repository that hangs would hold us for
 /// ever; the guard settles at the VM whether we end cleanly or not, and it is
@@ -74,16 +73,16 @@ fn wishes(direct: u32, relayed: u32) -> u32 {
 fn act() {
     let Some(cancel) = CANCEL.get() else {
         // Nothing is under way that would have to be ended.
-        mover::cut_short(Why::Asked);
+        cut_short::end(Why::Asked);
     };
     if times_asked() > 1 {
         // Others may have to be heard while this one waits for the guard.
-        std::thread::spawn(|| mover::cut_short(Why::Asked));
+        std::thread::spawn(|| cut_short::end(Why::Asked));
     } else if !cancel.is_raised() {
         cancel.raise();
         std::thread::spawn(|| {
             std::thread::sleep(GRACE);
-            mover::cut_short(Why::Asked);
+            cut_short::end(Why::Asked);
         });
     }
 }

@@ -13,7 +13,7 @@ use highwater_hypervisor::BeginOrder;
 use super::link::{Link, Said};
 use super::settling::{self, Settling};
 use crate::advice::{self, CliError};
-use crate::cut_short::{CutShort, Why};
+use crate::cut_short::{self, CutShort, Why};
 use crate::{doing, guard_process, output, signals, sys};
 
 /// The name under which the mover is started, before the number of its link.
@@ -42,6 +42,8 @@ pub(crate) fn begin() -> bool {
     if LINK.set(link).is_err() {
         return false;
     }
+    guard_process::tell(witness);
+    cut_short::ends_by(cut_short_now);
     std::thread::spawn(move || {
         while listening.wait_for_signal() {
             signals::relayed();
@@ -53,7 +55,7 @@ pub(crate) fn begin() -> bool {
 }
 
 /// Returns who is to be told of sessions.
-pub(crate) fn witness() -> Option<Box<dyn Witness>> {
+fn witness() -> Option<Box<dyn Witness>> {
     let link = LINK.get()?;
     Some(Box::new(Front(Arc::clone(link))))
 }
@@ -101,7 +103,7 @@ pub(crate) fn leave(code: u8) -> ! {
 
 /// Ends the process although its threads may hang: the sessions are left to
 /// their guards, the error is told, and the front knows the exit code.
-pub(crate) fn cut_short(why: Why) -> ! {
+fn cut_short_now(why: Why) -> ! {
     claim();
     guard_process::part(GUARDS_MAX);
     if FRONT_GONE.load(Ordering::SeqCst) {
