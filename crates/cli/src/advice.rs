@@ -9,7 +9,7 @@ use highwater_engine::{BackupError, DoctorError, PointError, RestoreError};
 use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
 use highwater_store::{StoreError, StoreErrorKind};
 
-use crate::cut_short::CutShort;
+use crate::cut_short::{CutShort, LEFT_TO_THE_NEXT, NO_POINT, TIDIED, UNKNOWN_POINT};
 
 pub(crate) const DONE: u8 = 0;
 pub(crate) const FAILED: u8 = 1;
@@ -215,7 +215,11 @@ pub(crate) fn advise(error: &CliError) -> Advice {
         | CliError::PasswordCommand { .. }
         | CliError::Output { .. } => Advice::code(FAILED),
         CliError::NoMover { .. } => Advice::code(FAILED).state(UNCHANGED),
-        CliError::CutShort(cut) => cut.advise(),
+        CliError::CutShort(cut) => Advice {
+            state: cut.state(),
+            hint: cut.hint(),
+            code: if cut.is_asked() { INTERRUPTED } else { FAILED },
+        },
         CliError::Init(error) => of_init(error),
         CliError::Backup(error) => of_backup(error),
         CliError::Restore(error) => of_restore(error),
@@ -329,14 +333,6 @@ fn of_hypervisor(error: &HypervisorError) -> Advice {
     advice.hint.clone_from(&error.hint);
     advice
 }
-
-pub(crate) const NO_POINT: &str = "no restore point was added; earlier ones are untouched";
-pub(crate) const LEFT_TO_THE_NEXT: &str =
-    "no restore point was added; the next backup tidies what is left at the VM";
-pub(crate) const TIDIED: &str =
-    "no restore point was added; earlier ones are untouched; the session at the VM was ended";
-pub(crate) const UNKNOWN_POINT: &str =
-    "the restore point may or may not exist; both marks were kept";
 
 fn of_backup(error: &BackupError) -> Advice {
     match error {

@@ -1,11 +1,37 @@
 //! A command that did not come to its own end: why, what is left, what to do.
 
+use std::sync::OnceLock;
 use std::time::Duration;
 
-use crate::advice::{
-    Advice, FAILED, INTERRUPTED, LEFT_TO_THE_NEXT, NO_POINT, TIDIED, UNKNOWN_POINT,
-};
 use crate::doing::Doing;
+
+pub(crate) const NO_POINT: &str = "no restore point was added; earlier ones are untouched";
+pub(crate) const LEFT_TO_THE_NEXT: &str =
+    "no restore point was added; the next backup tidies what is left at the VM";
+pub(crate) const TIDIED: &str =
+    "no restore point was added; earlier ones are untouched; the session at the VM was ended";
+pub(crate) const UNKNOWN_POINT: &str =
+    "the restore point may or may not exist; both marks were kept";
+
+/// How the process that does the work is ended.
+static END: OnceLock<fn(Why) -> !> = OnceLock::new();
+
+/// Says how this process is ended when it does not come to its own end.
+pub(crate) fn ends_by(end: fn(Why) -> !) {
+    // The first one stays; there is one way.
+    let _ = END.set(end);
+}
+
+/// Ends this process, though its other threads may hang.
+pub(crate) fn end(why: Why) -> ! {
+    match END.get() {
+        Some(end) => end(why),
+        // Only what works can be cut short.
+        None => loop {
+            std::thread::park();
+        },
+    }
+}
 
 /// A command that was cut short.
 #[derive(Debug)]
@@ -74,10 +100,15 @@ impl CutShort {
         vec![what, cause]
     }
 
-    /// Returns what to do about it.
-    pub(crate) fn advise(&self) -> Advice {
+    /// Returns whether that was the user's wish.
+    pub(crate) const fn is_asked(&self) -> bool {
+        matches!(self.why, Why::Asked)
+    }
+
+    /// Returns what is intact and what was left.
+    pub(crate) fn state(&self) -> Option<String> {
         let is_untidy = matches!(self.why, Why::KilledUntidy { .. });
-        let state = match &self.doing {
+        match &self.doing {
             Doing::Other if is_untidy => Some(LEFT_TO_THE_NEXT.to_owned()),
             // Each command leaves something else; restore points were not touched.
             Doing::Other => None,
@@ -89,27 +120,24 @@ impl CutShort {
                 "restore point {point} was added and is complete; the next backup tidies what is \
                  left at the VM"
             )),
-        };
+        }
+    }
+
+    /// Returns what to do about it.
+    pub(crate) fn hint(&self) -> Option<String> {
         let again = match self.doing.vm() {
             Some(vm) => format!("run `highwater backup {vm}` again"),
             None => "run the command again".to_owned(),
         };
-        let (code, hint) = match &self.why {
-            Why::Asked => (INTERRUPTED, None),
-            Why::Hangs { repository, .. } | Why::Stuck { repository, .. } => (
-                FAILED,
-                Some(format!(
-                    "see why what it lies on does not answer (`stat -f {repository}`), then {again}"
-                )),
-            ),
-            Why::Killed { .. } | Why::KilledUntidy { .. } => (
-                FAILED,
-                Some(format!(
-                    "see who killed it (for want of memory the kernel does: `dmesg`), then {again}"
-                )),
-            ),
-        };
-        Advice { state, hint, code }
+        match &self.why {
+            Why::Asked => None,
+            Why::Hangs { repository, .. } | Why::Stuck { repository, .. } => Some(format!(
+                "see why what it lies on does not answer (`stat -f {repository}`), then {again}"
+            )),
+            Why::Killed { .. } | Why::KilledUntidy { .. } => Some(format!(
+                "see who killed it (for want of memory the kernel does: `dmesg`), then {again}"
+            )),
+        }
     }
 }
 
@@ -117,9 +145,9 @@ impl CutShort {
 mod tests {
     use super::*;
 
-    fn told(why: Why, doing: Doing) -> (Vec<String>, Advice) {
+    fn told(why: Why, doing: Doing) -> (Vec<String>, CutShort) {
         let cut = CutShort { why, doing };
-        (cut.chain(), cut.advise())
+        (cut.chain(), cut)
     }
 
     fn hangs() -> Why {
@@ -140,30 +168,30 @@ mod tests {
                 "the repository at /backup has not answered for 6 s"
             ]
         );
-        assert_eq!(advice.code, FAILED);
-        assert_eq!(advice.state.as_deref(), Some(TIDIED));
-        let hint = advice.hint.unwrap();
+        assert!(!advice.is_asked());
+        assert_eq!(advice.state().as_deref(), Some(TIDIED));
+        let hint = advice.hint().unwrap();
         assert!(
             hint.ends_with("run `highwater backup web01` again"),
             "{hint}"
         );
         let (_, advice) = told(hangs(), Doing::Committing { vm: vm() });
-        assert_eq!(advice.state.as_deref(), Some(UNKNOWN_POINT));
+        assert_eq!(advice.state().as_deref(), Some(UNKNOWN_POINT));
         let (chain, advice) = told(hangs(), Doing::Other);
         assert_eq!(chain[0], "cannot use the repository");
-        assert_eq!(advice.state, None);
+        assert_eq!(advice.state(), None);
         let point = "01JD".to_owned();
         let (_, advice) = told(hangs(), Doing::Committed { vm: vm(), point });
-        assert!(advice.state.unwrap().contains("point 01JD was added"));
+        assert!(advice.state().unwrap().contains("point 01JD was added"));
     }
 
     #[test]
     fn whoever_asked_for_the_end_gets_130() {
         let (chain, advice) = told(Why::Asked, Doing::Other);
-        assert_eq!((chain.len(), advice.code), (1, INTERRUPTED));
+        assert!(chain.len() == 1 && advice.is_asked());
         let killed = Why::Killed { signal: Some(9) };
         let (chain, advice) = told(killed, Doing::Other);
         assert!(chain[1].ends_with("killed by signal 9"), "{chain:?}");
-        assert_eq!(advice.code, FAILED);
+        assert!(!advice.is_asked());
     }
 }

@@ -10,18 +10,17 @@ use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
-use highwater_engine::{Guard, GuardError, Parting, serve};
+use highwater_engine::{Guard, GuardError, Parting, Witness, serve};
 use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
 use rustix::fd::AsFd as _;
 use rustix::process::{Pid, getppid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::dying::is_dying;
-use crate::front::mover;
 use crate::{env, secrets, settings};
 
 /// The name under which the guard is started.
@@ -34,6 +33,15 @@ const DYING_TIMES: u32 = 3;
 
 /// How to part from the guards there are.
 static PARTINGS: Mutex<Vec<Parting>> = Mutex::new(Vec::new());
+
+/// Makes who is told of the sessions of a guard, in a process that has one.
+static WITNESS: OnceLock<fn() -> Option<Box<dyn Witness>>> = OnceLock::new();
+
+/// Has somebody told of the sessions of all guards from now on.
+pub(crate) fn tell(witness: fn() -> Option<Box<dyn Witness>>) {
+    // The first one stays; there is one process that can be told.
+    let _ = WITNESS.set(witness);
+}
 
 /// Starts a guard and connects it to a hypervisor.
 pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
@@ -56,7 +64,7 @@ pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
     partings.retain(|parting| !parting.is_over());
     partings.push(guard.parting());
     drop(partings);
-    Ok(match mover::witness() {
+    Ok(match WITNESS.get().and_then(|witness| witness()) {
         Some(witness) => guard.witnessed_by(witness),
         None => guard,
     })

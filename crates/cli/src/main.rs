@@ -46,8 +46,8 @@ fn main() -> ExitCode {
         return guard_process::run();
     }
     let is_mover = mover::begin();
-    #[cfg(debug_assertions)]
     if is_mover {
+        #[cfg(debug_assertions)]
         faults::install();
     }
     let code = match Args::try_parse() {

@@ -12,8 +12,7 @@ use highwater_engine::Cancel;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
-use crate::cut_short::Why;
-use crate::front::mover;
+use crate::cut_short::{self, Why};
 
 /// How long a clean end may take. A repository that hangs would hold us for
 /// ever; the guard settles at the VM whether we end cleanly or not, and it is
@@ -60,23 +59,44 @@ pub(crate) fn is_asked() -> bool {
 }
 
 fn times_asked() -> u32 {
-    let direct = DIRECT.load(Ordering::SeqCst);
-    direct.max(RELAYED.load(Ordering::SeqCst))
+    wishes(
+        DIRECT.load(Ordering::SeqCst),
+        RELAYED.load(Ordering::SeqCst),
+    )
+}
+
+/// How often somebody wished for the end, by what both processes have got.
+fn wishes(direct: u32, relayed: u32) -> u32 {
+    direct.max(relayed)
 }
 
 fn act() {
     let Some(cancel) = CANCEL.get() else {
         // Nothing is under way that would have to be ended.
-        mover::cut_short(Why::Asked);
+        cut_short::end(Why::Asked);
     };
     if times_asked() > 1 {
         // Others may have to be heard while this one waits for the guard.
-        std::thread::spawn(|| mover::cut_short(Why::Asked));
+        std::thread::spawn(|| cut_short::end(Why::Asked));
     } else if !cancel.is_raised() {
         cancel.raise();
         std::thread::spawn(|| {
             std::thread::sleep(GRACE);
-            mover::cut_short(Why::Asked);
+            cut_short::end(Why::Asked);
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::wishes;
+
+    #[test]
+    fn a_signal_that_both_processes_get_is_one_wish() {
+        for (direct, relayed, expected) in [(0, 0, 0), (1, 0, 1), (0, 1, 1), (1, 1, 1), (2, 2, 2)] {
+            assert_eq!(wishes(direct, relayed), expected);
+        }
+        // Asked twice, whoever got both.
+        assert_eq!((wishes(0, 2), wishes(2, 1)), (2, 2));
     }
 }

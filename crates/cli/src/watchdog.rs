@@ -16,9 +16,8 @@ use std::time::{Duration, Instant};
 
 use highwater_store::Calls;
 
-use crate::cut_short::Why;
+use crate::cut_short::{self, Why};
 use crate::disk_below::{DiskBelow, Requests};
-use crate::front::mover;
 use crate::signals;
 
 /// How often calls are looked at.
@@ -67,13 +66,13 @@ pub(crate) fn watch(calls: Arc<Calls>, directory: PathBuf) {
                 Next::Ask => asked = Some(ask(&directory)),
                 // That it hangs is why the end was not clean; it was wished for.
                 Next::Hangs(_) | Next::Stuck(_) if signals::is_asked() => {
-                    mover::cut_short(Why::Asked)
+                    cut_short::end(Why::Asked)
                 }
-                Next::Hangs(since) => mover::cut_short(Why::Hangs {
+                Next::Hangs(since) => cut_short::end(Why::Hangs {
                     repository: directory.display().to_string(),
                     since,
                 }),
-                Next::Stuck(since) => mover::cut_short(Why::Stuck {
+                Next::Stuck(since) => cut_short::end(Why::Stuck {
                     repository: directory.display().to_string(),
                     since,
                 }),

@@ -171,7 +171,8 @@ mod tests {
         let first = calls.begin();
         let between = Instant::now();
         let second = calls.begin();
-        assert!(calls.oldest().unwrap() >= between.elapsed());
+        let least = between.elapsed();
+        assert!(calls.oldest().unwrap() >= least);
         drop(first);
         assert!(calls.oldest().unwrap() <= between.elapsed());
         drop(second);
@@ -266,6 +267,8 @@ mod tests {
                 drop(given_up);
                 watched.begin().unwrap().unwrap().finish(&key).unwrap();
             });
+            // Dropped where this fails, or the caller would wait for ever.
+            let go = go;
             // Finishing one drops it, which is the last call that waits.
             for number in 0..12 {
                 came.recv().unwrap();

@@ -4,15 +4,17 @@ use std::cell::RefCell;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::sync::Arc;
 
 use highwater_store::testing::{Fault, FaultyStore, MemStore, contract};
-use highwater_store::{LocalStore, ObjectKey, ObjectKind, Store, StoreErrorKind};
+use highwater_store::{LocalStore, ObjectKey, ObjectKind, Store, StoreErrorKind, Watched};
 
 #[test]
 fn the_store_in_memory_keeps_the_contract() {
     contract::check(MemStore::default);
     contract::check(MemStore::of_whole_objects);
     contract::check(|| FaultyStore::new(MemStore::default(), Fault::Never));
+    contract::check(|| Watched::new(Arc::new(MemStore::default())));
 }
 
 #[test]

@@ -4,15 +4,16 @@ use std::io::{self, Write as _};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
-use highwater_engine::{SessionEnds, Witness};
+use highwater_engine::{Heir, SessionEnds, Witness};
 use highwater_hypervisor::BeginOrder;
 
 use super::link::{Link, Said};
+use super::settling::{self, Settling};
 use crate::advice::{self, CliError};
-use crate::cut_short::{CutShort, Why};
+use crate::cut_short::{self, CutShort, Why};
 use crate::{doing, guard_process, output, signals, sys};
 
 /// The name under which the mover is started, before the number of its link.
@@ -24,6 +25,9 @@ const TELL_MAX: Duration = Duration::from_secs(1);
 
 static LINK: OnceLock<Arc<Link>> = OnceLock::new();
 static LEAVING: AtomicBool = AtomicBool::new(false);
+static FRONT_GONE: AtomicBool = AtomicBool::new(false);
+/// The sessions of which the front was told.
+static SESSIONS: Mutex<Vec<Heir>> = Mutex::new(Vec::new());
 
 /// Becomes the mover if this process was started as one.
 pub(crate) fn begin() -> bool {
@@ -38,17 +42,20 @@ pub(crate) fn begin() -> bool {
     if LINK.set(link).is_err() {
         return false;
     }
+    guard_process::tell(witness);
+    cut_short::ends_by(cut_short_now);
     std::thread::spawn(move || {
         while listening.wait_for_signal() {
             signals::relayed();
         }
+        FRONT_GONE.store(true, Ordering::SeqCst);
         signals::front_gone();
     });
     true
 }
 
 /// Returns who is to be told of sessions.
-pub(crate) fn witness() -> Option<Box<dyn Witness>> {
+fn witness() -> Option<Box<dyn Witness>> {
     let link = LINK.get()?;
     Some(Box::new(Front(Arc::clone(link))))
 }
@@ -63,16 +70,26 @@ impl Witness for Front {
             order: Box::new(order.clone()),
             connect: ends.connect.clone(),
         };
-        self.0.say(&said, Some(&ends))
+        self.0.say(&said, Some(&ends))?;
+        sessions().push(Heir::new(order.clone(), ends));
+        Ok(())
     }
 
     fn commits(&self, order: &BeginOrder) -> io::Result<()> {
         let session = order.session;
+        let mut sessions = sessions();
+        for heir in sessions
+            .iter_mut()
+            .filter(|it| it.order().session == session)
+        {
+            heir.commits();
+        }
         self.0.say(&Said::Commits { session }, None)
     }
 
     fn ended(&self, order: &BeginOrder) {
         let session = order.session;
+        sessions().retain(|heir| heir.order().session != session);
         // A front that is gone will not settle anything.
         drop(self.0.say(&Said::Ended { session }, None));
     }
@@ -86,9 +103,18 @@ pub(crate) fn leave(code: u8) -> ! {
 
 /// Ends the process although its threads may hang: the sessions are left to
 /// their guards, the error is told, and the front knows the exit code.
-pub(crate) fn cut_short(why: Why) -> ! {
+fn cut_short_now(why: Why) -> ! {
     claim();
     guard_process::part(GUARDS_MAX);
+    if FRONT_GONE.load(Ordering::SeqCst) {
+        // With the guard gone as well there is nobody else; where it lives it
+        // was quicker.
+        let left = std::mem::take(&mut *sessions());
+        let mut settling: Vec<Settling> = left.into_iter().map(Settling::begin).collect();
+        for warning in settling::wait_for(&mut settling) {
+            output::warn(&warning);
+        }
+    }
     let error = CliError::CutShort(CutShort {
         why,
         doing: doing::now(),
@@ -104,6 +130,10 @@ pub(crate) fn cut_short(why: Why) -> ! {
     // Whether it was told or not, there is nothing more to wait for.
     let _ = wait.recv_timeout(TELL_MAX);
     finish(code)
+}
+
+fn sessions() -> MutexGuard<'static, Vec<Heir>> {
+    SESSIONS.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// One thread ends the process. Another that wants to as well waits for that.

@@ -1,6 +1,8 @@
 //! Signals, locks, foreign jobs, and a repository that fails.
 
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
@@ -56,6 +58,48 @@ fn sigint_ends_cleanly_with_130_and_keeps_the_old_mark() -> Result<()> {
 #[test]
 fn sigterm_ends_cleanly_with_130_and_keeps_the_old_mark() -> Result<()> {
     a_signal_ends_cleanly("-TERM")
+}
+
+/// A terminal signals the whole group, `kill` and systemd one process.
+#[test]
+fn every_signal_to_any_process_ends_a_backup_with_130_and_frees_the_vm() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let marks = vm.checkpoints()?;
+    let slow = ["--workers", "1", "--compression", "zstd:19"];
+    for name in ["-INT", "-TERM", "-HUP"] {
+        for to in ["front", "mover", "group"] {
+            let child = bed
+                .command(&[&["backup", "web01"], &slow[..]].concat())
+                .stderr(std::process::Stdio::piped())
+                .process_group(0)
+                .spawn()?;
+            wait_for_job(&vm)?;
+            let front = front_of(&child);
+            let since = Instant::now();
+            match to {
+                "front" => signal(name, front)?,
+                "mover" => signal(name, mover_of(&child)?)?,
+                _ => drop(
+                    tool("kill")
+                        .args([name, "--", &format!("-{front}")])
+                        .run()?,
+                ),
+            }
+            let output = child.wait_with_output()?;
+            let (took, told) = (since.elapsed(), String::from_utf8_lossy(&output.stderr));
+            ensure!(output.status.code() == Some(130), "{name} {to}: {told}");
+            ensure!(told.contains("error: interrupted"), "{name} {to}: {told}");
+            bed.assert_tidy(&vm, 1)?;
+            ensure!(vm.checkpoints()? == marks, "{name} {to}");
+            ensure!(took < Duration::from_secs(10), "{name} {to}: {took:?}");
+            eprintln!(
+                "{name} to the {to}: ended after {:.1} s",
+                took.as_secs_f64()
+            );
+        }
+    }
+    Ok(())
 }
 
 #[test]

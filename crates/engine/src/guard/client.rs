@@ -17,7 +17,7 @@ use highwater_hypervisor::{
 use highwater_model::SessionId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::lifeline::Giver;
+use super::lifeline::{Giver, end_connection};
 use super::lock::LockHolder;
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 use super::witness::{SessionEnds, Witness};
@@ -65,6 +65,16 @@ struct Leash {
     stream: UnixStream,
     /// Its other end is open for as long as the guard lives.
     lifeline: UnixStream,
+    /// The NBD connections of the session, as the guard has them.
+    connections: Mutex<Vec<OwnedFd>>,
+}
+
+impl Leash {
+    fn connections(&self) -> MutexGuard<'_, Vec<OwnedFd>> {
+        self.connections
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Parts a mover from its guard, which then ends the session on its own. For
@@ -78,6 +88,9 @@ impl Parting {
         if let Some(leash) = self.0.upgrade() {
             // Fails if the guard has ended, which is as good.
             drop(leash.stream.shutdown(Shutdown::Both));
+            // The guard does so as well; one that was killed does not, and QEMU
+            // waits for whoever does not read.
+            leash.connections().iter().for_each(end_connection);
         }
     }
 
@@ -118,6 +131,7 @@ impl Guard {
         let leash = Arc::new(Leash {
             stream: stream.try_clone().map_err(gone)?,
             lifeline: lifeline.try_clone().map_err(gone)?,
+            connections: Mutex::default(),
         });
         let (sender, receiver) = channel();
         let lost = Arc::new(Mutex::new(None));
@@ -286,6 +300,7 @@ impl Guard {
     /// Ends the session at the VM.
     pub fn finish(&self, outcome: Outcome) -> Result<Ended, GuardError> {
         let ended = self.ended(Request::Finish { outcome })?;
+        self.leash.connections().clear();
         if ended.warnings.is_empty()
             && let Some(told) = self.told().take()
         {
@@ -326,6 +341,11 @@ impl Guard {
     /// Gives the guard the means to cut an NBD connection that reads from its
     /// session. To be called before the connection's first request.
     pub fn entrust(&self, socket: &impl AsFd) -> Result<(), GuardError> {
+        let own = socket.as_fd().try_clone_to_owned().map_err(|source| {
+            HypervisorError::new(ErrorKind::Other, "cannot duplicate an NBD connection")
+                .because(source.to_string())
+        })?;
+        self.leash.connections().push(own);
         if let Some(told) = &*self.told() {
             // Nobody cuts the connection for a witness that is gone, and a
             // mover without one is about to end.
