@@ -35,10 +35,13 @@ const DYING_TIMES: u32 = 3;
 static PARTINGS: Mutex<Vec<Parting>> = Mutex::new(Vec::new());
 
 /// Makes who is told of the sessions of a guard, in a process that has one.
-static WITNESS: OnceLock<fn() -> Option<Box<dyn Witness>>> = OnceLock::new();
+static WITNESS: OnceLock<MakeWitness> = OnceLock::new();
+
+/// Makes one for each guard; `None` where nobody watches.
+type MakeWitness = fn() -> Option<Box<dyn Witness>>;
 
 /// Has somebody told of the sessions of all guards from now on.
-pub(crate) fn tell(witness: fn() -> Option<Box<dyn Witness>>) {
+pub(crate) fn tell(witness: MakeWitness) {
     // The first one stays; there is one process that can be told.
     let _ = WITNESS.set(witness);
 }
