@@ -386,7 +386,9 @@ fn a_repository_beside_the_scratch_files_stops_before_the_guest_has_to() -> Resu
         .tempdir_in("/dev/shm")?;
     let memory = Mount::memory(place.path(), 112 * MIB)?;
     let bed = Bed::without_repository()?;
-    std::os::unix::fs::symlink(place.path().join("repo"), bed.repo())?;
+    let repo = place.path().join("repo");
+    fs::create_dir(&repo)?;
+    std::os::unix::fs::symlink(repo, bed.repo())?;
     bed.run(&["init", "--encryption", "none"])?;
     let scratch = place.path().join("scratch");
     let dir = scratch.to_str().context("a path is text")?;
