@@ -76,6 +76,14 @@ pub(super) const fn takes_the_point_later(step: Step) -> bool {
     matches!(phase(step), Phase::Looking | Phase::Starting)
 }
 
+/// Says whether the plan is made right after the step.
+const fn is_before_the_plan(step: Step) -> bool {
+    matches!(
+        step,
+        Step::BitmapRemoved | Step::MarkTidied | Step::MarkToldAgain
+    )
+}
+
 /// How the struck run ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum End {
@@ -180,6 +188,9 @@ const fn outcome(cell: Cell) -> (End, Point) {
             Phase::Looking | Phase::Starting | Phase::Running | Phase::Read => FAILED_OR_DONE,
             Phase::Committing | Phase::Committed | Phase::Done => DONE,
         },
+        // What is read next may be a page of the parent's tree. One that cannot be
+        // read makes a rescan, and the run goes on.
+        Blow::StoreHiccup if is_before_the_plan(cell.step) => FAILED_OR_DONE,
         Blow::StoreBroken | Blow::StoreHiccup | Blow::StoreFull => match cell.step {
             // Its bytes are in the file, which only wants its name.
             Step::ManifestWritten => DONE,
