@@ -26,6 +26,7 @@ mod settings;
 mod signals;
 mod stats;
 mod sys;
+mod terminal;
 mod times;
 mod usage;
 mod values;
@@ -52,7 +53,11 @@ fn main() -> ExitCode {
     }
     let code = match Args::try_parse() {
         Ok(args) if !is_mover && front::is_needed(&args.command) => {
-            return ExitCode::from(front::run(&args));
+            match front::run(&args) {
+                Some(code) => return ExitCode::from(code),
+                // Nobody watches, and the work is done nevertheless.
+                None => run(args),
+            }
         }
         Ok(args) => run(args),
         Err(error) if !error.use_stderr() => {

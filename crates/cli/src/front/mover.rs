@@ -1,11 +1,13 @@
 //! The mover's side of the front: what it tells, and how it ends.
 
-use std::io::{self, Write as _};
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use highwater_engine::{Heir, SessionEnds, Witness};
 use highwater_hypervisor::BeginOrder;
@@ -14,6 +16,7 @@ use super::link::{Link, Said};
 use super::settling::{self, Settling};
 use crate::advice::{self, CliError};
 use crate::cut_short::{self, CutShort, Why};
+use crate::terminal::Terminal;
 use crate::{doing, guard_process, output, signals, sys};
 
 /// The name under which the mover is started, before the number of its link.
@@ -28,6 +31,8 @@ static LEAVING: AtomicBool = AtomicBool::new(false);
 static FRONT_GONE: AtomicBool = AtomicBool::new(false);
 /// The sessions of which the front was told.
 static SESSIONS: Mutex<Vec<Heir>> = Mutex::new(Vec::new());
+/// The terminal as it was, while something is being asked there.
+static TERMINAL: Mutex<Option<Terminal>> = Mutex::new(None);
 
 /// Becomes the mover if this process was started as one.
 pub(crate) fn begin() -> bool {
@@ -44,14 +49,52 @@ pub(crate) fn begin() -> bool {
     }
     guard_process::tell(witness);
     cut_short::ends_by(cut_short_now);
-    std::thread::spawn(move || {
+    // Without a thread the front cannot ask us to end, and kills us instead.
+    drop(thread::Builder::new().spawn(move || {
         while listening.wait_for_signal() {
             signals::relayed();
         }
         FRONT_GONE.store(true, Ordering::SeqCst);
         signals::front_gone();
-    });
+    }));
     true
+}
+
+/// Does the work in the process that was started, which could not start another.
+/// It has handlers for signals already; a byte comes for each signal.
+pub(super) fn alone(mut signals: UnixStream) {
+    cut_short::ends_by(cut_short_now);
+    drop(thread::Builder::new().spawn(move || {
+        let mut byte = [0; 1];
+        let mut wishes = signals::Wishes::default();
+        while signals.read_exact(&mut byte).is_ok() {
+            if wishes.note(Instant::now()) {
+                signals::relayed();
+            }
+        }
+    }));
+}
+
+/// Asks something at the terminal, which takes it apart for that long.
+pub(crate) fn ask<T>(question: impl FnOnce() -> T) -> T {
+    let say = |is_asking| {
+        if let Some(link) = LINK.get() {
+            // A front that is gone puts nothing back; we do what we can then.
+            drop(link.say(&Said::Asks { is_asking }, None));
+        }
+    };
+    *terminal() = Terminal::look();
+    say(true);
+    signals::waits_for_the_user(true);
+    let answer = question();
+    signals::waits_for_the_user(false);
+    *terminal() = None;
+    say(false);
+    answer
+}
+
+fn terminal() -> MutexGuard<'static, Option<Terminal>> {
+    TERMINAL.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns who is to be told of sessions.
@@ -105,31 +148,50 @@ pub(crate) fn leave(code: u8) -> ! {
 /// their guards, the error is told, and the front knows the exit code.
 fn cut_short_now(why: Why) -> ! {
     claim();
-    guard_process::part(GUARDS_MAX);
+    let mut untidy = !guard_process::part(GUARDS_MAX);
     if FRONT_GONE.load(Ordering::SeqCst) {
         // With the guard gone as well there is nobody else; where it lives it
         // was quicker.
         let left = std::mem::take(&mut *sessions());
         let mut settling: Vec<Settling> = left.into_iter().map(Settling::begin).collect();
-        for warning in settling::wait_for(&mut settling) {
-            output::warn(&warning);
+        let warnings = settling::wait_for(&mut settling);
+        untidy = !warnings.is_empty();
+        for warning in &warnings {
+            output::warn(warning);
         }
     }
-    let error = CliError::CutShort(CutShort {
+    if let Some(terminal) = terminal().take() {
+        terminal.put_back();
+    }
+    let cut = CutShort {
         why,
         doing: doing::now(),
-    });
-    let advice = advice::advise(&error);
-    let code = advice.code;
+        untidy,
+    };
+    let code = if cut.is_asked() {
+        advice::INTERRUPTED
+    } else {
+        advice::FAILED
+    };
     let (told, wait) = channel();
-    std::thread::spawn(move || {
-        output::print_error(&error, &advice, output::wants_json());
-        output::end_of_events(code);
+    let copy = cut.clone();
+    let telling = thread::Builder::new().spawn(move || {
+        tell(copy);
         let _ = told.send(());
     });
+    if telling.is_err() {
+        tell(cut);
+    }
     // Whether it was told or not, there is nothing more to wait for.
     let _ = wait.recv_timeout(TELL_MAX);
     finish(code)
+}
+
+fn tell(cut: CutShort) {
+    let error = CliError::CutShort(cut);
+    let advice = advice::advise(&error);
+    output::print_error(&error, &advice, output::wants_json());
+    output::end_of_events(advice.code);
 }
 
 fn sessions() -> MutexGuard<'static, Vec<Heir>> {
@@ -140,7 +202,7 @@ fn sessions() -> MutexGuard<'static, Vec<Heir>> {
 fn claim() {
     if LEAVING.swap(true, Ordering::SeqCst) {
         loop {
-            std::thread::park();
+            thread::park();
         }
     }
 }

@@ -166,7 +166,14 @@ impl Blow {
             Self::FrontAndMover => ("-KILL", vec![front, mover]),
             Self::FrontAndGuard => ("-KILL", vec![front, guard]),
         };
-        victims.iter().try_for_each(|pid| signal(name, *pid))
+        for (nth, pid) in victims.iter().enumerate() {
+            if nth > 0 && matches!(self, Self::AskedTwice) {
+                // Sooner it would be the same wish.
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            signal(name, *pid)?;
+        }
+        Ok(())
     }
 
     const fn code(self) -> Option<i32> {
@@ -275,6 +282,14 @@ fn a_repository_that_hangs_in_mid_copy_frees_the_vm_whichever_two_are_killed() -
         Blow::FrontAndGuard,
     ];
     all(Step::Begun, Hang::Unkillable, &blows)
+}
+
+/// Replies are under way then, which whoever settles must cut off.
+#[test]
+fn a_repository_that_hangs_with_replies_under_way_frees_the_vm_whichever_two_are_killed()
+-> Result<()> {
+    let blows = [Blow::FrontAndGuard, Blow::MoverAndGuard];
+    all(Step::PackStored, Hang::Unkillable, &blows)
 }
 
 #[test]

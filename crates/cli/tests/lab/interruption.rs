@@ -103,6 +103,37 @@ fn every_signal_to_any_process_ends_a_backup_with_130_and_frees_the_vm() -> Resu
 }
 
 #[test]
+fn a_signal_that_was_ignored_at_the_start_ends_nothing() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let slow = ["--workers", "1", "--compression", "zstd:19", "--json"];
+    let plain = bed.command(&[&["backup", "web01"], &slow[..]].concat());
+    let mut command = std::process::Command::new("nohup");
+    command.arg(plain.get_program()).args(plain.get_args());
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let child = command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .context("no `nohup`: install coreutils")?;
+    wait_for_job(&vm)?;
+    signal("-HUP", mover_of(&child)?)?;
+    signal("-HUP", front_of(&child))?;
+    let output = child.wait_with_output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {told}", output.status);
+    let report = serde_json::from_slice(&output.stdout)?;
+    ensure!(mode(&report, "vda") == "incremental", "{report}");
+    bed.assert_tidy(&vm, 1)
+}
+
+#[test]
 fn a_second_backup_of_the_same_vm_is_told_who_holds_it() -> Result<()> {
     let bed = Bed::start()?;
     let vm = busy_vm(&bed)?;
