@@ -4,6 +4,7 @@
 //! and a name nobody types. It leaves our unix session at once, so that Ctrl-C at the
 //! terminal ends the mover and never the one that tidies up.
 
+use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -21,7 +22,7 @@ use rustix::process::{Pid, getppid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::dying::is_dying;
-use crate::{env, secrets, settings};
+use crate::{env, secrets, settings, sys};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
@@ -102,6 +103,11 @@ pub(crate) fn is_wanted() -> bool {
 
 /// Is the guard, until its mover is gone.
 pub(crate) fn run() -> ExitCode {
+    // A script's lock must not be held by whoever tidies up after it.
+    let left_open = sys::left_open();
+    if let Ok(null) = File::open("/dev/null") {
+        sys::give_up(&left_open, &null);
+    }
     // Fails only if we lead a session already: then nobody's Ctrl-C reaches us.
     let _ = rustix::process::setsid();
     // Ends with its mover and for no other reason: whoever asks the whole

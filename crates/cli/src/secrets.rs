@@ -12,8 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::advice::CliError;
 use crate::args::{Encryption, Global};
-use crate::front::mover;
-use crate::{env, output, sys};
+use crate::{env, output, sys, terminal};
 
 /// Longest passphrase or key file accepted, bytes.
 const SECRET_BYTES_MAX: u64 = 64 << 10;
@@ -246,7 +245,7 @@ fn prompt(question: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
             hint: "use --password-file, --password-command or HIGHWATER_PASSWORD_FILE".to_owned(),
         });
     }
-    let answer = mover::ask(|| rpassword::prompt_password(question));
+    let answer = terminal::ask(|| rpassword::prompt_password(question));
     let answer = answer.map_err(|source| match source.kind() {
         // Ctrl-C comes as a character there.
         ErrorKind::Interrupted => CliError::Interrupted,

@@ -10,7 +10,7 @@
 //! `nohup` does.
 
 use std::sync::OnceLock;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cut_short::{self, Why};
+use crate::terminal;
 
 /// How long a clean end may take. A repository that hangs would hold us for
 /// ever; the guard settles at the VM whether we end cleanly or not, and it is
@@ -33,8 +34,6 @@ static CANCEL: OnceLock<Cancel> = OnceLock::new();
 static DIRECT: AtomicU32 = AtomicU32::new(0);
 /// How often the front was.
 static RELAYED: AtomicU32 = AtomicU32::new(0);
-/// Whether a question is put, which nobody may ever answer.
-static ASKING: AtomicBool = AtomicBool::new(false);
 
 /// Returns a flag that the first signal raises.
 pub(crate) fn cancel_on_signals() -> Cancel {
@@ -104,12 +103,6 @@ impl Wishes {
     }
 }
 
-/// Says whether the user is being asked for something: nothing is under way
-/// meanwhile that would have to be ended cleanly.
-pub(crate) fn waits_for_the_user(asking: bool) {
-    ASKING.store(asking, Ordering::SeqCst);
-}
-
 /// The front was sent a signal.
 pub(crate) fn relayed() {
     RELAYED.fetch_add(1, Ordering::SeqCst);
@@ -145,7 +138,8 @@ fn act() {
         // Nothing is under way that would have to be ended.
         cut_short::end(Why::Asked);
     };
-    if times_asked() > 1 || ASKING.load(Ordering::SeqCst) {
+    // Nothing has begun while a question waits for an answer.
+    if times_asked() > 1 || terminal::is_asking() {
         // Others may have to be heard while this one waits for the guard.
         let ending = thread::Builder::new().spawn(|| cut_short::end(Why::Asked));
         if ending.is_err() {

@@ -1,7 +1,7 @@
 //! The mover's side of the front: what it tells, and how it ends.
 
 use std::io::{self, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
@@ -16,8 +16,7 @@ use super::link::{Link, Said};
 use super::settling::{self, Settling};
 use crate::advice::{self, CliError};
 use crate::cut_short::{self, CutShort, Why};
-use crate::terminal::Terminal;
-use crate::{doing, guard_process, output, signals, sys};
+use crate::{doing, guard_process, output, signals, sys, terminal};
 
 /// The name under which the mover is started, before the number of its link.
 pub(super) const NAME: &str = "highwater-mover:";
@@ -27,21 +26,28 @@ const GUARDS_MAX: Duration = Duration::from_secs(3);
 const TELL_MAX: Duration = Duration::from_secs(1);
 
 static LINK: OnceLock<Arc<Link>> = OnceLock::new();
+/// The descriptors that came with this process, but for the link.
+static LEFT_OPEN: OnceLock<Vec<RawFd>> = OnceLock::new();
 static LEAVING: AtomicBool = AtomicBool::new(false);
 static FRONT_GONE: AtomicBool = AtomicBool::new(false);
 /// The sessions of which the front was told.
 static SESSIONS: Mutex<Vec<Heir>> = Mutex::new(Vec::new());
-/// The terminal as it was, while something is being asked there.
-static TERMINAL: Mutex<Option<Terminal>> = Mutex::new(None);
 
 /// Becomes the mover if this process was started as one.
 pub(crate) fn begin() -> bool {
-    let Some(link) = std::env::args_os().next().and_then(|name| {
-        let number = name.to_str()?.strip_prefix(NAME)?.parse().ok()?;
-        sys::inherited(number).ok()
-    }) else {
+    let number = std::env::args_os()
+        .next()
+        .and_then(|name| name.to_str()?.strip_prefix(NAME)?.parse().ok());
+    let Some(number) = number else {
         return false;
     };
+    let mut left_open = sys::left_open();
+    left_open.retain(|open| *open != number);
+    let Ok(link) = sys::inherited(number) else {
+        return false;
+    };
+    // Set once: a process becomes the mover once.
+    drop(LEFT_OPEN.set(left_open));
     let link = Arc::new(Link::new(OwnedFd::from(link)));
     let listening = Arc::clone(&link);
     if LINK.set(link).is_err() {
@@ -49,6 +55,7 @@ pub(crate) fn begin() -> bool {
     }
     guard_process::tell(witness);
     cut_short::ends_by(cut_short_now);
+    terminal::tells(tell_asks);
     // Without a thread the front cannot ask us to end, and kills us instead.
     drop(thread::Builder::new().spawn(move || {
         while listening.wait_for_signal() {
@@ -75,26 +82,12 @@ pub(super) fn alone(mut signals: UnixStream) {
     }));
 }
 
-/// Asks something at the terminal, which takes it apart for that long.
-pub(crate) fn ask<T>(question: impl FnOnce() -> T) -> T {
-    let say = |is_asking| {
-        if let Some(link) = LINK.get() {
-            // A front that is gone puts nothing back; we do what we can then.
-            drop(link.say(&Said::Asks { is_asking }, None));
-        }
-    };
-    *terminal() = Terminal::look();
-    say(true);
-    signals::waits_for_the_user(true);
-    let answer = question();
-    signals::waits_for_the_user(false);
-    *terminal() = None;
-    say(false);
-    answer
-}
-
-fn terminal() -> MutexGuard<'static, Option<Terminal>> {
-    TERMINAL.lock().unwrap_or_else(PoisonError::into_inner)
+/// Tells whether something is being asked at the terminal.
+fn tell_asks(is_asking: bool) {
+    if let Some(link) = LINK.get() {
+        // A front that is gone puts nothing back; we do what we can then.
+        drop(link.say(&Said::Asks { is_asking }, None));
+    }
 }
 
 /// Returns who is to be told of sessions.
@@ -160,9 +153,7 @@ fn cut_short_now(why: Why) -> ! {
             output::warn(warning);
         }
     }
-    if let Some(terminal) = terminal().take() {
-        terminal.put_back();
-    }
+    terminal::put_back();
     let cut = CutShort {
         why,
         doing: doing::now(),
@@ -223,6 +214,7 @@ fn finish(code: u8) -> ! {
         {
             let _ = rustix::stdio::dup2_stdout(&null);
             let _ = rustix::stdio::dup2_stderr(&null);
+            sys::give_up(LEFT_OPEN.get().map_or(&[], Vec::as_slice), &null);
         }
         drop(link.say(&Said::Done { code }, None));
     }

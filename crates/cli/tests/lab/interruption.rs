@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 
-use crate::processes::{front_of, mover_of, signal};
+use crate::processes::{front_of, guard_of, mover_of, signal};
 use crate::support::{Bed, mode, wait_for_job, write_noise};
 
 const MIB: u64 = 1 << 20;
@@ -130,6 +130,34 @@ fn a_signal_that_was_ignored_at_the_start_ends_nothing() -> Result<()> {
     ensure!(output.status.success(), "{}: {told}", output.status);
     let report = serde_json::from_slice(&output.stdout)?;
     ensure!(mode(&report, "vda") == "incremental", "{report}");
+    bed.assert_tidy(&vm, 1)
+}
+
+/// `exec 9>lock; flock 9` in a script, whose lock ends with the script.
+#[test]
+fn a_guard_keeps_nothing_open_that_its_caller_left_open() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let lock = bed.lab.path("lock");
+    let slow = ["--workers", "1", "--compression", "zstd:19"];
+    let plain = bed.command(&[&["backup", "web01"], &slow[..]].concat());
+    let script = format!("exec 9>{}; exec \"$0\" \"$@\"", lock.display());
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &script]).arg(plain.get_program());
+    command.args(plain.get_args());
+    for (name, value) in plain.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    let mut child = command.spawn()?;
+    wait_for_job(&vm)?;
+    let holds = |pid: u32| -> Result<bool> {
+        let mut open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+        Ok(open.any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == lock)))
+    };
+    ensure!(holds(mover_of(&child)?)?, "the mover has what it may need");
+    ensure!(!holds(guard_of(&child)?)?, "the guard holds the lock");
+    signal("-TERM", front_of(&child))?;
+    child.wait()?;
     bed.assert_tidy(&vm, 1)
 }
 

@@ -213,7 +213,7 @@ mod tests {
         cutter.cut_while(|| {
             fill(&mut server);
             giver.give(&client).unwrap();
-            let waited = std::time::Instant::now();
+            let waited = Instant::now();
             while !is_writable(&server) {
                 assert!(waited.elapsed() < Duration::from_secs(10), "nobody cut it");
             }
