@@ -23,6 +23,7 @@ mod output;
 mod progress;
 mod secrets;
 mod settings;
+mod several;
 mod signals;
 mod stats;
 mod sys;

@@ -16,7 +16,8 @@ use super::link::{Link, Said};
 use super::settling::{self, Settling};
 use crate::advice::{self, CliError};
 use crate::cut_short::{self, CutShort, Why};
-use crate::{doing, guard_process, output, signals, sys, terminal};
+use crate::json::{self, OneOfSeveral};
+use crate::{doing, guard_process, output, several, signals, sys, terminal};
 
 /// The name under which the mover is started, before the number of its link.
 pub(super) const NAME: &str = "highwater-mover:";
@@ -164,25 +165,47 @@ fn cut_short_now(why: Why) -> ! {
     } else {
         advice::FAILED
     };
+    let (so_far, code) = match several::end() {
+        Some(mut so_far) => {
+            so_far.codes.push(code);
+            let code = several::code_of_all(&so_far.codes);
+            (Some(so_far.results), code)
+        }
+        None => (None, code),
+    };
+    // For the thread, or for us where there is none.
+    let so_far = Arc::new(Mutex::new(so_far));
     let (told, wait) = channel();
-    let copy = cut.clone();
+    let (copy, shared) = (cut.clone(), Arc::clone(&so_far));
     let telling = thread::Builder::new().spawn(move || {
-        tell(copy);
+        tell(copy, &shared, code);
         let _ = told.send(());
     });
     if telling.is_err() {
-        tell(cut);
+        tell(cut, &so_far, code);
     }
     // Whether it was told or not, there is nothing more to wait for.
     let _ = wait.recv_timeout(TELL_MAX);
     finish(code)
 }
 
-fn tell(cut: CutShort) {
+/// Tells why it was cut short; with several VMs also what came of the others.
+fn tell(cut: CutShort, so_far: &Mutex<Option<Vec<OneOfSeveral>>>, code: u8) {
+    let vm = cut.doing.vm().map(str::to_owned);
     let error = CliError::CutShort(cut);
     let advice = advice::advise(&error);
-    output::print_error(&error, &advice, output::wants_json());
-    output::end_of_events(advice.code);
+    let so_far = so_far.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let as_json = output::wants_json();
+    match so_far {
+        Some(mut results) if as_json && !output::prints_events() => {
+            output::print_error(&error, &advice, false);
+            let failure = json::Failure::new(vm.as_deref(), &error.chain(), &advice);
+            results.push(OneOfSeveral::Failed(failure));
+            drop(output::document(&json::Backups::new(results)));
+        }
+        Some(_) | None => output::print_error(&error, &advice, as_json),
+    }
+    output::end_of_events(code);
 }
 
 fn sessions() -> MutexGuard<'static, Vec<Heir>> {
