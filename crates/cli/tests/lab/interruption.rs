@@ -154,10 +154,11 @@ fn a_guard_keeps_nothing_open_that_its_caller_left_open() -> Result<()> {
         let mut open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
         Ok(open.any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == lock)))
     };
-    ensure!(holds(mover_of(&child)?)?, "the mover has what it may need");
-    ensure!(!holds(guard_of(&child)?)?, "the guard holds the lock");
+    let held = (holds(mover_of(&child)?)?, holds(guard_of(&child)?)?);
     signal("-TERM", front_of(&child))?;
     child.wait()?;
+    ensure!(held.0, "the mover has what it may need");
+    ensure!(!held.1, "the guard holds the lock");
     bed.assert_tidy(&vm, 1)
 }
 
