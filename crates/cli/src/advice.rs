@@ -85,10 +85,6 @@ pub(crate) enum CliError {
     Interrupted,
     /// The command did not come to its own end.
     CutShort(CutShort),
-    /// The process that does the work could not be started.
-    NoMover {
-        source: std::io::Error,
-    },
 }
 
 impl CliError {
@@ -131,10 +127,6 @@ impl CliError {
             Self::Hypervisor(error) => chain(error),
             Self::Interrupted => vec!["interrupted".to_owned()],
             Self::CutShort(cut) => cut.chain(),
-            Self::NoMover { source } => one(
-                "cannot start the process that does the work".to_owned(),
-                source,
-            ),
         }
     }
 }
@@ -214,7 +206,6 @@ pub(crate) fn advise(error: &CliError) -> Advice {
         | CliError::Write { .. }
         | CliError::PasswordCommand { .. }
         | CliError::Output { .. } => Advice::code(FAILED),
-        CliError::NoMover { .. } => Advice::code(FAILED).state(UNCHANGED),
         CliError::CutShort(cut) => Advice {
             state: cut.state(),
             hint: cut.hint(),

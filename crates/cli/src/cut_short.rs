@@ -3,6 +3,8 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use signal_hook::consts::{SIGABRT, SIGBUS, SIGFPE, SIGILL, SIGSEGV, SIGTRAP};
+
 use crate::doing::Doing;
 
 pub(crate) const NO_POINT: &str = "no restore point was added; earlier ones are untouched";
@@ -34,15 +36,17 @@ pub(crate) fn end(why: Why) -> ! {
 }
 
 /// A command that was cut short.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct CutShort {
     pub(crate) why: Why,
     /// What it was doing.
     pub(crate) doing: Doing,
+    /// Whether something may be left at the VM.
+    pub(crate) untidy: bool,
 }
 
 /// Why it was.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Why {
     /// A signal asked for it, and a clean end took too long, or was not wanted.
     Asked,
@@ -52,9 +56,10 @@ pub(crate) enum Why {
     Stuck { repository: String, since: Duration },
     /// The process that did the work was killed; by which signal, if known.
     Killed { signal: Option<i32> },
-    /// It was killed, and what it left could not be tidied up.
-    KilledUntidy { signal: Option<i32> },
 }
+
+/// What the kernel sends to a process for what that has done itself, and SIGABRT.
+const FAULTS: [i32; 6] = [SIGILL, SIGTRAP, SIGABRT, SIGBUS, SIGFPE, SIGSEGV];
 
 impl CutShort {
     /// Returns the message and its causes, outermost first.
@@ -74,7 +79,10 @@ impl CutShort {
                 let seconds = since.as_secs();
                 format!("a call into the repository at {repository} has taken {seconds} s so far")
             }
-            Why::Killed { signal } | Why::KilledUntidy { signal } => match signal {
+            Why::Killed { signal } => match signal {
+                Some(signal) if FAULTS.contains(signal) => format!(
+                    "the process that did the work ended by a fault of its own (signal {signal})"
+                ),
                 Some(signal) => {
                     format!("the process that did the work was killed by signal {signal}")
                 }
@@ -107,7 +115,7 @@ impl CutShort {
 
     /// Returns what is intact and what was left.
     pub(crate) fn state(&self) -> Option<String> {
-        let is_untidy = matches!(self.why, Why::KilledUntidy { .. });
+        let is_untidy = self.untidy;
         match &self.doing {
             Doing::Other if is_untidy => Some(LEFT_TO_THE_NEXT.to_owned()),
             // Each command leaves something else; restore points were not touched.
@@ -134,7 +142,12 @@ impl CutShort {
             Why::Hangs { repository, .. } | Why::Stuck { repository, .. } => Some(format!(
                 "see why what it lies on does not answer (`stat -f {repository}`), then {again}"
             )),
-            Why::Killed { .. } | Why::KilledUntidy { .. } => Some(format!(
+            Why::Killed {
+                signal: Some(signal),
+            } if FAULTS.contains(signal) => Some(format!(
+                "this is a bug of highwater: please report it with what is above; then {again}"
+            )),
+            Why::Killed { .. } => Some(format!(
                 "see who killed it (for want of memory the kernel does: `dmesg`), then {again}"
             )),
         }
@@ -146,7 +159,11 @@ mod tests {
     use super::*;
 
     fn told(why: Why, doing: Doing) -> (Vec<String>, CutShort) {
-        let cut = CutShort { why, doing };
+        let cut = CutShort {
+            why,
+            doing,
+            untidy: false,
+        };
         (cut.chain(), cut)
     }
 
@@ -193,5 +210,24 @@ mod tests {
         let (chain, advice) = told(killed, Doing::Other);
         assert!(chain[1].ends_with("killed by signal 9"), "{chain:?}");
         assert!(!advice.is_asked());
+    }
+
+    #[test]
+    fn a_fault_of_our_own_is_no_killing_by_others() {
+        let killed = Why::Killed { signal: Some(6) };
+        let (chain, advice) = told(killed, Doing::Other);
+        assert!(chain[1].ends_with("of its own (signal 6)"), "{chain:?}");
+        assert!(advice.hint().unwrap().contains("please report it"));
+    }
+
+    #[test]
+    fn that_the_session_was_ended_is_said_only_if_it_was() {
+        let vm = || "web01".to_owned();
+        for why in [Why::Asked, hangs(), Why::Killed { signal: None }] {
+            let (_, mut cut) = told(why, Doing::Session { vm: vm() });
+            assert_eq!(cut.state().as_deref(), Some(TIDIED));
+            cut.untidy = true;
+            assert_eq!(cut.state().as_deref(), Some(LEFT_TO_THE_NEXT));
+        }
     }
 }

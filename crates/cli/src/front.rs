@@ -37,14 +37,22 @@ use crate::cut_short::{CutShort, Why};
 use crate::doing::Doing;
 use crate::dying::is_dying;
 use crate::output;
+use crate::signals::{self, Wishes};
+use crate::terminal::Terminal;
 use link::{Heard, Link, Said};
 use settling::Settling;
 
 /// How long a mover that was asked to end may take. It allows itself less; one
 /// that takes longer is stopped, or hangs.
-const GRACE: Duration = Duration::from_secs(7);
-/// The same when it was asked twice: it only waits for its guard.
-const GRACE_AT_ONCE: Duration = Duration::from_secs(4);
+///
+/// Longer than the mover's own 5 s for a clean end, 3 s for its guards and 1 s
+/// for telling: it is to have its say first.
+const GRACE: Duration = Duration::from_secs(10);
+/// The same when it was asked twice: it only waits for its guard, and tells.
+const GRACE_AT_ONCE: Duration = Duration::from_secs(6);
+/// So long before that it is parted from its guards: the VM is to be free, though
+/// nobody may have said anything yet.
+const PARTING_EARLIER: Duration = Duration::from_secs(3);
 /// How long a mover may take to end when it has said that it is done, or was
 /// killed. One whose files are on a dead file system never does.
 const EXIT_MAX: Duration = Duration::from_secs(1);
@@ -60,7 +68,8 @@ pub(crate) const fn is_needed(command: &Typed) -> bool {
 }
 
 /// Has the work done by a mover and returns its exit code.
-pub(crate) fn run(args: &Args) -> u8 {
+/// `None` if none can be started, and nothing was done.
+pub(crate) fn run(args: &Args) -> Option<u8> {
     let json = args.global.json_style;
     output::want_json(json.is_some());
     if json == Some(JsonStyle::Events) {
@@ -69,9 +78,12 @@ pub(crate) fn run(args: &Args) -> u8 {
     match Front::start() {
         Ok(mut front) => {
             let end = front.watch();
-            front.conclude(&end)
+            Some(front.conclude(&end))
         }
-        Err(source) => tell(&CliError::NoMover { source }),
+        Err(signals) => {
+            signals.into_iter().for_each(mover::alone);
+            None
+        }
     }
 }
 
@@ -96,11 +108,15 @@ enum End {
 struct Front {
     mover: Child,
     pid: Pid,
-    pidfd: OwnedFd,
+    /// Old kernels have none; then it is looked at more seldom.
+    pidfd: Option<OwnedFd>,
     link: Link,
     is_linked: bool,
     signals: UnixStream,
-    times_asked: u32,
+    wishes: Wishes,
+    /// As it was before anything was asked there.
+    terminal: Option<Terminal>,
+    is_asking: bool,
     /// When the mover must have ended.
     end_by: Option<Instant>,
     /// What it said its exit code is, and since when.
@@ -122,34 +138,39 @@ impl Session {
     fn id(&self) -> SessionId {
         self.heir.order().session
     }
+
+    fn doing(&self) -> Doing {
+        let vm = self.heir.order().vm.name.clone();
+        if self.committing {
+            Doing::Committing { vm }
+        } else {
+            Doing::Session { vm }
+        }
+    }
 }
 
 impl Front {
-    fn start() -> io::Result<Self> {
-        let (signals, raised) = UnixStream::pair()?;
-        // What comes before the mover exists is passed on later.
-        for signal in [SIGINT, SIGTERM, SIGHUP] {
-            signal_hook::low_level::pipe::register(signal, raised.try_clone()?)?;
-        }
-        signals.set_nonblocking(true)?;
-        let (link, theirs) = Link::pair()?;
-        // The one descriptor of ours that the mover gets.
-        fcntl_setfd(&theirs, FdFlags::empty())?;
-        let number = std::os::fd::AsRawFd::as_raw_fd(&theirs);
-        let mover = Command::new("/proc/self/exe")
-            .arg0(format!("{}{number}", mover::NAME))
-            .args(std::env::args_os().skip(1))
-            .spawn()?;
-        drop(theirs);
+    /// Starts a mover. Without one, returns where signals come from, if they do.
+    fn start() -> Result<Self, Option<UnixStream>> {
+        let signals = catch_signals().map_err(|_| None)?;
+        let terminal = Terminal::look();
+        let Ok((mover, link)) = start_mover() else {
+            return Err(Some(signals));
+        };
+        // From here on nothing may fail: there is somebody to be watched.
+        let never_waits = signals.set_nonblocking(true);
+        debug_assert!(never_waits.is_ok(), "a socket can be told not to wait");
         let pid = Pid::from_child(&mover);
         Ok(Self {
             mover,
             pid,
-            pidfd: pidfd_open(pid, PidfdFlags::empty())?,
+            pidfd: pidfd_open(pid, PidfdFlags::empty()).ok(),
             link,
             is_linked: true,
             signals,
-            times_asked: 0,
+            wishes: Wishes::default(),
+            terminal,
+            is_asking: false,
             end_by: None,
             said: None,
             dying: None,
@@ -176,8 +197,14 @@ impl Front {
             {
                 return End::Code(code);
             }
-            if self.end_by.is_some_and(|end| now >= end) {
-                return End::Overdue;
+            // One that has had its say ends soon, or is left behind.
+            if let Some(end) = self.end_by.filter(|_| self.said.is_none()) {
+                if now >= end {
+                    return End::Overdue;
+                }
+                if now + PARTING_EARLIER >= end {
+                    self.sessions.iter().for_each(|it| it.heir.part());
+                }
             }
             if !is_dying(self.pid) {
                 self.dying = None;
@@ -201,10 +228,8 @@ impl Front {
         let quick = self.said.is_some() || self.dying.is_some();
         let limit = if quick { LOOK_EVERY / 10 } else { LOOK_EVERY };
         let limit = Timespec::try_from(limit).unwrap_or_default();
-        let mut polled = vec![
-            PollFd::new(&self.pidfd, PollFlags::IN),
-            PollFd::new(&self.signals, PollFlags::IN),
-        ];
+        let mut polled = vec![PollFd::new(&self.signals, PollFlags::IN)];
+        polled.extend(self.pidfd.iter().map(|it| PollFd::new(it, PollFlags::IN)));
         if self.is_linked {
             polled.push(PollFd::from_borrowed_fd(self.link.socket(), PollFlags::IN));
         }
@@ -228,19 +253,18 @@ impl Front {
 
     fn pass_signals_on(&mut self) {
         let mut bytes = [0; 16];
-        let Ok(count) = self.signals.read(&mut bytes) else {
+        let now = Instant::now();
+        // What waits there together came together, or we were stopped.
+        if !self.signals.read(&mut bytes).is_ok_and(|count| count > 0) || !self.wishes.note(now) {
             return;
-        };
-        for _ in 0..count {
-            self.times_asked = self.times_asked.saturating_add(1);
-            self.link.relay();
         }
-        let grace = if self.times_asked > 1 {
+        self.link.relay();
+        let grace = if self.wishes.times() > 1 {
             GRACE_AT_ONCE
         } else {
             GRACE
         };
-        let end = Instant::now() + grace;
+        let end = now + grace;
         self.end_by = Some(self.end_by.map_or(end, |before| before.min(end)));
     }
 
@@ -281,6 +305,7 @@ impl Front {
                 }
             }
             Said::Ended { session } => self.sessions.retain(|it| it.id() != session),
+            Said::Asks { is_asking } => self.is_asking = is_asking,
             Said::Done { code } => self.said = Some((code, Instant::now())),
         }
     }
@@ -308,15 +333,14 @@ impl Front {
             // It may be stopped, and must not go on later. Fails if it has ended.
             let _ = kill_process(self.pid, Signal::KILL);
         }
-        for session in &self.sessions {
-            session.heir.part();
-        }
+        self.sessions.iter().for_each(|it| it.heir.part());
         // Whoever has not said that it commits cannot any more.
         self.hear();
-        let had_session = !self.sessions.is_empty();
-        let committing = self.sessions.iter().any(|session| session.committing);
-        let vm = self.sessions.first();
-        let vm = vm.map(|session| session.heir.order().vm.name.clone());
+        if let Some(terminal) = self.terminal.as_ref().filter(|_| self.is_asking) {
+            terminal.put_back();
+        }
+        // Those before it are only being tidied up.
+        let doing = self.sessions.last().map_or(Doing::Other, Session::doing);
         let open = self.sessions.drain(..).map(|it| Settling::begin(it.heir));
         self.settling.extend(open.collect::<Vec<_>>());
         let untidy = settling::wait_for(&mut self.settling);
@@ -325,16 +349,32 @@ impl Front {
         }
         let why = match *end {
             End::Code(code) => return code,
-            _ if self.times_asked > 0 => Why::Asked,
+            _ if self.wishes.times() > 0 => Why::Asked,
             End::Killed(Some(SIGINT | SIGTERM | SIGHUP)) | End::Overdue => Why::Asked,
-            End::Killed(signal) if untidy.is_empty() => Why::Killed { signal },
-            End::Killed(signal) => Why::KilledUntidy { signal },
+            End::Killed(signal) => Why::Killed { signal },
         };
-        let doing = match vm.filter(|_| had_session) {
-            Some(vm) if committing => Doing::Committing { vm },
-            Some(vm) => Doing::Session { vm },
-            None => Doing::Other,
-        };
-        tell(&CliError::CutShort(CutShort { why, doing }))
+        let untidy = !untidy.is_empty();
+        tell(&CliError::CutShort(CutShort { why, doing, untidy }))
     }
+}
+
+/// Has a byte come for each signal, also for those before the mover exists.
+fn catch_signals() -> io::Result<UnixStream> {
+    let (signals, raised) = UnixStream::pair()?;
+    for signal in signals::heeded() {
+        signal_hook::low_level::pipe::register(signal, raised.try_clone()?)?;
+    }
+    Ok(signals)
+}
+
+fn start_mover() -> io::Result<(Child, Link)> {
+    let (link, theirs) = Link::pair()?;
+    // The one descriptor of ours that the mover gets.
+    fcntl_setfd(&theirs, FdFlags::empty())?;
+    let number = std::os::fd::AsRawFd::as_raw_fd(&theirs);
+    let mover = Command::new("/proc/self/exe")
+        .arg0(format!("{}{number}", mover::NAME))
+        .args(std::env::args_os().skip(1))
+        .spawn()?;
+    Ok((mover, link))
 }

@@ -4,11 +4,12 @@
 //! and a name nobody types. It leaves our unix session at once, so that Ctrl-C at the
 //! terminal ends the mover and never the one that tidies up.
 
+use std::fs::File;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,7 +22,7 @@ use rustix::process::{Pid, getppid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::dying::is_dying;
-use crate::{env, secrets, settings};
+use crate::{env, secrets, settings, sys};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
@@ -31,8 +32,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 /// So many looks in a row: one that was killed and can end does so in no time.
 const DYING_TIMES: u32 = 3;
 
-/// How to part from the guards there are.
-static PARTINGS: Mutex<Vec<Parting>> = Mutex::new(Vec::new());
+/// The guards there are, and how to part from them.
+static PARTINGS: Mutex<Vec<(Child, Parting)>> = Mutex::new(Vec::new());
 
 /// Makes who is told of the sessions of a guard, in a process that has one.
 static WITNESS: OnceLock<MakeWitness> = OnceLock::new();
@@ -52,7 +53,7 @@ pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
     let (lifeline, cutter) = UnixStream::pair().map_err(|source| cannot_start(&source))?;
     // The guard never opens the repository.
     secrets::keep_descriptor();
-    Command::new("/proc/self/exe")
+    let child = Command::new("/proc/self/exe")
         .arg0(NAME)
         .env_remove(env::PASSWORD)
         .env_remove(env::PASSWORD_COMMAND)
@@ -64,8 +65,12 @@ pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
         .map_err(|source| cannot_start(&source))?;
     let guard = Guard::connect(ours, lifeline, uri, &settings::runtime_dir())?;
     let mut partings = PARTINGS.lock().unwrap_or_else(PoisonError::into_inner);
-    partings.retain(|parting| !parting.is_over());
-    partings.push(guard.parting());
+    // One that has ended is waited for, or it would stay as a zombie.
+    partings.retain_mut(|(child, parting)| {
+        let has_ended = parting.is_over() && !matches!(child.try_wait(), Ok(None));
+        !has_ended
+    });
+    partings.push((child, guard.parting()));
     drop(partings);
     Ok(match WITNESS.get().and_then(|witness| witness()) {
         Some(witness) => guard.witnessed_by(witness),
@@ -73,14 +78,17 @@ pub(crate) fn start(uri: &str) -> Result<Guard, GuardError> {
     })
 }
 
-/// Has all guards end their sessions on their own, and waits for that a while.
-pub(crate) fn part(limit: Duration) {
+/// Has all guards end their sessions on their own, and waits for that a while;
+/// returns whether all have ended.
+pub(crate) fn part(limit: Duration) -> bool {
     let partings = PARTINGS.lock().unwrap_or_else(PoisonError::into_inner);
-    partings.iter().for_each(Parting::part);
+    partings.iter().for_each(|(_, parting)| parting.part());
     let end = Instant::now() + limit;
-    for parting in partings.iter() {
-        parting.wait(end.saturating_duration_since(Instant::now()));
+    let mut have_ended = true;
+    for (_, parting) in partings.iter() {
+        have_ended &= parting.wait(end.saturating_duration_since(Instant::now()));
     }
+    have_ended
 }
 
 fn cannot_start(source: &std::io::Error) -> GuardError {
@@ -95,6 +103,11 @@ pub(crate) fn is_wanted() -> bool {
 
 /// Is the guard, until its mover is gone.
 pub(crate) fn run() -> ExitCode {
+    // A script's lock must not be held by whoever tidies up after it.
+    let left_open = sys::left_open();
+    if let Ok(null) = File::open("/dev/null") {
+        sys::give_up(&left_open, &null);
+    }
     // Fails only if we lead a session already: then nobody's Ctrl-C reaches us.
     let _ = rustix::process::setsid();
     // Ends with its mover and for no other reason: whoever asks the whole
@@ -112,7 +125,8 @@ pub(crate) fn run() -> ExitCode {
     };
     let socket = UnixStream::from(socket);
     if let (Some(mover), Ok(stream)) = (getppid(), socket.try_clone()) {
-        std::thread::spawn(move || watch(mover, &stream));
+        // Without it a mover that cannot end is noticed later, by its silence.
+        drop(std::thread::Builder::new().spawn(move || watch(mover, &stream)));
     }
     serve(socket, UnixStream::from(lifeline), &connect);
     ExitCode::SUCCESS

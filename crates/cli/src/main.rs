@@ -23,9 +23,11 @@ mod output;
 mod progress;
 mod secrets;
 mod settings;
+mod several;
 mod signals;
 mod stats;
 mod sys;
+mod terminal;
 mod times;
 mod usage;
 mod values;
@@ -52,7 +54,11 @@ fn main() -> ExitCode {
     }
     let code = match Args::try_parse() {
         Ok(args) if !is_mover && front::is_needed(&args.command) => {
-            return ExitCode::from(front::run(&args));
+            match front::run(&args) {
+                Some(code) => return ExitCode::from(code),
+                // Nobody watches, and the work is done nevertheless.
+                None => run(args),
+            }
         }
         Ok(args) => run(args),
         Err(error) if !error.use_stderr() => {

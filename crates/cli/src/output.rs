@@ -19,6 +19,11 @@ pub(crate) fn print_events() {
     EVENTS.store(true, Ordering::Relaxed);
 }
 
+/// Returns whether documents are lines of a stream of events.
+pub(crate) fn prints_events() -> bool {
+    EVENTS.load(Ordering::Relaxed)
+}
+
 /// Has errors printed as documents, too, by whoever cuts the command short.
 pub(crate) fn want_json(json: bool) {
     JSON.store(json, Ordering::Relaxed);

@@ -2,7 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, IsTerminal as _, Read};
+use std::io::{BufRead as _, BufReader, ErrorKind, IsTerminal as _, Read};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -12,7 +12,7 @@ use zeroize::Zeroizing;
 
 use crate::advice::CliError;
 use crate::args::{Encryption, Global};
-use crate::{env, output, sys};
+use crate::{env, output, sys, terminal};
 
 /// Longest passphrase or key file accepted, bytes.
 const SECRET_BYTES_MAX: u64 = 64 << 10;
@@ -245,9 +245,14 @@ fn prompt(question: &str) -> Result<Zeroizing<Vec<u8>>, CliError> {
             hint: "use --password-file, --password-command or HIGHWATER_PASSWORD_FILE".to_owned(),
         });
     }
-    let answer = rpassword::prompt_password(question).map_err(|source| CliError::Read {
-        path: PathBuf::from("the terminal"),
-        source,
+    let answer = terminal::ask(|| rpassword::prompt_password(question));
+    let answer = answer.map_err(|source| match source.kind() {
+        // Ctrl-C comes as a character there.
+        ErrorKind::Interrupted => CliError::Interrupted,
+        _ => CliError::Read {
+            path: PathBuf::from("the terminal"),
+            source,
+        },
     })?;
     Ok(Zeroizing::new(answer.into_bytes()))
 }

@@ -470,6 +470,9 @@ impl Job<'_> {
         }
         let flushed = writer.flush().map_err(store)?;
         self.stop_if_cancelled()?;
+        // First: once the guard has agreed nobody may be told any more that there
+        // is no restore point, however soon we are cut short.
+        self.context.observer.event(&Event::Committing);
         // From here on the guard leaves both marks alone if we die: only the
         // manifest says whether this backup exists.
         self.context
@@ -480,7 +483,6 @@ impl Job<'_> {
                 source,
             })?;
         pass(Step::Committing);
-        self.context.observer.event(&Event::Committing);
         let manifest = record::manifest(&record::Parts {
             job: self,
             facts,

@@ -12,7 +12,7 @@ use crate::advice::{self, CliError};
 use crate::args::{self, Backup, Global, JsonStyle};
 use crate::commands::{each_once, names_of_vms};
 use crate::progress::Progress;
-use crate::{doing, guard_process, json, output, settings, signals, times};
+use crate::{doing, guard_process, json, output, settings, several, signals, times};
 
 /// What came of one VM.
 enum Outcome {
@@ -81,41 +81,44 @@ impl Run<'_> {
     /// Backs several VMs up; one that fails keeps none of the others from it.
     fn several(&self, vms: &[String]) -> Result<u8, CliError> {
         let events = self.global.json_style == Some(JsonStyle::Events);
-        let mut results = Vec::new();
         let mut estimates = Vec::new();
-        let mut codes = Vec::new();
+        several::begin();
         for name in vms {
-            match self.one(name) {
+            let (code, result) = match self.one(name) {
                 Ok(outcome) => {
-                    codes.push(outcome.code());
-                    results.push(outcome.document());
+                    let told = (outcome.code(), outcome.document());
                     if let Outcome::Estimated(estimate) = outcome {
                         estimates.push(estimate);
                     }
+                    told
                 }
                 Err(error) => {
                     let advice = advice::advise(&error);
                     output::print_error(&error, &advice, false);
-                    codes.push(advice.code);
                     let failure = json::Failure::new(Some(name), &error.chain(), &advice);
-                    results.push(json::OneOfSeveral::Failed(failure));
+                    (advice.code, json::OneOfSeveral::Failed(failure))
                 }
-            }
-            if events && let Some(result) = results.pop() {
+            };
+            if events {
                 output::document(&result)?;
+                several::note(code, None);
+            } else {
+                several::note(code, Some(result));
             }
             if self.cancel.is_raised() {
-                codes.push(advice::INTERRUPTED);
+                several::note(advice::INTERRUPTED, None);
                 break;
             }
         }
+        // Whoever cuts this short has told it all.
+        let so_far = several::end().unwrap_or_default();
         if self.global.json && !events {
-            output::document(&json::Backups::new(results))?;
+            output::document(&json::Backups::new(so_far.results))?;
         } else if self.estimate && !events {
             let estimates: Vec<&Estimate> = estimates.iter().collect();
             output::data(&output::table(&estimate_rows(&estimates)))?;
         }
-        Ok(code_of_all(&codes))
+        Ok(several::code_of_all(&so_far.codes))
     }
 
     fn one(&self, name: &str) -> Result<Outcome, CliError> {
@@ -147,22 +150,6 @@ impl Run<'_> {
             }
         }
         Ok(outcome)
-    }
-}
-
-/// Returns the exit code of a run over several VMs: their own if all ended
-/// alike, 3 if some were backed up.
-fn code_of_all(codes: &[u8]) -> u8 {
-    if codes.contains(&advice::INTERRUPTED) {
-        return advice::INTERRUPTED;
-    }
-    match codes {
-        [] => advice::DONE,
-        [first, rest @ ..] if rest.iter().all(|code| code == first) => *first,
-        _ if codes.contains(&advice::DONE) || codes.contains(&advice::SOME_FAILED) => {
-            advice::SOME_FAILED
-        }
-        _ => advice::FAILED,
     }
 }
 
@@ -291,27 +278,4 @@ fn estimate_rows(estimates: &[&Estimate]) -> Vec<Vec<String>> {
         }
     }
     rows
-}
-
-#[cfg(test)]
-mod tests {
-    use super::code_of_all;
-
-    #[test]
-    fn several_vms_end_with_3_only_if_some_were_backed_up() {
-        for (codes, expected) in [
-            (&[0, 0][..], 0),
-            (&[0, 1], 3),
-            (&[1, 0, 11], 3),
-            (&[3, 1], 3),
-            (&[3, 3], 3),
-            (&[1, 1], 1),
-            (&[11, 11], 11),
-            (&[1, 11], 1),
-            (&[0, 130], 130),
-            (&[], 0),
-        ] {
-            assert_eq!(code_of_all(codes), expected, "{codes:?}");
-        }
-    }
 }

@@ -14,7 +14,8 @@ use highwater_model::SessionId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+    SendAncillaryMessage, SendFlags, Shutdown, SocketFlags, SocketType, recvmsg, sendmsg, shutdown,
+    socketpair,
 };
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +39,8 @@ pub(super) enum Said {
     Commits { session: SessionId },
     /// Nothing of it is at the VM any more.
     Ended { session: SessionId },
+    /// A passphrase is about to be asked for at the terminal, or has been.
+    Asks { is_asking: bool },
     /// All is done and told. Whether the process can end is another matter.
     Done { code: u8 },
 }
@@ -121,6 +124,12 @@ impl Link {
         }
         bytes.truncate(length);
         match serde_json::from_slice(&bytes) {
+            // We have no room for its descriptors, and a session that we could not
+            // end must not begin: the mover is told that we are as good as gone.
+            Ok(Said::Begins { .. }) if descriptors.len() < DESCRIPTORS_MAX => {
+                let _ = shutdown(&self.0, Shutdown::Both);
+                Heard::End
+            }
             Ok(said) => Heard::Message(said, descriptors),
             // Only a mover that is none of ours speaks otherwise.
             Err(_) => Heard::End,

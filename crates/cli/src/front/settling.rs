@@ -1,6 +1,7 @@
 //! Ends sessions beside everything else: whoever is asked may hang as well.
 
 use std::sync::mpsc::{Receiver, channel};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use highwater_engine::Heir;
@@ -10,8 +11,11 @@ use crate::{advice, guard_process};
 /// For how long it is tried: libvirtd may be being restarted.
 const TRY_MAX: Duration = Duration::from_secs(10);
 const TRY_EVERY: Duration = Duration::from_millis(300);
-/// How long the user waits for it in the end.
-const WAIT_MAX: Duration = Duration::from_secs(20);
+/// One try may use all of that time up, when its guard gives up on libvirt.
+const TRIES_MIN: u32 = 3;
+/// How long the user waits for it in the end: longer than a guard waits for the
+/// VM's lock (30 s) and then acts (20 s).
+const WAIT_MAX: Duration = Duration::from_mins(1);
 
 /// A session that is being ended.
 pub(super) struct Settling {
@@ -23,7 +27,19 @@ impl Settling {
     pub(super) fn begin(heir: Heir) -> Self {
         let vm = heir.order().vm.name.clone();
         let (told, done) = channel();
-        std::thread::spawn(move || drop(told.send(settle(heir))));
+        let (give, given) = channel::<Heir>();
+        let telling = told.clone();
+        let settling = thread::Builder::new().spawn(move || {
+            if let Ok(heir) = given.recv() {
+                drop(telling.send(settle(heir)));
+            }
+        });
+        // Where no thread can be had it is done here and now.
+        if settling.is_err() {
+            drop(told.send(settle(heir)));
+        } else {
+            drop(give.send(heir));
+        }
         Self { vm, done }
     }
 }
@@ -50,15 +66,17 @@ pub(super) fn wait_for(all: &mut Vec<Settling>) -> Vec<String> {
 fn settle(mut heir: Heir) -> Vec<String> {
     heir.part();
     let end = Instant::now() + TRY_MAX;
+    let mut tries = 0;
     loop {
+        tries += 1;
         let failed = match heir.settle(&guard_process::start) {
             Ok(warnings) if warnings.is_empty() => return warnings,
             Ok(warnings) => warnings,
             Err(error) => vec![advice::chain(&error).join(": ")],
         };
-        if Instant::now() >= end {
+        if tries >= TRIES_MIN && Instant::now() >= end {
             return failed;
         }
-        std::thread::sleep(TRY_EVERY);
+        thread::sleep(TRY_EVERY);
     }
 }

@@ -308,3 +308,25 @@ fn the_configuration_counts_after_flags_and_environment_and_tells_of_mistakes() 
     run(&mut golden, "config")?;
     golden.check()
 }
+
+/// No process can be started there, and nobody can be looked at.
+#[test]
+fn without_proc_the_work_is_done_nevertheless() -> Result<()> {
+    let shelf = Shelf::without_repository()?;
+    shelf.run(&["init", "--encryption", "none"])?;
+    let plain = shelf.command(&["list"]);
+    let mut command = Command::new("unshare");
+    let script = "mount -t tmpfs none /proc && exec \"$0\" \"$@\"";
+    command.args(["-rm", "sh", "-c", script]);
+    command.arg(plain.get_program()).args(plain.get_args());
+    for (name, value) in plain.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    let output = command
+        .output()
+        .context("no `unshare`: install util-linux")?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    anyhow::ensure!(output.status.success(), "{}: {told}", output.status);
+    anyhow::ensure!(told.contains("no restore points yet"), "{told}");
+    Ok(())
+}

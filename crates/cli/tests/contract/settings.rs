@@ -1,10 +1,11 @@
 //! Where settings, passphrases and keys come from.
 
 use std::fs;
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
@@ -226,6 +227,66 @@ fn at_a_terminal_a_passphrase_is_asked_for_twice_at_init_and_never_shown() -> Re
     assert!(shown.contains("passphrase of the repository: "), "{shown}");
     let (_, code) = at_a_terminal("list", &shelf, "neap\n")?;
     assert_eq!(code, Some(12));
+    Ok(())
+}
+
+/// Asks at a terminal for a passphrase, types when it asks, and returns what the
+/// shell then says of the exit code and of the terminal.
+fn after_the_question(command: &str, shelf: &Shelf, typed: &[u8]) -> Result<String> {
+    let program = env!("CARGO_BIN_EXE_highwater");
+    let line = format!("{} ; echo code=$?; stty -a", command.replace("HW", program));
+    let mut child = Command::new("script")
+        .args(["-q", "-c", &line, "/dev/null"])
+        .env("HIGHWATER_REPO", shelf.repo())
+        .env("HIGHWATER_CONFIG", "")
+        .env_remove("HIGHWATER_PASSWORD")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("no `script`: install util-linux (bsdutils)")?;
+    let mut stdin = child.stdin.take().context("it has a stdin")?;
+    let mut stdout = child.stdout.take().context("it has a stdout")?;
+    let mut shown = Vec::new();
+    let question = b"passphrase of the repository: ";
+    let mut byte = [0];
+    while !shown.ends_with(question) {
+        anyhow::ensure!(stdout.read(&mut byte)? > 0, "it did not ask");
+        shown.extend(byte);
+    }
+    // The question comes before the terminal is taken apart.
+    std::thread::sleep(Duration::from_millis(300));
+    stdin.write_all(typed)?;
+    stdout.read_to_end(&mut shown)?;
+    child.wait()?;
+    Ok(String::from_utf8_lossy(&shown).into_owned())
+}
+
+#[test]
+fn whoever_is_ended_while_it_asks_for_a_passphrase_leaves_the_terminal_as_it_was() -> Result<()> {
+    let shelf = Shelf::without_repository()?;
+    let init = "init --encryption passphrase";
+    let (shown, code) = at_a_terminal(init, &shelf, "tidal\ntidal\n")?;
+    assert_eq!(code, Some(0), "{shown}");
+    for (command, typed) in [
+        // Without a handler for signals, and with one.
+        ("HW list", &b"\x03"[..]),
+        ("HW verify", b"\x03"),
+        (
+            "timeout --foreground --preserve-status -s TERM 2 HW list",
+            b"",
+        ),
+        (
+            "timeout --foreground --preserve-status -s TERM 2 HW verify",
+            b"",
+        ),
+    ] {
+        let shown = after_the_question(command, &shelf, typed)?;
+        assert!(shown.contains("code=130"), "{command}: {shown}");
+        for flag in ["isig", "icanon", "echo"] {
+            let mut words = shown.split_whitespace();
+            assert!(words.any(|word| word == flag), "{command}: {flag}: {shown}");
+        }
+    }
     Ok(())
 }
 

@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use crate::hung_mount::{Hang, HungMount};
 use crate::processes::{front_of, guard_of, mover_of, signal, wait_for_end};
-use crate::support::{Bed, assert_same, mode, point, reference, write_noise};
+use crate::support::{Bed, assert_same, mode, point, reference, wait_for_job, write_noise};
 
 /// What the issue promises.
 const TIDY_MAX: Duration = Duration::from_secs(10);
@@ -166,7 +166,14 @@ impl Blow {
             Self::FrontAndMover => ("-KILL", vec![front, mover]),
             Self::FrontAndGuard => ("-KILL", vec![front, guard]),
         };
-        victims.iter().try_for_each(|pid| signal(name, *pid))
+        for (nth, pid) in victims.iter().enumerate() {
+            if nth > 0 && matches!(self, Self::AskedTwice) {
+                // Sooner it would be the same wish.
+                std::thread::sleep(Duration::from_millis(500));
+            }
+            signal(name, *pid)?;
+        }
+        Ok(())
     }
 
     const fn code(self) -> Option<i32> {
@@ -277,6 +284,14 @@ fn a_repository_that_hangs_in_mid_copy_frees_the_vm_whichever_two_are_killed() -
     all(Step::Begun, Hang::Unkillable, &blows)
 }
 
+/// Replies are under way then, which whoever settles must cut off.
+#[test]
+fn a_repository_that_hangs_with_replies_under_way_frees_the_vm_whichever_two_are_killed()
+-> Result<()> {
+    let blows = [Blow::FrontAndGuard, Blow::MoverAndGuard];
+    all(Step::PackStored, Hang::Unkillable, &blows)
+}
+
 #[test]
 fn a_repository_that_hangs_before_the_index_costs_one_backup_and_no_mark() -> Result<()> {
     all(
@@ -332,6 +347,31 @@ fn a_repository_that_hangs_is_told_of_with_state_and_hint_and_as_json() -> Resul
     let (output, end) = ended(started, since)?;
     ensure!(output.status.code() == Some(130), "{output:?}");
     ensure!(end < Duration::from_secs(3), "{end:?}");
+    scene.heals()
+}
+
+#[test]
+fn a_repository_that_hangs_at_the_second_vm_leaves_the_point_of_the_first_told() -> Result<()> {
+    let mut scene = Scene::start()?;
+    let disk = DiskSpec::qcow2("vda", 128 * MIB);
+    let second = scene.bed.lab.vm("web02").disk(disk).start()?;
+    write_noise(&scene.bed, &second, "vda", 0, 96)?;
+    let args = ["backup", "--all", "--json"];
+    let started = scene.bed.spawn_slow(&args)?;
+    // One after the other, by name.
+    wait_for_job(&second)?;
+    scene.mount.hang(Hang::Unkillable)?;
+    let (output, _) = ended(started, Instant::now())?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.code() == Some(3), "{}: {told}", output.status);
+    let document: serde_json::Value = serde_json::from_slice(&output.stdout)?;
+    let results = &document["results"];
+    ensure!(results[0]["vm"] == "web01", "{document}");
+    ensure!(results[0]["point"].is_string(), "{document}");
+    ensure!(results[1]["vm"] == "web02", "{document}");
+    ensure!(results[1]["status"] == "failed", "{document}");
+    scene.bed.assert_tidy(&second, 0)?;
+    drop(second);
     scene.heals()
 }
 

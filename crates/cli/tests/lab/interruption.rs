@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::{DiskSpec, Vm, tool};
 
-use crate::processes::{front_of, mover_of, signal};
+use crate::processes::{front_of, guard_of, mover_of, signal};
 use crate::support::{Bed, mode, wait_for_job, write_noise};
 
 const MIB: u64 = 1 << 20;
@@ -100,6 +100,66 @@ fn every_signal_to_any_process_ends_a_backup_with_130_and_frees_the_vm() -> Resu
         }
     }
     Ok(())
+}
+
+#[test]
+fn a_signal_that_was_ignored_at_the_start_ends_nothing() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let slow = ["--workers", "1", "--compression", "zstd:19", "--json"];
+    let plain = bed.command(&[&["backup", "web01"], &slow[..]].concat());
+    let mut command = std::process::Command::new("nohup");
+    command.arg(plain.get_program()).args(plain.get_args());
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    let child = command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped())
+        .spawn()
+        .context("no `nohup`: install coreutils")?;
+    wait_for_job(&vm)?;
+    signal("-HUP", mover_of(&child)?)?;
+    signal("-HUP", front_of(&child))?;
+    let output = child.wait_with_output()?;
+    let told = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {told}", output.status);
+    let report = serde_json::from_slice(&output.stdout)?;
+    ensure!(mode(&report, "vda") == "incremental", "{report}");
+    bed.assert_tidy(&vm, 1)
+}
+
+/// `exec 9>lock; flock 9` in a script, whose lock ends with the script.
+#[test]
+fn a_guard_keeps_nothing_open_that_its_caller_left_open() -> Result<()> {
+    let bed = Bed::start()?;
+    let vm = busy_vm(&bed)?;
+    let lock = bed.lab.path("lock");
+    let slow = ["--workers", "1", "--compression", "zstd:19"];
+    let plain = bed.command(&[&["backup", "web01"], &slow[..]].concat());
+    let script = format!("exec 9>{}; exec \"$0\" \"$@\"", lock.display());
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &script]).arg(plain.get_program());
+    command.args(plain.get_args());
+    for (name, value) in plain.get_envs() {
+        command.env(name, value.unwrap_or_default());
+    }
+    let mut child = command.spawn()?;
+    wait_for_job(&vm)?;
+    let holds = |pid: u32| -> Result<bool> {
+        let mut open = std::fs::read_dir(format!("/proc/{pid}/fd"))?.flatten();
+        Ok(open.any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == lock)))
+    };
+    let held = (holds(mover_of(&child)?)?, holds(guard_of(&child)?)?);
+    signal("-TERM", front_of(&child))?;
+    child.wait()?;
+    ensure!(held.0, "the mover has what it may need");
+    ensure!(!held.1, "the guard holds the lock");
+    bed.assert_tidy(&vm, 1)
 }
 
 #[test]

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread;
 use std::time::Duration;
 
 use highwater_hypervisor::{
@@ -94,15 +95,16 @@ impl Parting {
         }
     }
 
-    /// Waits until the guard has ended, but not for longer than this.
-    pub fn wait(&self, limit: Duration) {
+    /// Waits until the guard has ended, but not for longer than this; returns
+    /// whether it has.
+    pub fn wait(&self, limit: Duration) -> bool {
         let Some(leash) = self.0.upgrade() else {
-            return;
+            return true;
         };
         let mut polled = [PollFd::new(&leash.lifeline, PollFlags::empty())];
         let limit = Timespec::try_from(limit).unwrap_or_default();
-        // Interrupted or not: nobody relies on it.
-        let _ = poll(&mut polled, Some(&limit));
+        // Interrupted: then it is not known.
+        poll(&mut polled, Some(&limit)).is_ok_and(|ended| ended > 0)
     }
 
     /// Whether there is still a guard to part from.
@@ -136,10 +138,12 @@ impl Guard {
         let (sender, receiver) = channel();
         let lost = Arc::new(Mutex::new(None));
         let lost_sink = Arc::clone(&lost);
-        std::thread::spawn(move || read_answers(reading, &sender, &lost_sink));
+        thread::Builder::new()
+            .spawn(move || read_answers(reading, &sender, &lost_sink))
+            .map_err(gone)?;
         let stream = Arc::new(Mutex::new(stream));
         let beating = Arc::downgrade(&stream);
-        std::thread::spawn(move || {
+        let beat = move || {
             while let Some(stream) = beating.upgrade() {
                 let beat = Message {
                     id: 0,
@@ -153,9 +157,10 @@ impl Guard {
                 if sent.is_err() {
                     return;
                 }
-                std::thread::sleep(BEAT_EVERY);
+                thread::sleep(BEAT_EVERY);
             }
-        });
+        };
+        thread::Builder::new().spawn(beat).map_err(gone)?;
         let guard = Self {
             stream,
             replies: Mutex::new(Replies {

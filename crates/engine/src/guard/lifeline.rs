@@ -29,8 +29,11 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, Shutdown, recv, recvmsg, sendmsg, shutdown,
@@ -39,6 +42,9 @@ use rustix::net::{
 /// How often connections are cut while the session is being ended: a mover
 /// that wakes up meanwhile may open new ones, and a peer behind TCP may send on.
 const CUT_EVERY: Duration = Duration::from_millis(20);
+/// How long a guard, or a front, that does not take what it is given is waited
+/// for: it may have been stopped, and a mover must not be held up by that.
+const GIVE_MAX: Duration = Duration::from_secs(5);
 /// More than a unix socket holds by default (208 KiB), bytes.
 const DRAIN_BYTES: usize = 256 << 10;
 
@@ -70,13 +76,22 @@ impl Giver {
         let sockets = [socket.as_fd()];
         ancillary.push(SendAncillaryMessage::ScmRights(&sockets));
         let stream = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        sendmsg(
-            &*stream,
-            &[IoSlice::new(b"s")],
-            &mut ancillary,
-            SendFlags::NOSIGNAL,
-        )?;
-        Ok(())
+        let flags = SendFlags::NOSIGNAL | SendFlags::DONTWAIT;
+        let end = Instant::now() + GIVE_MAX;
+        loop {
+            match sendmsg(&*stream, &[IoSlice::new(b"s")], &mut ancillary, flags) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if Instant::now() < end => {
+                    let left = end.saturating_duration_since(Instant::now());
+                    let left = Timespec::try_from(left).unwrap_or_default();
+                    let mut polled = [PollFd::new(&*stream, PollFlags::OUT)];
+                    // Writable or not: the next attempt tells.
+                    let _ = poll(&mut polled, Some(&left));
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 }
 
@@ -132,12 +147,15 @@ impl Cutter {
         self.cut();
         let (ended, wait) = channel::<()>();
         let cutter = &mut *self;
-        let result = std::thread::scope(|scope| {
-            scope.spawn(move || {
+        let result = thread::scope(|scope| {
+            let cutting = move || {
                 while wait.recv_timeout(CUT_EVERY) == Err(RecvTimeoutError::Timeout) {
                     cutter.cut();
                 }
-            });
+            };
+            // Where no thread can be had the connections were cut once, and that
+            // must do: only a mover that lives makes new ones.
+            drop(thread::Builder::new().spawn_scoped(scope, cutting));
             // Dropped even if `end` panics: the thread above must not stay.
             let _ended = ended;
             end()
@@ -195,7 +213,7 @@ mod tests {
         cutter.cut_while(|| {
             fill(&mut server);
             giver.give(&client).unwrap();
-            let waited = std::time::Instant::now();
+            let waited = Instant::now();
             while !is_writable(&server) {
                 assert!(waited.elapsed() < Duration::from_secs(10), "nobody cut it");
             }
@@ -210,7 +228,6 @@ mod tests {
     }
 
     fn is_writable(server: &UnixStream) -> bool {
-        use rustix::event::{PollFd, PollFlags, Timespec, poll};
         let mut polled = [PollFd::new(server, PollFlags::OUT)];
         let soon = Timespec {
             tv_sec: 0,
@@ -218,6 +235,17 @@ mod tests {
         };
         poll(&mut polled, Some(&soon)).unwrap();
         polled[0].revents().contains(PollFlags::OUT)
+    }
+
+    #[test]
+    fn whoever_does_not_take_connections_holds_nobody_up_for_long() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let giver = Giver::new(ours);
+        let (_server, client) = UnixStream::pair().unwrap();
+        let begun = Instant::now();
+        let refused = (0..100_000).find_map(|_| giver.give(&client).err());
+        assert!(refused.is_some(), "there is no end of room");
+        assert!(begun.elapsed() < GIVE_MAX + Duration::from_secs(10));
     }
 
     #[test]
