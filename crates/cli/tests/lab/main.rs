@@ -26,6 +26,7 @@ mod healing;
 mod hosts;
 mod hung;
 mod hung_mount;
+mod inactive;
 mod interruption;
 mod late;
 mod latency;
