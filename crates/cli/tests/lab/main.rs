@@ -22,6 +22,7 @@ mod doctor;
 mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
+mod groups;
 mod healing;
 mod hosts;
 mod hung;
