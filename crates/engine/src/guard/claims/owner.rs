@@ -160,6 +160,11 @@ mod tests {
             start_ticks: stat_of(child.id()).map(|it| it.start_ticks),
             ..myself()
         };
+        let since = std::time::Instant::now();
+        // The parent of a new program goes on a moment before it has its name.
+        while !runs_our_program(child.id()) {
+            assert!(since.elapsed().as_secs() < 10, "it has no name");
+        }
         rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
         assert_eq!(life(&claimer), Life::Lives);
         child.kill().unwrap();
