@@ -344,10 +344,18 @@ fn of_backup(error: &BackupError) -> Advice {
             Advice::code(BUSY).state(NO_POINT).hint(hint)
         }
         BackupError::WrongState { vm, state } => {
-            let hint = if *state == RunState::Off {
-                format!("only running or paused VMs can be backed up: `virsh start {vm}`")
-            } else {
-                "only running or paused VMs can be backed up".to_owned()
+            let hint = match state {
+                RunState::Off => {
+                    format!("only running or paused VMs can be backed up: `virsh start {vm}`")
+                }
+                RunState::NotResumed => format!(
+                    "its disks are not its own before it runs: `virsh resume {vm}` (then \
+                     `virsh suspend {vm}` if it is to stand still), and back it up again"
+                ),
+                RunState::Running
+                | RunState::Paused
+                | RunState::PausedOnError
+                | RunState::Other => "only running or paused VMs can be backed up".to_owned(),
             };
             Advice::code(FAILED).state(NO_POINT).hint(hint)
         }

@@ -22,7 +22,7 @@ use rustix::process::{Pid, getppid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use crate::dying::is_dying;
-use crate::{env, secrets, settings, sys};
+use crate::{cgroup, env, secrets, settings, sys};
 
 /// The name under which the guard is started.
 const NAME: &str = "highwater-guard";
@@ -110,6 +110,7 @@ pub(crate) fn run() -> ExitCode {
     }
     // Fails only if we lead a session already: then nobody's Ctrl-C reaches us.
     let _ = rustix::process::setsid();
+    cgroup::leave();
     // Ends with its mover and for no other reason: whoever asks the whole
     // process group to end wants the VM tidied up.
     let ignored = Arc::new(AtomicBool::new(false));

@@ -4,6 +4,7 @@
 
 mod advice;
 mod args;
+mod cgroup;
 mod commands;
 mod config;
 mod cut_short;

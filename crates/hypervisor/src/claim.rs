@@ -110,4 +110,7 @@ pub trait Claimant: Send {
 
     /// Removes a sign. One that is not there is no error.
     fn remove(&mut self, id: ClaimId, kind: SignKind) -> Result<(), HypervisorError>;
+
+    /// Returns the command by which a person removes a claim.
+    fn removal_by_hand(&self, id: ClaimId) -> String;
 }

@@ -66,6 +66,10 @@ pub enum RunState {
     Paused,
     /// Paused by QEMU because a write failed.
     PausedOnError,
+    /// Loaded from a saved state or a migration, and paused since. Its images are
+    /// not yet the process's own: nothing may be written to them, and it tells of
+    /// no bitmap that is in them.
+    NotResumed,
     /// Not running.
     Off,
     /// Anything else (crashed, shutting down, suspended by the guest).

@@ -25,4 +25,4 @@ pub use key::{KeyError, ObjectKey, ObjectKind};
 pub use local::LocalStore;
 pub use location::{Location, open};
 pub use store::{Listed, Store, Unfinished};
-pub use watched::{Calls, Watched};
+pub use watched::{Calls, Waited, Watched};

@@ -152,10 +152,11 @@ impl LocalStore {
         folder: &Path,
         name_prefix: &str,
         prefix: &str,
-        found: &mut Vec<Listed>,
+        listing: &mut Listing<'_>,
     ) -> io::Result<()> {
         for entry in entries(folder)? {
             let entry = entry?;
+            (listing.on_entry)();
             let Some(name) = entry
                 .file_name()
                 .to_str()
@@ -170,7 +171,7 @@ impl LocalStore {
                 continue;
             }
             match entry.metadata() {
-                Ok(meta) if meta.is_file() => found.push(Listed {
+                Ok(meta) if meta.is_file() => listing.found.push(Listed {
                     key,
                     len: meta.len(),
                 }),
@@ -183,12 +184,20 @@ impl LocalStore {
         Ok(())
     }
 
-    fn list_kind(&self, kind: ObjectKind, prefix: &str) -> io::Result<Vec<Listed>> {
-        let mut found = Vec::new();
+    fn list_kind(
+        &self,
+        kind: ObjectKind,
+        prefix: &str,
+        on_entry: &dyn Fn(),
+    ) -> io::Result<Vec<Listed>> {
+        let mut listing = Listing {
+            found: Vec::new(),
+            on_entry,
+        };
         // Tells an empty repository from one that is not there.
         fs::metadata(&self.root)?;
         match kind {
-            ObjectKind::Config => self.list_folder(kind, &self.root, "", prefix, &mut found)?,
+            ObjectKind::Config => self.list_folder(kind, &self.root, "", prefix, &mut listing)?,
             ObjectKind::Pack | ObjectKind::Point => {
                 let top = self.root.join(kind.folder());
                 for entry in entries(&top)? {
@@ -206,17 +215,17 @@ impl LocalStore {
                     };
                     // The points of other VMs may be many.
                     if above.starts_with(prefix) || prefix.starts_with(&above) {
-                        self.list_folder(kind, &entry.path(), &above, prefix, &mut found)?;
+                        self.list_folder(kind, &entry.path(), &above, prefix, &mut listing)?;
                     }
                 }
             }
             _ => {
                 let folder = self.root.join(kind.folder());
-                self.list_folder(kind, &folder, "", prefix, &mut found)?;
+                self.list_folder(kind, &folder, "", prefix, &mut listing)?;
             }
         }
-        found.sort_unstable();
-        Ok(found)
+        listing.found.sort_unstable();
+        Ok(listing.found)
     }
 }
 
@@ -277,7 +286,16 @@ impl Store for LocalStore {
     }
 
     fn list(&self, kind: ObjectKind, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.list_kind(kind, prefix).map_err(|cause| {
+        self.list_telling(kind, prefix, &|| {})
+    }
+
+    fn list_telling(
+        &self,
+        kind: ObjectKind,
+        prefix: &str,
+        on_entry: &dyn Fn(),
+    ) -> Result<Vec<Listed>, StoreError> {
+        self.list_kind(kind, prefix, on_entry).map_err(|cause| {
             self.error("list", kind.folder().to_owned(), cause)
                 .not_done()
         })
@@ -297,6 +315,12 @@ impl Store for LocalStore {
     fn location(&self) -> String {
         self.root.display().to_string()
     }
+}
+
+/// A listing under way.
+struct Listing<'a> {
+    found: Vec<Listed>,
+    on_entry: &'a dyn Fn(),
 }
 
 /// What messages call an object that has no name yet.

@@ -55,6 +55,19 @@ pub trait Store: Send + Sync + fmt::Debug {
     /// name. Foreign files and unfinished objects are not among them.
     fn list(&self, kind: ObjectKind, prefix: &str) -> Result<Vec<Listed>, StoreError>;
 
+    /// Returns the same as [`list`](Self::list), and calls `on_entry` whenever an
+    /// entry was answered for, so that a long listing is told from one that hangs.
+    /// A store that is asked once for many entries calls it never.
+    fn list_telling(
+        &self,
+        kind: ObjectKind,
+        prefix: &str,
+        on_entry: &dyn Fn(),
+    ) -> Result<Vec<Listed>, StoreError> {
+        let _ = on_entry;
+        self.list(kind, prefix)
+    }
+
     /// Returns the length of an object in bytes.
     fn size(&self, key: &ObjectKey) -> Result<u64, StoreError>;
 

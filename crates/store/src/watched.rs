@@ -17,16 +17,29 @@ pub struct Calls(Mutex<UnderWay>);
 struct UnderWay {
     next: u64,
     since: BTreeMap<u64, Instant>,
+    /// When one has come back, or got on with its work.
+    answered: Option<Instant>,
+}
+
+/// How long a store has been waited for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Waited {
+    /// For how long the oldest call has not come back.
+    pub oldest: Duration,
+    /// For how long no call has, of all that are under way and others.
+    pub silent: Duration,
 }
 
 impl Calls {
-    /// Returns for how long the oldest call has not come back; `None` if none
-    /// is under way.
-    pub fn oldest(&self) -> Option<Duration> {
+    /// Returns how long calls have been waited for; `None` if none is under way.
+    pub fn waited(&self) -> Option<Waited> {
         let under_way = self.lock();
-        // Calls are numbered as they begin.
-        let (_, since) = under_way.since.first_key_value()?;
-        Some(since.elapsed())
+        let since = *under_way.since.values().min()?;
+        let answered = under_way.answered.map_or(since, |it| it.max(since));
+        Some(Waited {
+            oldest: since.elapsed(),
+            silent: answered.elapsed(),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, UnderWay> {
@@ -56,9 +69,22 @@ struct Call<'a> {
     number: u64,
 }
 
+impl Call<'_> {
+    /// Notes that a call that consists of many got an answer to one of them: what
+    /// it waits for now it has waited for since then.
+    fn got_on(&self) {
+        let now = Instant::now();
+        let mut under_way = self.calls.lock();
+        under_way.since.insert(self.number, now);
+        under_way.answered = Some(now);
+    }
+}
+
 impl Drop for Call<'_> {
     fn drop(&mut self) {
-        self.calls.lock().since.remove(&self.number);
+        let mut under_way = self.calls.lock();
+        under_way.since.remove(&self.number);
+        under_way.answered = Some(Instant::now());
     }
 }
 
@@ -113,7 +139,20 @@ impl Store for Watched {
     }
 
     fn list(&self, kind: ObjectKind, prefix: &str) -> Result<Vec<Listed>, StoreError> {
-        self.calls.during(|| self.store.list(kind, prefix))
+        self.list_telling(kind, prefix, &|| {})
+    }
+
+    fn list_telling(
+        &self,
+        kind: ObjectKind,
+        prefix: &str,
+        on_entry: &dyn Fn(),
+    ) -> Result<Vec<Listed>, StoreError> {
+        let call = self.calls.begin();
+        self.store.list_telling(kind, prefix, &|| {
+            call.got_on();
+            on_entry();
+        })
     }
 
     fn size(&self, key: &ObjectKey) -> Result<u64, StoreError> {
@@ -167,16 +206,62 @@ mod tests {
     #[test]
     fn a_call_is_under_way_until_it_comes_back() {
         let calls = Calls::default();
-        assert_eq!(calls.oldest(), None);
+        assert_eq!(calls.waited(), None);
         let first = calls.begin();
         let between = Instant::now();
         let second = calls.begin();
         let least = between.elapsed();
-        assert!(calls.oldest().unwrap() >= least);
+        assert!(calls.waited().unwrap().oldest >= least);
         drop(first);
-        assert!(calls.oldest().unwrap() <= between.elapsed());
+        assert!(calls.waited().unwrap().oldest <= between.elapsed());
         drop(second);
-        assert_eq!(calls.oldest(), None);
+        assert_eq!(calls.waited(), None);
+    }
+
+    #[test]
+    fn a_store_is_silent_since_any_of_its_calls_came_back_or_got_on() {
+        let tick = || std::thread::sleep(Duration::from_millis(2));
+        let calls = Calls::default();
+        let slow = calls.begin();
+        tick();
+        let waited = calls.waited().unwrap();
+        assert!(waited.silent >= Duration::from_millis(2), "{waited:?}");
+        let before = Instant::now();
+        drop(calls.begin());
+        let waited = calls.waited().unwrap();
+        assert!(waited.silent <= before.elapsed(), "{waited:?}");
+        assert!(waited.oldest > waited.silent, "{waited:?}");
+        tick();
+        let before = Instant::now();
+        slow.got_on();
+        let waited = calls.waited().unwrap();
+        assert!(waited.oldest <= before.elapsed(), "{waited:?}");
+        drop(slow);
+        tick();
+        // What nobody asked for was not waited for.
+        let begun = Instant::now();
+        let _fresh = calls.begin();
+        assert!(calls.waited().unwrap().silent <= begun.elapsed());
+    }
+
+    #[test]
+    fn a_listing_gets_on_with_every_entry() {
+        let dir = tempfile::tempdir().unwrap();
+        let watched = Watched::new(Arc::new(LocalStore::new(dir.path().join("repo"))));
+        watched.prepare().unwrap();
+        for name in ["a1", "b2", "c3"] {
+            let name = name.repeat(32);
+            let key = ObjectKey::new(ObjectKind::Pack, name).unwrap();
+            watched.put(&key, &[b"x"]).unwrap();
+        }
+        let told = std::cell::Cell::new(0);
+        let tell = || {
+            told.set(told.get() + 1);
+            assert!(watched.calls().waited().is_some());
+        };
+        let found = watched.list_telling(ObjectKind::Pack, "", &tell).unwrap();
+        assert_eq!((found.len(), told.get()), (3, 3));
+        assert_eq!(watched.list(ObjectKind::Pack, "").unwrap(), found);
     }
 
     /// A store whose every call tells that it came, and waits.
@@ -272,12 +357,12 @@ mod tests {
             // Finishing one drops it, which is the last call that waits.
             for number in 0..12 {
                 came.recv().unwrap();
-                assert!(calls.oldest().is_some(), "call {number} was not seen");
+                assert!(calls.waited().is_some(), "call {number} was not seen");
                 go.send(()).unwrap();
             }
             caller.join().unwrap();
         });
-        assert_eq!(calls.oldest(), None);
+        assert_eq!(calls.waited(), None);
     }
 
     #[test]

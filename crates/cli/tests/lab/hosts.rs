@@ -11,6 +11,9 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
+use highwater_hypervisor::{Driver as _, Sign, SignKind};
+use highwater_model::ClaimId;
 use highwater_model::step::Step;
 use highwater_testkit::{DiskSpec, MIB, Vm};
 use serde_json::Value;
@@ -547,4 +550,29 @@ fn a_claim_is_gone_when_its_backup_has_ended_and_there_while_it_runs() -> Result
     first.go()?;
     report_of(&first.end()?)?;
     tidy(&bed, &vm)
+}
+
+/// ADR 0015 counts on it: each beat is a change of the VM's metadata.
+#[test]
+fn a_sign_at_a_vm_is_changed_in_milliseconds() -> Result<()> {
+    const CHANGES: u32 = 100;
+    let bed = Bed::start()?;
+    let vm = small_vm(&bed)?;
+    let mut driver = LibvirtDriver::connect(&bed.lab.uri(), &LibvirtOptions::default())?;
+    let named = driver.find(vm.name())?;
+    let claimant = driver.claimant(&named)?;
+    let mut claimant = claimant.context("the VM runs")?;
+    let id = ClaimId::random();
+    let since = Instant::now();
+    for number in 0..CHANGES {
+        claimant.set(&Sign::Beat(id, number.into()))?;
+    }
+    let one = since.elapsed() / CHANGES;
+    claimant.remove(id, SignKind::Beat)?;
+    eprintln!(
+        "a change of metadata takes {:.2} ms",
+        one.as_secs_f64() * 1e3
+    );
+    ensure!(one < Duration::from_millis(100), "{one:?}");
+    Ok(())
 }

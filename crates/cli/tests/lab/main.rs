@@ -22,10 +22,12 @@ mod doctor;
 mod doctor_foreign;
 #[path = "../golden/mod.rs"]
 mod golden;
+mod groups;
 mod healing;
 mod hosts;
 mod hung;
 mod hung_mount;
+mod inactive;
 mod interruption;
 mod late;
 mod latency;

@@ -79,6 +79,7 @@ impl LibvirtDriver {
         if state != RunState::Running && order.quiesce == Quiesce::Require {
             return Err(quiesce::paused_guest(&order.vm));
         }
+        jobs::expect_own_images(&order.vm, &domain, || cannot_begin(&order.vm))?;
         let definition = read_definition(&order.vm, &domain, true)?;
         // Before anything is frozen: a job in the way would hold us up for 30 s.
         if let Some(job) = jobs::running_job(&order.vm, &domain, &definition)? {

@@ -60,6 +60,8 @@ pub(crate) struct BlockNode {
     pub(crate) size_bytes: u64,
     /// qcow2: `1.1` (version 3) or `0.10` (version 2).
     pub(crate) compat: Option<String>,
+    /// Whether QEMU may write to it; it tells since 10.0.
+    pub(crate) is_active: Option<bool>,
     pub(crate) bitmaps: Vec<BitmapFacts>,
 }
 
@@ -162,6 +164,14 @@ impl Blocks {
             .keys()
             .filter(move |name| name.starts_with(&prefix))
             .map(String::as_str)
+    }
+
+    /// Returns whether QEMU has taken over the images that the guest's devices
+    /// use; `None` if it does not tell.
+    pub(crate) fn are_active(&self) -> Option<bool> {
+        let roots = self.devices.iter().filter_map(|it| it.node.as_ref());
+        let told = roots.filter_map(|root| self.nodes.get(root)?.is_active);
+        told.reduce(|all, one| all && one)
     }
 
     /// Returns the root node of the guest device that libvirt calls `alias`.
@@ -303,6 +313,7 @@ struct WireTriple {
 struct WireNode {
     node_name: Option<String>,
     drv: Option<String>,
+    active: Option<bool>,
     image: Option<WireImage>,
     #[serde(default)]
     dirty_bitmaps: Vec<WireBitmap>,
@@ -400,6 +411,7 @@ impl WireNode {
             driver: self.drv.unwrap_or_default(),
             size_bytes: size_bytes.unwrap_or_default(),
             compat,
+            is_active: self.active,
             bitmaps: self
                 .dirty_bitmaps
                 .into_iter()

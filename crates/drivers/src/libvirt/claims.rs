@@ -60,6 +60,14 @@ impl Claimant for DomainSigns {
         let domain = self.domain()?;
         remove(&self.vm, &domain, id, kind)
     }
+
+    fn removal_by_hand(&self, id: ClaimId) -> String {
+        let uri = namespace(id, SignKind::Claim);
+        format!(
+            "virsh metadata {} --live --uri {uri} --remove",
+            self.vm.name
+        )
+    }
 }
 
 impl LibvirtDriver {

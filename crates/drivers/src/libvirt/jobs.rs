@@ -2,6 +2,8 @@
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState, VmRef};
 
+use super::blocks::Blocks;
+use super::connection::query_blocks;
 use super::domain_xml::DomainXml;
 use super::error::{code, explain};
 use super::record_xml::{self, BackupJob};
@@ -15,6 +17,7 @@ mod state {
     pub(super) const BLOCKED: i32 = 2;
     pub(super) const PAUSED: i32 = 3;
     pub(super) const SHUTOFF: i32 = 5;
+    pub(super) const PAUSED_USER: i32 = 1;
     pub(super) const PAUSED_IO_ERROR: i32 = 5;
 }
 
@@ -48,6 +51,53 @@ pub(super) fn run_state(vm: &VmRef, domain: &DomainHandle) -> Result<RunState, H
         (state::SHUTOFF, _) => RunState::Off,
         _ => RunState::Other,
     })
+}
+
+/// Returns the same, and tells a VM that was loaded and not resumed from one that
+/// is paused.
+///
+/// QEMU leaves the images of such a VM to whoever had them before. Older ones do
+/// not refuse what writes to them: they abort, and the guest is lost. Where QEMU
+/// does not tell, only a VM that somebody has paused is believed to be one; one
+/// that was loaded has another reason in libvirt, also after a second suspend.
+pub(super) fn run_state_with_images(
+    vm: &VmRef,
+    domain: &DomainHandle,
+    blocks: &Blocks,
+) -> Result<RunState, HypervisorError> {
+    let state = run_state(vm, domain)?;
+    if state != RunState::Paused {
+        return Ok(state);
+    }
+    let is_own = match blocks.are_active() {
+        Some(are_active) => are_active,
+        None => domain
+            .state()
+            .is_ok_and(|(_, reason)| reason == state::PAUSED_USER),
+    };
+    Ok(if is_own { state } else { RunState::NotResumed })
+}
+
+/// Fails where nothing may be written to a VM's images, not even a bitmap.
+pub(super) fn expect_own_images(
+    vm: &VmRef,
+    domain: &DomainHandle,
+    message: impl FnOnce() -> String,
+) -> Result<(), HypervisorError> {
+    // Nobody but the one that is paused needs to be asked more.
+    if run_state(vm, domain)? != RunState::Paused {
+        return Ok(());
+    }
+    let blocks = query_blocks(vm, domain)?;
+    if run_state_with_images(vm, domain, &blocks)? != RunState::NotResumed {
+        return Ok(());
+    }
+    let name = &vm.name;
+    Err(HypervisorError::new(ErrorKind::WrongState, message())
+        .because("the VM was loaded from a saved state or a migration, and not resumed since")
+        .hint(format!(
+            "its disks are not its own before it runs: `virsh resume {name}`"
+        )))
 }
 
 /// Returns the running backup job, if there is one.

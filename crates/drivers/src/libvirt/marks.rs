@@ -13,7 +13,7 @@ use super::connection::{LibvirtDriver, query_blocks};
 use super::disks;
 use super::domain_xml::DomainXml;
 use super::error::{code, explain};
-use super::jobs::run_state;
+use super::jobs::{expect_own_images, run_state};
 use super::observe::read_definition;
 use super::sys::CallError;
 use super::sys::handles::DomainHandle;
@@ -45,6 +45,7 @@ impl LibvirtDriver {
             return Err(HypervisorError::new(ErrorKind::WrongState, message())
                 .because("the VM is off, and libvirt removes bitmaps only from one that runs"));
         }
+        expect_own_images(vm, &domain, message)?;
         delete_record(&domain, name).map_err(|error| explain(message(), &error))?;
         pass(Step::RecordDeleted);
         let left = query_blocks(vm, &domain)?.holders(name);
@@ -88,6 +89,7 @@ impl LibvirtDriver {
     ) -> Result<(), HypervisorError> {
         let domain = self.domain(vm)?;
         let message = || format!("cannot take mark `{name}` off a disk of VM `{}`", vm.name);
+        expect_own_images(vm, &domain, message)?;
         let there = query_blocks(vm, &domain)?.holders(name);
         let mut because = Vec::new();
         for node in nodes.iter().filter(|node| there.contains(node)) {
@@ -113,6 +115,8 @@ impl LibvirtDriver {
                 HypervisorError::new(ErrorKind::Other, message()).because("it names no disk")
             );
         }
+        // libvirt would miss the bitmaps, and the mark be taken for a useless one.
+        expect_own_images(vm, &domain, message)?;
         let xml = backup_xml::redefined_checkpoint(mark);
         match domain.create_checkpoint(&xml, REDEFINE | VALIDATE) {
             Ok(_record) => Ok(()),

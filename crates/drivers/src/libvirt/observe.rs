@@ -30,7 +30,7 @@ impl LibvirtDriver {
         let domain = self.domain(vm)?;
         let failed = |error: &CallError| explain(format!("cannot observe VM `{}`", vm.name), error);
         let vm = &vm_ref(&domain).map_err(|error| failed(&error))?;
-        let run_state = jobs::run_state(vm, &domain)?;
+        let mut run_state = jobs::run_state(vm, &domain)?;
         let is_on = run_state != RunState::Off;
         let definition = read_definition(vm, &domain, is_on)?;
         // Before the bitmaps: a write that came between the two questions, and
@@ -45,6 +45,9 @@ impl LibvirtDriver {
         } else {
             None
         };
+        if let Some(blocks) = &blocks {
+            run_state = jobs::run_state_with_images(vm, &domain, blocks)?;
+        }
         let queries = Queries {
             connection: &self.connection,
             domain: &domain,

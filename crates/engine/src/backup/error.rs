@@ -123,6 +123,7 @@ const fn state_words(state: RunState) -> &'static str {
         RunState::Running => "running",
         RunState::Paused => "paused",
         RunState::PausedOnError => "paused because a write of it failed",
+        RunState::NotResumed => "loaded from a saved state or a migration, and not resumed since",
         RunState::Off => "off",
         RunState::Other => "neither running nor paused",
     }

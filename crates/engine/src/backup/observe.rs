@@ -414,7 +414,7 @@ pub(super) const fn vm_state(facts: &VmFacts) -> VmState {
         RunState::Running | RunState::Paused => VmState::Alive,
         RunState::PausedOnError => VmState::Stuck,
         RunState::Off => VmState::Off,
-        RunState::Other => VmState::Other,
+        RunState::NotResumed | RunState::Other => VmState::Other,
     }
 }
 

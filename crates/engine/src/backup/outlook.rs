@@ -94,8 +94,8 @@ pub(super) fn without_our_session(facts: &mut VmFacts) {
 
 /// Says where each mark is.
 fn mark_views(facts: &VmFacts, committed: &BTreeSet<PointId>) -> Vec<MarkView> {
-    // Only a QEMU that runs tells of bitmaps.
-    let is_looked_at = facts.run_state != RunState::Off;
+    // Only a QEMU that runs tells of bitmaps, and of those in its own images.
+    let is_looked_at = !matches!(facts.run_state, RunState::Off | RunState::NotResumed);
     let view = |FoundMark { name, is_of_vm }| {
         let record = facts
             .checkpoints

@@ -495,8 +495,8 @@ fn may_hold(facts: &VmFacts, target: &str, mark: &MarkName) -> bool {
     let Some(disk) = facts.disks.iter().find(|disk| disk.target == target) else {
         return true;
     };
-    // Only a QEMU that runs tells of bitmaps.
-    if facts.run_state == RunState::Off {
+    // Only a QEMU that runs tells of bitmaps, and of those in its own images.
+    if matches!(facts.run_state, RunState::Off | RunState::NotResumed) {
         return true;
     }
     let name = mark.to_string();

@@ -203,7 +203,7 @@ impl Ward<'_> {
 const fn is_up(state: RunState) -> bool {
     match state {
         RunState::Running | RunState::Paused | RunState::PausedOnError => true,
-        RunState::Off | RunState::Other => false,
+        RunState::NotResumed | RunState::Off | RunState::Other => false,
     }
 }
 

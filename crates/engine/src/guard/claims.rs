@@ -16,7 +16,7 @@
 //! lets the smaller one in.
 //!
 //! *Who is dead* is told by no clock but the reader's own. A process of the same
-//! boot and pid namespace is looked for. Any other one has to beat, that is, to
+//! boot and pid namespace that runs this program is looked for. Any other one has to beat, that is, to
 //! change its sign; one that does not, while the reader itself has beaten
 //! [`SILENT_BEATS`] times at the same VM, counts as dead. A VM at which nothing
 //! can be changed for a while thus makes nobody dead.
@@ -51,6 +51,10 @@ use turn::{Move, Taking};
 /// How often a claim beats. Each beat is a change of the VM's metadata, of which
 /// libvirt tells everybody who listens.
 const BEAT_EVERY: Duration = Duration::from_secs(2);
+/// How long taking a claim may go on beyond the wait for one that lives. Who looks
+/// dead is dead after eight seconds, what he may have been about to do is over
+/// after thirty; somebody who claims anew all the time is waited for no longer.
+const TAKING_MAX: Duration = Duration::from_mins(1);
 /// How often the signs are read while somebody is waited for.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -123,12 +127,32 @@ fn give_up(claimant: &mut dyn Claimant, id: ClaimId) {
     }
 }
 
-/// Claims a VM, waiting at most `wait` for a living holder to end. Who looks
-/// dead is looked at for as long as it takes.
+/// How long a claim is waited for.
+#[derive(Clone, Copy)]
+pub(super) struct Patience<'a> {
+    /// For a living holder to end.
+    pub(super) wait: Duration,
+    /// How much longer who looks dead is looked at.
+    pub(super) beyond: Duration,
+    /// Says whether nobody wants the claim any more.
+    pub(super) is_given_up: &'a dyn Fn() -> bool,
+}
+
+impl<'a> Patience<'a> {
+    pub(super) const fn new(wait: Duration, is_given_up: &'a dyn Fn() -> bool) -> Self {
+        Self {
+            wait,
+            beyond: TAKING_MAX,
+            is_given_up,
+        }
+    }
+}
+
+/// Claims a VM.
 pub(super) fn take(
     mut claimant: Box<dyn Claimant>,
     vm: &VmRef,
-    wait: Duration,
+    patience: Patience<'_>,
 ) -> Result<HeldClaim, HypervisorError> {
     let mut claim = Claim {
         id: ClaimId::random(),
@@ -136,7 +160,7 @@ pub(super) fn take(
         claimer: owner::myself(),
     };
     let mut taking = Taking::new(claim.id);
-    let taken = wait_for_turn(claimant.as_mut(), vm, wait, &mut claim, &mut taking);
+    let taken = wait_for_turn(claimant.as_mut(), vm, patience, &mut claim, &mut taking);
     match taken {
         Ok(()) => Ok(HeldClaim::beat_on(claimant, claim.id, taking.beats())),
         Err(error) => {
@@ -149,15 +173,18 @@ pub(super) fn take(
 fn wait_for_turn(
     claimant: &mut dyn Claimant,
     vm: &VmRef,
-    wait: Duration,
+    patience: Patience<'_>,
     claim: &mut Claim,
     taking: &mut Taking,
 ) -> Result<(), HypervisorError> {
     claimant.set(&Sign::Claim(claim.clone()))?;
     pass(Step::ClaimSet);
-    let until = Instant::now() + wait;
+    let until = Instant::now() + patience.wait;
     let mut beaten = Instant::now();
     loop {
+        if (patience.is_given_up)() || Instant::now() >= until + patience.beyond {
+            return Err(contended(vm));
+        }
         let signs = claimant.signs()?;
         match taking.turn(&signs, claim.stance, &owner::life) {
             Move::Enter => return Ok(()),
@@ -170,7 +197,12 @@ fn wait_for_turn(
                 if let Some(holder) = living
                     && Instant::now() >= until
                 {
-                    return Err(held(&holder_of(&holder, &claim.claimer), vm));
+                    let by_hand = claimant.removal_by_hand(holder.id);
+                    let held = held(&holder_of(&holder, &claim.claimer), vm);
+                    return Err(held.hint(format!(
+                        "wait until it has ended, or end that process: the VM is tidied up then; \
+                         if there is no such backup, remove its claim: `{by_hand}`"
+                    )));
                 }
                 std::thread::sleep(LOOK_EVERY);
             }
@@ -227,6 +259,16 @@ fn holder_of(claim: &Claim, me: &highwater_hypervisor::Claimer) -> LockHolder {
     }
 }
 
+/// Says that others did not let us have the VM, though none of them has it.
+fn contended(vm: &VmRef) -> HypervisorError {
+    HypervisorError::new(ErrorKind::Busy, format!("cannot lock VM `{}`", vm.name))
+        .because("others keep claiming it, and none of them goes on")
+        .hint(format!(
+            "see who changes its metadata: `virsh dumpxml {}`",
+            vm.name
+        ))
+}
+
 /// Says that another one has the VM now.
 pub(super) fn lost(vm: &VmRef) -> HypervisorError {
     HypervisorError::new(
@@ -242,4 +284,80 @@ pub(super) fn lost(vm: &VmRef) -> HypervisorError {
 /// Returns now; claims are dated for people only.
 fn now() -> highwater_model::Timestamp {
     SystemClock.now()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::collections::BTreeSet;
+
+    use highwater_hypervisor::Signs;
+
+    use super::*;
+
+    /// A VM at which somebody new is acting whenever it is looked at.
+    #[derive(Default)]
+    struct Restless {
+        claims: Vec<Claim>,
+    }
+
+    impl Claimant for Restless {
+        fn signs(&mut self) -> Result<Signs, HypervisorError> {
+            Ok(Signs {
+                claims: self.claims.clone(),
+                acting: BTreeSet::from([ClaimId::random()]),
+                ..Signs::default()
+            })
+        }
+
+        fn set(&mut self, sign: &Sign) -> Result<(), HypervisorError> {
+            if let Sign::Claim(claim) = sign {
+                self.claims = vec![claim.clone()];
+            }
+            Ok(())
+        }
+
+        fn remove(&mut self, id: ClaimId, kind: SignKind) -> Result<(), HypervisorError> {
+            if kind == SignKind::Claim {
+                self.claims.retain(|claim| claim.id != id);
+            }
+            Ok(())
+        }
+
+        fn removal_by_hand(&self, _: ClaimId) -> String {
+            String::new()
+        }
+    }
+
+    fn refused(patience: Patience<'_>) -> HypervisorError {
+        let vm = VmRef {
+            name: "web01".to_owned(),
+            uuid: None,
+        };
+        take(Box::new(Restless::default()), &vm, patience).unwrap_err()
+    }
+
+    #[test]
+    fn a_vm_at_which_somebody_new_acts_all_the_time_is_not_waited_for_without_end() {
+        let since = Instant::now();
+        let error = refused(Patience {
+            wait: Duration::from_millis(10),
+            beyond: Duration::from_millis(100),
+            is_given_up: &|| since.elapsed() > Duration::from_secs(20),
+        });
+        assert_eq!(error.kind, ErrorKind::Busy);
+        assert!(since.elapsed() < Duration::from_secs(20));
+    }
+
+    #[test]
+    fn a_claim_is_not_waited_for_when_its_mover_is_gone() {
+        let looks = Cell::new(0);
+        let is_given_up = || looks.replace(looks.get() + 1) == 2;
+        refused(Patience {
+            wait: Duration::ZERO,
+            beyond: Duration::from_secs(20),
+            is_given_up: &is_given_up,
+        });
+        assert_eq!(looks.get(), 3);
+    }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{Driver, HypervisorError, VmRef};
 
-use super::claims::{self, HeldClaim};
+use super::claims::{self, HeldClaim, Patience};
 use super::lock::{self, LockHolder, VmLock};
 
 /// A VM that is held. The claim goes first: who shares the lock's directory need
@@ -20,29 +20,36 @@ pub(super) struct Hold {
 }
 
 impl Hold {
-    /// Takes the VM's lock, and claims it; waits at most `wait` for a holder that
-    /// lives.
+    /// Takes the VM's lock, and claims it; waits for a holder that lives.
     pub(super) fn take(
         driver: &mut dyn Driver,
         lock_dir: &Path,
         vm: &VmRef,
-        wait: Duration,
+        patience: Patience<'_>,
     ) -> Result<Self, HypervisorError> {
         driver.act_for(None);
-        let until = Instant::now() + wait;
-        let lock = lock::take(lock_dir, vm, wait)?;
+        let until = Instant::now() + patience.wait;
+        let lock = lock::take(lock_dir, vm, patience.wait)?;
         let mut hold = Self {
             vm: vm.clone(),
             claim: None,
             _lock: lock,
         };
-        hold.claim(driver, until.saturating_duration_since(Instant::now()))?;
+        let left = Patience {
+            wait: until.saturating_duration_since(Instant::now()),
+            ..patience
+        };
+        hold.claim(driver, left)?;
         Ok(hold)
     }
 
-    fn claim(&mut self, driver: &mut dyn Driver, wait: Duration) -> Result<(), HypervisorError> {
+    fn claim(
+        &mut self,
+        driver: &mut dyn Driver,
+        patience: Patience<'_>,
+    ) -> Result<(), HypervisorError> {
         if let Some(claimant) = driver.claimant(&self.vm)? {
-            let claim = claims::take(claimant, &self.vm, wait)?;
+            let claim = claims::take(claimant, &self.vm, patience)?;
             driver.act_for(Some(claim.id()));
             self.claim = Some(claim);
         }
@@ -51,9 +58,14 @@ impl Hold {
 
     /// Claims a VM that could not be claimed when it was locked, because it was
     /// off.
-    pub(super) fn complete(&mut self, driver: &mut dyn Driver) -> Result<(), HypervisorError> {
+    pub(super) fn complete(
+        &mut self,
+        driver: &mut dyn Driver,
+        is_given_up: &dyn Fn() -> bool,
+    ) -> Result<(), HypervisorError> {
         if self.claim.is_none() {
-            self.claim(driver, Duration::ZERO)?;
+            let wait = Duration::ZERO;
+            self.claim(driver, Patience::new(wait, is_given_up))?;
         }
         Ok(())
     }

@@ -23,8 +23,9 @@ use highwater_hypervisor::{
 };
 
 use highwater_model::step::{Step, pass, patience};
+use rustix::event::{PollFd, PollFlags};
 
-use super::claims;
+use super::claims::{self, Patience};
 use super::hold::{self, Hold};
 use super::lifeline::Cutter;
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
@@ -193,8 +194,12 @@ impl Host {
             Request::Find { name } => self.driver()?.find(&name).map(Reply::Vm),
             Request::Lock { vm, wait_ms } => {
                 self.hold = None;
-                let (lock_dir, wait) = (self.lock_dir.clone(), Duration::from_millis(wait_ms));
-                let taken = Hold::take(self.driver()?.as_mut(), &lock_dir, &vm, wait)?;
+                let lock_dir = self.lock_dir.clone();
+                let stream = self.stream.try_clone().map_err(|error| no_stream(&error))?;
+                let wait = Duration::from_millis(wait_ms);
+                let is_given_up = || is_gone(&stream);
+                let patience = Patience::new(wait, &is_given_up);
+                let taken = Hold::take(self.driver()?.as_mut(), &lock_dir, &vm, patience)?;
                 self.hold = Some(taken);
                 Ok(Reply::Done)
             }
@@ -280,7 +285,7 @@ impl Host {
     /// Fails unless the VM is ours alone.
     fn expect_claim(&mut self, vm: &VmRef) -> Result<(), HypervisorError> {
         if let (Some(hold), Some(driver)) = (&mut self.hold, &mut self.driver) {
-            hold.complete(driver.as_mut())?;
+            hold.complete(driver.as_mut(), &|| is_gone(&self.stream))?;
         }
         self.driver()?.still_claimed(vm)
     }
@@ -436,6 +441,19 @@ fn while_away<T>(
             done => return done,
         }
     }
+}
+
+/// Returns whether the other end of a stream is closed.
+fn is_gone(stream: &UnixStream) -> bool {
+    let mut looked = [PollFd::new(stream, PollFlags::empty())];
+    let now = rustix::event::Timespec::default();
+    let found = rustix::event::poll(&mut looked, Some(&now));
+    found.is_ok_and(|found| found > 0)
+}
+
+fn no_stream(source: &std::io::Error) -> HypervisorError {
+    HypervisorError::new(ErrorKind::Other, "cannot watch the process that copies")
+        .because(source.to_string())
 }
 
 fn no_session() -> HypervisorError {

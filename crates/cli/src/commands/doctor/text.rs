@@ -110,8 +110,9 @@ fn tell_next(text: &mut String, next: &NextBackup, checkup: &Checkup) {
     line(text, 2, "next backup");
     if let Some(refused) = &next.refused {
         line(text, 4, &words::refused(refused, checkup));
-        // Nothing is known about the disks of a VM that is off.
-        if checkup.state == RunState::Off {
+        // Nothing is known about the disks of a VM that is off, and of the marks
+        // of one that was not resumed.
+        if matches!(checkup.state, RunState::Off | RunState::NotResumed) {
             return;
         }
     }

@@ -297,6 +297,7 @@ pub(super) const fn state(state: RunState) -> &'static str {
         RunState::Running => "running",
         RunState::Paused => "paused",
         RunState::PausedOnError => "paused by a write error",
+        RunState::NotResumed => "loaded from a saved state or a migration, and not resumed since",
         RunState::Off => "off",
         RunState::Other => "neither running nor paused",
     }
@@ -308,6 +309,7 @@ pub(super) const fn state_word(state: RunState) -> &'static str {
         RunState::Running => "running",
         RunState::Paused => "paused",
         RunState::PausedOnError => "paused-on-error",
+        RunState::NotResumed => "not-resumed",
         RunState::Off => "off",
         RunState::Other => "other",
     }

@@ -1,4 +1,8 @@
 //! Whose claim is it, and does that process live?
+//!
+//! Whoever may change a VM's metadata can write a claim that names a process which
+//! lives for ever. So only one that runs this program lives by being there; any
+//! other one has to beat.
 
 use highwater_hypervisor::Claimer;
 use rustix::process::{Pid, test_kill_process};
@@ -62,10 +66,23 @@ pub(super) fn life(claimer: &Claimer) -> Life {
     match (stat_of(claimer.process), claimer.start_ticks) {
         (Some(stat), _) if stat.is_dead => Life::Dead,
         (Some(stat), Some(started)) if stat.start_ticks != started => Life::Dead,
-        (Some(_), Some(_)) => Life::Lives,
-        // Hidden from us, or gone since.
-        (None, _) | (Some(_), None) => Life::Unknown,
+        (Some(_), Some(_)) if runs_our_program(claimer.process) => Life::Lives,
+        // Another program, hidden from us, or gone since.
+        (Some(_), _) | (None, _) => Life::Unknown,
     }
+}
+
+/// Returns whether a process was started under our own name. Its file tells
+/// nothing: it is replaced when the program is updated.
+fn runs_our_program(process: u32) -> bool {
+    let own = name_of("self");
+    own.is_some() && name_of(&process.to_string()) == own
+}
+
+fn name_of(process: &str) -> Option<Vec<u8>> {
+    let line = std::fs::read(format!("/proc/{process}/cmdline")).ok()?;
+    let name = line.split(|byte| *byte == 0).next()?;
+    (!name.is_empty()).then(|| name.to_vec())
 }
 
 fn pid_namespace() -> Option<u64> {
@@ -106,6 +123,7 @@ fn parse_stat(stat: &str) -> Option<Stat> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::process::CommandExt as _;
     use std::process::{Command, Stdio};
 
     use super::*;
@@ -131,6 +149,7 @@ mod tests {
     #[test]
     fn a_process_is_alive_while_it_is_stopped_and_dead_before_it_is_buried() {
         let mut child = Command::new("sleep")
+            .arg0(std::env::args_os().next().unwrap())
             .arg("60")
             .stdin(Stdio::null())
             .spawn()
@@ -141,6 +160,11 @@ mod tests {
             start_ticks: stat_of(child.id()).map(|it| it.start_ticks),
             ..myself()
         };
+        let since = std::time::Instant::now();
+        // The parent of a new program goes on a moment before it has its name.
+        while !runs_our_program(child.id()) {
+            assert!(since.elapsed().as_secs() < 10, "it has no name");
+        }
         rustix::process::kill_process(pid, rustix::process::Signal::STOP).unwrap();
         assert_eq!(life(&claimer), Life::Lives);
         child.kill().unwrap();
@@ -150,6 +174,24 @@ mod tests {
         }
         child.wait().unwrap();
         assert_eq!(life(&claimer), Life::Dead);
+    }
+
+    #[test]
+    fn a_claim_that_names_another_program_has_to_beat() {
+        let claim_of = |process: u32| Claimer {
+            process,
+            start_ticks: stat_of(process).map(|it| it.start_ticks),
+            ..myself()
+        };
+        assert_eq!(life(&claim_of(1)), Life::Unknown);
+        let mut child = Command::new("sleep")
+            .arg("60")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        assert_eq!(life(&claim_of(child.id())), Life::Unknown);
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 
     #[test]
