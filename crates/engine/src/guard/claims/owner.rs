@@ -68,7 +68,7 @@ pub(super) fn life(claimer: &Claimer) -> Life {
         (Some(stat), Some(started)) if stat.start_ticks != started => Life::Dead,
         (Some(_), Some(_)) if runs_our_program(claimer.process) => Life::Lives,
         // Another program, hidden from us, or gone since.
-        (Some(_), _) | (None, _) => Life::Unknown,
+        (Some(_) | None, _) => Life::Unknown,
     }
 }
 
