@@ -197,7 +197,7 @@ mod tests {
 
     /// A call that began so long ago, beside others the last of which came back
     /// so long ago.
-    fn calls_of(oldest: Duration, silent: Duration) -> Waited {
+    const fn waited(oldest: Duration, silent: Duration) -> Waited {
         Waited { oldest, silent }
     }
 
@@ -217,7 +217,7 @@ mod tests {
             if watch.asked.is_some() && answers(age) {
                 watch.answered(now);
             }
-            match watch.look(now, Some(calls_of(age, age)), limit) {
+            match watch.look(now, Some(waited(age, age)), limit) {
                 Next::Nothing | Next::Ask => {}
                 verdict => return Some((age.as_millis(), verdict)),
             }
@@ -258,7 +258,7 @@ mod tests {
             watch.answered(began + age);
             // Each of the others takes a quarter of an hour.
             let silent = Duration::from_secs(second % 900);
-            let next = watch.look(began + age, Some(calls_of(age, silent)), HANGS_AFTER_AT_VM);
+            let next = watch.look(began + age, Some(waited(age, silent)), HANGS_AFTER_AT_VM);
             assert!(matches!(next, Next::Nothing | Next::Ask), "{next:?}");
         }
     }
@@ -277,7 +277,7 @@ mod tests {
                 under_way: true,
             };
             watch.requests(now, Some(requests));
-            let next = watch.look(now, Some(calls_of(age, age)), HANGS_AFTER_AT_VM);
+            let next = watch.look(now, Some(waited(age, age)), HANGS_AFTER_AT_VM);
             matches!(next, Next::Hangs(_))
         })
     }
@@ -299,7 +299,7 @@ mod tests {
         let at = |seconds: u64| began + Duration::from_secs(seconds);
         let look = |watch: &mut Watch, seconds| {
             let age = Duration::from_secs(seconds);
-            watch.look(at(seconds), Some(calls_of(age, age)), HANGS_AFTER_AT_VM)
+            watch.look(at(seconds), Some(waited(age, age)), HANGS_AFTER_AT_VM)
         };
         assert_eq!(look(&mut watch, 1), Next::Ask);
         // An hour later neither the call nor the question has had its chance.
