@@ -24,6 +24,7 @@ mod outlook;
 mod pool;
 mod record;
 mod report;
+mod room;
 mod settle;
 
 use std::collections::BTreeSet;
@@ -441,6 +442,7 @@ impl Job<'_> {
                 let mut liars = liars.lock().unwrap_or_else(PoisonError::into_inner);
                 liars.insert(disk.to_owned());
             },
+            room: &|| room::shortage(session),
             observer: self.context.observer,
         };
         let copied = copy_disks(

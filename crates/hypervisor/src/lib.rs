@@ -26,7 +26,7 @@ pub use facts::{
 };
 pub use order::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder,
-    NewMark, Quiesce, ReadMode, Redefinition,
+    NewMark, Quiesce, ReadMode, Redefinition, ScratchReserve,
 };
 pub use surroundings::{
     ExportFacts, InnerJob, JobDetails, LeftDirectory, LooseNode, Surroundings, Swept,

@@ -86,6 +86,17 @@ pub struct Begun {
     pub disks: Vec<BegunDisk>,
     /// What the user should know (an agent that did not answer, …).
     pub warnings: Vec<String>,
+    /// Room that the scratch files may still need; `None` if all of it is theirs.
+    pub reserve: Option<ScratchReserve>,
+}
+
+/// Room for scratch files. A guest whose scratch file finds none is stopped.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ScratchReserve {
+    /// Where they lie.
+    pub dir: PathBuf,
+    /// With less left in its file system than this the session is given up, bytes.
+    pub bytes: u64,
 }
 
 /// What is known of a disk right after the point in time was taken.

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
-    HypervisorError, Quiesce, ReadMode, RunState, VmRef,
+    HypervisorError, Quiesce, ReadMode, RunState, ScratchReserve, VmRef,
 };
 use highwater_model::step::{Step, pass, patience};
 use highwater_model::{SessionId, Timestamp};
@@ -181,10 +181,10 @@ impl LibvirtDriver {
                     .iter()
                     .filter_map(|one| one.disk.alias.clone())
                     .collect(),
-                reserve: scratch.reserve,
+                reserve: scratch.reserve.clone(),
             },
         );
-        report(
+        let mut begun = report(
             order,
             domain,
             paths,
@@ -192,7 +192,11 @@ impl LibvirtDriver {
             consistency,
             frozen_ms,
             warnings,
-        )
+        )?;
+        begun.reserve = scratch
+            .reserve
+            .map(|(dir, bytes)| ScratchReserve { dir, bytes });
+        Ok(begun)
     }
 
     /// Takes back what a failed start has done so far.
@@ -440,6 +444,7 @@ fn report(
         frozen_ms,
         mark_created_s,
         warnings,
+        reserve: None,
     })
 }
 

@@ -172,6 +172,8 @@ pub(super) struct CopyWatch<'a> {
     pub(super) entrust: &'a (dyn Fn(OwnedFd) -> Result<(), HypervisorError> + Sync),
     /// Is told which disk's bitmap was found to lie, whatever comes of it.
     pub(super) lied: &'a (dyn Fn(&str) + Sync),
+    /// Why nothing more may be written, if there is no room for it.
+    pub(super) room: &'a (dyn Fn() -> Option<HypervisorError> + Sync),
     pub(super) observer: &'a dyn Observer,
 }
 
@@ -225,7 +227,9 @@ pub(super) struct Shared<'a> {
     pub(super) limiter: Option<Limiter>,
     /// Everything stops: the user's wish, a lost session, a store error.
     pub(super) stop: AtomicBool,
-    store_error: Mutex<Option<RepoError>>,
+    /// What nobody can go on after.
+    failure: Mutex<Option<CopyError>>,
+    room: &'a (dyn Fn() -> Option<HypervisorError> + Sync),
     entrust: &'a (dyn Fn(OwnedFd) -> Result<(), HypervisorError> + Sync),
     pub(super) lied: &'a (dyn Fn(&str) + Sync),
     cancellers: Mutex<Vec<Canceller>>,
@@ -272,10 +276,13 @@ impl Shared<'_> {
     }
 
     pub(super) fn store_failed(&self, error: RepoError) {
-        let mut first = self
-            .store_error
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        self.fail(CopyError::Store {
+            source: Box::new(error),
+        });
+    }
+
+    fn fail(&self, error: CopyError) {
+        let mut first = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert(error);
         drop(first);
         self.stop_all();
@@ -306,7 +313,8 @@ pub(super) fn copy_disks(
         chunk_size,
         limiter: tuning.read_limit.map(Limiter::new),
         stop: AtomicBool::new(false),
-        store_error: Mutex::new(None),
+        failure: Mutex::new(None),
+        room: watch.room,
         entrust: watch.entrust,
         lied: watch.lied,
         cancellers: Mutex::new(Vec::new()),
@@ -386,14 +394,9 @@ pub(super) fn copy_disks(
         }
         tell_progress(watch.observer, jobs, progress);
     });
-    let store_error = shared
-        .store_error
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
-    if let Some(source) = store_error {
-        return Err(CopyError::Store {
-            source: Box::new(source),
-        });
+    let failure = shared.failure.into_inner();
+    if let Some(failure) = failure.unwrap_or_else(PoisonError::into_inner) {
+        return Err(failure);
     }
     // A disk may be the first to learn that a pack could not be stored, and that
     // is no fault of the disk. Damage in its parent's tree is its own trouble.
@@ -452,6 +455,9 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
             recv(end) -> _ => None,
         };
         let Some(filled) = filled else { break };
+        if let Some(source) = (shared.room)() {
+            shared.fail(CopyError::SessionLost { source });
+        }
         if shared.stopped() {
             // Nobody waits for the buffers that are still queued: compressing
             // them would hold up the answer to Ctrl-C. Without their ids no

@@ -84,6 +84,7 @@ impl Driver for Scripted {
             mark_created_s: None,
             disks: Vec::new(),
             warnings: Vec::new(),
+            reserve: None,
         };
         self.note("begin", begun)
     }
