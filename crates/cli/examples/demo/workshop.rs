@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use highwater_testkit::guest::{Guest, make_ext4};
 use highwater_testkit::{DiskSpec, Lab, Leftovers, MIB, Vm, tool};
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::program::{Program, Running};
 
@@ -127,7 +127,7 @@ impl Workshop {
             ensure!(Instant::now() < deadline, "the backup did not begin");
             std::thread::sleep(Duration::from_millis(1));
         }
-        let process = backup.process();
+        let process = mover_of(backup.process())?;
         kill_process(process, Signal::STOP)?;
         let since = Instant::now();
         let copies = self.read_exports(name, deadline);
@@ -159,6 +159,15 @@ impl Workshop {
     fn places(&self, name: &str) -> [PathBuf; 2] {
         DISKS.map(|disk| self.lab.path(&format!("{name}-{disk}.raw")))
     }
+}
+
+/// Finds the process that reads and stores; the one that was started watches it.
+fn mover_of(started: Pid) -> Result<Pid> {
+    let pid = started.as_raw_nonzero();
+    let children = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"))?;
+    let mover = children.split_whitespace().next();
+    let mover = mover.and_then(|mover| Pid::from_raw(mover.parse().ok()?));
+    mover.context("the backup has ended")
 }
 
 /// The command that makes a guest list its settled files with their hashes.
