@@ -131,7 +131,6 @@ struct Session {
     heir: Heir,
     /// Since when mover and guard have parted.
     parted: Option<Instant>,
-    committing: bool,
 }
 
 impl Session {
@@ -141,7 +140,7 @@ impl Session {
 
     fn doing(&self) -> Doing {
         let vm = self.heir.order().vm.name.clone();
-        if self.committing {
+        if self.heir.is_committing() {
             Doing::Committing { vm }
         } else {
             Doing::Session { vm }
@@ -294,13 +293,11 @@ impl Front {
                     self.sessions.push(Session {
                         heir: Heir::new(*order, ends),
                         parted: None,
-                        committing: false,
                     });
                 }
             }
             Said::Commits { session } => {
                 for it in self.sessions.iter_mut().filter(|it| it.id() == session) {
-                    it.committing = true;
                     it.heir.commits();
                 }
             }

@@ -84,6 +84,10 @@ pub enum Sign {
     Acting(ClaimId),
 }
 
+/// Why somebody who had a claim is told to stop.
+pub const CLAIM_GONE: &str = "its claim is gone: another backup took this one for dead and has \
+     taken over, or the VM was restarted";
+
 /// A kind of sign.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SignKind {

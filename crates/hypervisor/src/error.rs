@@ -2,7 +2,10 @@
 
 use std::fmt;
 
+use highwater_model::SessionId;
 use serde::{Deserialize, Serialize};
+
+use crate::VmRef;
 
 /// What kind of trouble a driver met; callers branch on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -58,6 +61,12 @@ impl HypervisorError {
             hint: None,
             left_behind: false,
         }
+    }
+
+    /// Says which session broke, and how.
+    pub fn session_lost(vm: &VmRef, session: SessionId, because: impl Into<String>) -> Self {
+        let message = format!("cannot go on with session {session} of VM `{}`", vm.name);
+        Self::new(ErrorKind::SessionLost, message).because(because)
     }
 
     /// Adds the next deeper cause.

@@ -16,7 +16,7 @@ mod facts;
 mod order;
 mod surroundings;
 
-pub use claim::{Claim, Claimant, Claimer, Sign, SignKind, Signs, Stance};
+pub use claim::{CLAIM_GONE, Claim, Claimant, Claimer, Sign, SignKind, Signs, Stance};
 pub use driver::{ACT_MAX, Driver};
 pub use error::{ErrorKind, HypervisorError};
 pub use facts::{
@@ -25,8 +25,8 @@ pub use facts::{
     SkipReason, SkippedDisk, VmFacts, VmRef, WriteCounters, WriteErrorPolicy,
 };
 pub use order::{
-    BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, Ended, Export, ExportAddress, MarkOrder,
-    NewMark, Quiesce, ReadMode, Redefinition, ScratchReserve,
+    BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, Ended, Export, ExportAddress, MORE_ROOM,
+    MarkOrder, NewMark, Quiesce, ReadMode, Redefinition, ScratchReserve,
 };
 pub use surroundings::{
     ExportFacts, InnerJob, JobDetails, LeftDirectory, LooseNode, Surroundings, Swept,

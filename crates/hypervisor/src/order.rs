@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-use highwater_model::{MarkName, Nonce, SessionId, Timestamp};
+use highwater_model::{MarkName, Nonce, SessionId, Timestamp, format_size};
 use serde::{Deserialize, Serialize};
 
-use crate::{VmRef, WriteCounters};
+use crate::{HypervisorError, VmRef, WriteCounters};
 
 /// Freeze a point in time over all listed disks and export it for reading.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +98,21 @@ pub struct ScratchReserve {
     /// With less left in its file system than this the session is given up, bytes.
     pub bytes: u64,
 }
+
+impl ScratchReserve {
+    /// Says that a session has to be given up because so little is left.
+    pub fn shortage(&self, vm: &VmRef, session: SessionId, free_bytes: u64) -> HypervisorError {
+        let because = format!(
+            "scratch directory `{}` has only {} free",
+            self.dir.display(),
+            format_size(free_bytes)
+        );
+        HypervisorError::session_lost(vm, session, because).hint(MORE_ROOM)
+    }
+}
+
+/// What to do about scratch files that find no room.
+pub const MORE_ROOM: &str = "choose a scratch directory with more room (`--scratch-dir`)";
 
 /// What is known of a disk right after the point in time was taken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

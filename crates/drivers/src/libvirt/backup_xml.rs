@@ -162,7 +162,8 @@ fn path(path: &Path) -> String {
     escape(&path.to_string_lossy())
 }
 
-fn escape(text: &str) -> String {
+/// Writes a text so that it can stand in an element or an attribute.
+pub(super) fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for letter in text.chars() {
         match letter {

@@ -1,14 +1,14 @@
 //! Takes the point in time: all disks and the new mark, or nothing.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, ErrorKind, Export, ExportAddress,
     HypervisorError, Quiesce, ReadMode, RunState, ScratchReserve, VmRef,
 };
+use highwater_model::Timestamp;
 use highwater_model::step::{Step, pass, patience};
-use highwater_model::{SessionId, Timestamp};
 
 use super::backup_xml::{self, BackupDisk, export_name};
 use super::blocks::Blocks;
@@ -47,7 +47,7 @@ pub(super) struct Watch {
     pub(super) aliases: Vec<String>,
     /// Where the scratch files are, and how much must stay free there; `None`
     /// if their space is reserved.
-    pub(super) reserve: Option<(PathBuf, u64)>,
+    pub(super) reserve: Option<ScratchReserve>,
 }
 
 impl Watch {
@@ -167,8 +167,8 @@ impl LibvirtDriver {
         }
         let consistency = confirm_paused(&order.vm, domain, state, consistency)?;
         let job = expect_our_job(order, domain, paths)?;
-        if let Some((dir, reserve_bytes)) = &scratch.reserve {
-            warnings.extend(arm_thresholds(domain, &job, dir, *reserve_bytes));
+        if let Some(reserve) = &scratch.reserve {
+            warnings.extend(arm_thresholds(domain, &job, reserve));
         }
         self.watches.insert(
             order.session,
@@ -193,9 +193,7 @@ impl LibvirtDriver {
             frozen_ms,
             warnings,
         )?;
-        begun.reserve = scratch
-            .reserve
-            .map(|(dir, bytes)| ScratchReserve { dir, bytes });
+        begun.reserve = scratch.reserve;
         Ok(begun)
     }
 
@@ -380,17 +378,12 @@ fn expect_our_job(
 
 /// Asks for an event before a scratch file fills its file system. Returns
 /// warnings: the room is looked at in every check as well.
-fn arm_thresholds(
-    domain: &DomainHandle,
-    job: &BackupJob,
-    dir: &Path,
-    reserve_bytes: u64,
-) -> Vec<String> {
-    let Ok(free) = free_bytes(dir) else {
+fn arm_thresholds(domain: &DomainHandle, job: &BackupJob, reserve: &ScratchReserve) -> Vec<String> {
+    let Ok(free) = free_bytes(&reserve.dir) else {
         return Vec::new();
     };
     // The write that passes the threshold may already be large.
-    let threshold = free.saturating_sub(reserve_bytes).max(1);
+    let threshold = free.saturating_sub(reserve.bytes).max(1);
     job.disks
         .iter()
         .filter_map(|disk| {
@@ -487,13 +480,4 @@ fn begun_disks(
             })
         })
         .collect()
-}
-
-/// Says which session broke, and how.
-pub(super) fn lost(vm: &VmRef, session: SessionId, because: impl Into<String>) -> HypervisorError {
-    HypervisorError::new(
-        ErrorKind::SessionLost,
-        format!("cannot go on with session {session} of VM `{}`", vm.name),
-    )
-    .because(because)
 }

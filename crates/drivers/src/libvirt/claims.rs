@@ -9,12 +9,13 @@
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    ACT_MAX, Claim, Claimant, Claimer, ErrorKind, HypervisorError, RunState, Sign, SignKind, Signs,
-    Stance, VmRef,
+    ACT_MAX, CLAIM_GONE, Claim, Claimant, Claimer, ErrorKind, HypervisorError, RunState, Sign,
+    SignKind, Signs, Stance, VmRef,
 };
 use highwater_model::{ClaimId, Timestamp};
 use roxmltree::Node;
 
+use super::backup_xml::escape;
 use super::connection::{Dialer, LibvirtDriver, lookup};
 use super::error::explain;
 use super::jobs::run_state;
@@ -157,10 +158,7 @@ fn expect(vm: &VmRef, domain: &DomainHandle, claim: ClaimId) -> Result<(), Hyper
         ErrorKind::Busy,
         format!("cannot go on with VM `{}`", vm.name),
     )
-    .because(
-        "its claim is gone: another backup took this one for dead and has taken over, or the VM \
-         was restarted",
-    ))
+    .because(CLAIM_GONE))
 }
 
 fn signs(vm: &VmRef, domain: &DomainHandle) -> Result<Signs, HypervisorError> {
@@ -226,8 +224,8 @@ fn element(sign: &Sign) -> String {
             format!(
                 "<claim stance='{stance}' host='{}' boot='{}' pidns='{}' process='{}' start='{}' \
                  since='{}'/>",
-                escape(&by.host),
-                escape(&by.boot_id),
+                harmless(&by.host),
+                harmless(&by.boot_id),
                 optional(by.pid_namespace),
                 by.process,
                 optional(by.start_ticks),
@@ -240,19 +238,9 @@ fn element(sign: &Sign) -> String {
 }
 
 /// What a host calls itself may be anything; libvirt refuses control characters.
-fn escape(text: &str) -> String {
-    let mut escaped = String::new();
-    for letter in text.chars().filter(|letter| !letter.is_control()) {
-        match letter {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '\'' => escaped.push_str("&apos;"),
-            '"' => escaped.push_str("&quot;"),
-            other => escaped.push(other),
-        }
-    }
-    escaped
+fn harmless(text: &str) -> String {
+    let plain: String = text.chars().filter(|it| !it.is_control()).collect();
+    escape(&plain)
 }
 
 /// Finds the signs in a domain's definition.

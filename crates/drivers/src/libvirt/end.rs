@@ -8,11 +8,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use highwater_hypervisor::{BeginOrder, Ended, ErrorKind, HypervisorError, RunState, VmRef};
+use highwater_hypervisor::{
+    BeginOrder, Ended, ErrorKind, HypervisorError, MORE_ROOM, RunState, VmRef,
+};
 use highwater_model::step::{Step, pass};
-use highwater_model::{ClaimId, SessionId, format_size};
+use highwater_model::{ClaimId, SessionId};
 
-use super::begin::{Watch, lost};
+use super::begin::Watch;
 use super::claims;
 use super::connection::{Dialer, LibvirtDriver};
 use super::directories::{SessionPaths, free_bytes};
@@ -35,23 +37,26 @@ impl LibvirtDriver {
         vm: &VmRef,
         session: SessionId,
     ) -> Result<(), HypervisorError> {
+        let lost = |because: &str| HypervisorError::session_lost(vm, session, because);
         // Before anything is asked: what comes meanwhile is looked at next time.
         if let Some(watch) = self.watches.get_mut(&session) {
             watch.heard = watch.log();
         }
         let domain = self.domain(vm).map_err(|error| match error.kind {
             // A transient VM is forgotten when it ends.
-            ErrorKind::NoSuchVm => lost(vm, session, "the VM is gone"),
+            ErrorKind::NoSuchVm => lost("the VM is gone"),
             _ => error,
         })?;
         let state = run_state(vm, &domain)?;
         if state == RunState::Off {
-            return Err(lost(vm, session, "the VM was shut down"));
+            return Err(lost("the VM was shut down"));
         }
         match backup_job(vm, &domain)? {
-            None => return Err(lost(vm, session, "its job was ended by somebody else")),
+            None => {
+                return Err(lost("its job was ended by somebody else"));
+            }
             Some(job) if job.session != Some(session) => {
-                return Err(lost(vm, session, "another backup job runs in its place"));
+                return Err(lost("another backup job runs in its place"));
             }
             Some(_) => {}
         }
@@ -258,36 +263,31 @@ fn look(
     watch: &Watch,
     state: RunState,
 ) -> Result<(), HypervisorError> {
+    let lost = |because: &str| HypervisorError::session_lost(vm, session, because);
     let log = watch.log();
     if log.stopped {
         // It runs again, but the job's QEMU is gone.
-        return Err(lost(vm, session, "QEMU ended"));
+        return Err(lost("QEMU ended"));
     }
-    let hint = "choose a scratch directory with more room (`--scratch-dir`)";
     let error = log
         .io_errors
         .iter()
         .find(|(alias, _)| watch.aliases.contains(alias));
     if let Some((alias, reason)) = error {
         let because = format!("a guest write to `{alias}` failed ({reason})");
-        return Err(lost(vm, session, because).hint(hint));
+        return Err(lost(&because).hint(MORE_ROOM));
     }
     if log.paused_on_error || (state == RunState::PausedOnError && !watch.was_stopped_before) {
-        return Err(lost(vm, session, "QEMU stopped the guest: a write failed").hint(hint));
+        return Err(lost("QEMU stopped the guest: a write failed").hint(MORE_ROOM));
     }
     if log.job_completed {
-        return Err(lost(vm, session, "its job ended"));
+        return Err(lost("its job ended"));
     }
-    if let Some((dir, reserve_bytes)) = &watch.reserve {
-        let free = free_bytes(dir)?;
-        if free < *reserve_bytes || (log.threshold_passed && free < reserve_bytes.saturating_mul(2))
+    if let Some(reserve) = &watch.reserve {
+        let free = free_bytes(&reserve.dir)?;
+        if free < reserve.bytes || (log.threshold_passed && free < reserve.bytes.saturating_mul(2))
         {
-            let because = format!(
-                "scratch directory `{}` has only {} free",
-                dir.display(),
-                format_size(free)
-            );
-            return Err(lost(vm, session, because).hint(hint));
+            return Err(reserve.shortage(vm, session, free));
         }
     }
     Ok(())

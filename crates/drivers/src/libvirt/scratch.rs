@@ -10,7 +10,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, WriteErrorPolicy};
+use highwater_hypervisor::{ErrorKind, HypervisorError, ScratchReserve, WriteErrorPolicy};
 use highwater_model::step::{Step, pass};
 use highwater_model::{Nonce, SessionId};
 
@@ -41,7 +41,7 @@ pub(super) struct Scratch {
     pub(super) secret: Option<String>,
     /// Where to keep an eye on the room that is left, and how much must be;
     /// `None` if all of it is reserved.
-    pub(super) reserve: Option<(PathBuf, u64)>,
+    pub(super) reserve: Option<ScratchReserve>,
 }
 
 /// Makes sure that there is room, and makes the files that libvirt cannot make.
@@ -62,7 +62,10 @@ pub(super) fn prepare(
     let needed = room_needed(ordered, space);
     refuse_without_room(dir, needed)?;
     let encrypted = ordered.iter().any(|one| one.disk.encrypted);
-    let reserve = (space == Space::AsNeeded).then(|| (dir.to_path_buf(), needed / RESERVE_DIVISOR));
+    let reserve = (space == Space::AsNeeded).then(|| ScratchReserve {
+        dir: dir.to_path_buf(),
+        bytes: needed / RESERVE_DIVISOR,
+    });
     if space == Space::AsNeeded && !encrypted {
         return Ok(Scratch {
             is_ours: false,

@@ -455,7 +455,9 @@ fn work_on(shared: &Shared<'_>, work: &Receiver<Filled>, end: &Receiver<()>) {
             recv(end) -> _ => None,
         };
         let Some(filled) = filled else { break };
-        if let Some(source) = (shared.room)() {
+        if !shared.stopped()
+            && let Some(source) = (shared.room)()
+        {
             shared.fail(CopyError::SessionLost { source });
         }
         if shared.stopped() {

@@ -39,7 +39,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{
-    Claim, Claimant, ErrorKind, HypervisorError, Sign, SignKind, Stance, VmRef,
+    CLAIM_GONE, Claim, Claimant, ErrorKind, HypervisorError, Sign, SignKind, Stance, VmRef,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{ClaimId, Clock as _, SystemClock};
@@ -275,10 +275,7 @@ pub(super) fn lost(vm: &VmRef) -> HypervisorError {
         ErrorKind::SessionLost,
         format!("cannot keep the session of VM `{}`", vm.name),
     )
-    .because(
-        "its claim is gone: another backup took this one for dead and has taken over, or the VM \
-         was restarted",
-    )
+    .because(CLAIM_GONE)
 }
 
 /// Returns now; claims are dated for people only.

@@ -23,14 +23,14 @@ use super::lock::LockHolder;
 use super::wire::{Answer, Message, Outcome, Reply, Request, receive, send};
 use super::witness::{SessionEnds, Witness};
 
-/// The guard allows ten times this.
+/// The guard allows seven times this.
 const BEAT_EVERY: Duration = Duration::from_secs(1);
 /// Longest time one request may take. libvirt gives up on its own job lock
 /// after 30 s (field: `cannot acquire state change lock`), freezing after 5 s;
 /// this is beyond their sum.
 const REPLY_MAX: Duration = Duration::from_mins(2);
 /// How long a dying holder of the VM's lock is waited for: its guard needs to
-/// notice (10 s) and to settle, which libvirt may make it wait for on a busy host.
+/// notice (7 s) and to settle, which libvirt may make it wait for on a busy host.
 const LOCK_WAIT_MS: u64 = 30_000;
 /// How long the guard may take to give the VM back: two short calls of libvirt.
 const RELEASE_MAX: Duration = Duration::from_secs(5);

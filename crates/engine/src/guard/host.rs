@@ -339,18 +339,13 @@ impl Host {
         if session.broken.is_some() {
             return;
         }
-        let error = HypervisorError::new(
-            ErrorKind::SessionLost,
-            format!(
-                "cannot go on with session {} of VM `{}`",
-                session.order.session, session.order.vm.name
-            ),
-        )
-        .because(format!(
+        let because = format!(
             "the process that copies was stopped, or hung, for more than {} s",
             SILENCE_MAX.as_secs()
-        ))
-        .hint("a suspended backup holds its VM: let it run to its end");
+        );
+        let order = &session.order;
+        let error = HypervisorError::session_lost(&order.vm, order.session, because)
+            .hint("a suspended backup holds its VM: let it run to its end");
         // It may be dead.
         drop(send(&mut self.stream, &Answer::Lost { error }));
     }

@@ -77,6 +77,11 @@ impl Heir {
         &self.order
     }
 
+    /// Whether only a reader of the repository knows that the backup exists.
+    pub const fn is_committing(&self) -> bool {
+        self.committing
+    }
+
     /// From now on only a reader of the repository knows whether the backup
     /// exists.
     pub const fn commits(&mut self) {
