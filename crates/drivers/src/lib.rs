@@ -7,5 +7,10 @@
     warn(clippy::indexing_slicing, clippy::arithmetic_side_effects)
 )]
 
+mod blocks;
+mod directories;
+mod host;
+mod label;
 pub mod libvirt;
+mod scratch_image;
 mod sys;

@@ -17,17 +17,14 @@
 
 mod backup_xml;
 mod begin;
-mod blocks;
 mod claims;
 mod connection;
-mod directories;
 mod disks;
 mod domain_xml;
 mod end;
 mod error;
 #[doc(hidden)]
 pub mod fuzzing;
-mod host;
 mod jobs;
 mod leftovers;
 mod marks;
@@ -36,7 +33,6 @@ mod quiesce;
 mod record_xml;
 mod remains;
 mod scratch;
-mod scratch_image;
 mod survey;
 mod sys;
 mod xml;

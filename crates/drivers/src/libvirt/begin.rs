@@ -11,13 +11,10 @@ use highwater_model::Timestamp;
 use highwater_model::step::{Step, pass, patience};
 
 use super::backup_xml::{self, BackupDisk, export_name};
-use super::blocks::Blocks;
 use super::connection::{LibvirtDriver, query_blocks};
-use super::directories::{SessionPaths, free_bytes};
 use super::disks::skip_reason;
 use super::domain_xml::{DiskXml, DomainXml};
 use super::error::explain;
-use super::host::{self, User};
 use super::jobs::{self, backup_job, run_state};
 use super::observe::{checkpoints, read_definition, write_counters};
 use super::quiesce::{self, Frozen, Outcome};
@@ -25,6 +22,9 @@ use super::record_xml::BackupJob;
 use super::scratch;
 use super::sys::events::{EventListener, EventLog};
 use super::sys::handles::DomainHandle;
+use crate::blocks::Blocks;
+use crate::directories::{SessionPaths, free_bytes};
+use crate::host::{self, User};
 
 /// `VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL`: scratch files are ours.
 const REUSE_SCRATCH: u32 = 1;

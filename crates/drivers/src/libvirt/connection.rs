@@ -12,12 +12,12 @@ use highwater_hypervisor::{
 use highwater_model::{ClaimId, Clock, SessionId, SystemClock};
 
 use super::begin::Watch;
-use super::blocks::{self, Blocks, ReplyError};
 use super::error::{code, explain, explain_connection, explain_load};
 use super::jobs;
 use super::sys::events::EventListener;
 use super::sys::handles::{ConnectionHandle, DomainHandle};
 use super::sys::{Api, CallError};
+use crate::blocks::{self, Blocks, ReplyError};
 
 /// A daemon that gives no sign of life for `KEEP_ALIVE_S * KEEP_ALIVE_COUNT`
 /// seconds counts as gone; libvirt's own tools use the same numbers.

@@ -9,9 +9,9 @@ use highwater_hypervisor::{
 
 use highwater_model::DATA_FILE_FORMAT;
 
-use super::blocks::Blocks;
 use super::domain_xml::{DiskXml, LinkXml, SourceXml};
-use super::host;
+use crate::blocks::Blocks;
+use crate::host;
 
 /// What the connection knows beyond the definition; asked for one disk at a time.
 pub(crate) trait DiskQueries {

@@ -17,14 +17,14 @@ use highwater_model::{ClaimId, SessionId};
 use super::begin::Watch;
 use super::claims;
 use super::connection::{Dialer, LibvirtDriver};
-use super::directories::{SessionPaths, free_bytes};
 use super::error::{code, explain};
-use super::host;
 use super::jobs::{backup_job, run_state};
 use super::quiesce;
 use super::remains;
 use super::scratch::forget_secret;
 use super::sys::handles::DomainHandle;
+use crate::directories::{SessionPaths, free_bytes};
+use crate::host;
 
 /// How long an aborted job may take to vanish; it has to finish requests that
 /// are under way on slow storage (31 s were seen).

@@ -8,11 +8,11 @@ use std::path::PathBuf;
 
 use highwater_hypervisor::WriteCounters;
 
-use super::blocks::{Blocks, version};
 use super::disks::{self, DiskQueries};
 use super::domain_xml::{self, DomainXml, SourceXml};
 use super::xml::CHAIN_MAX;
 use super::{backup_xml, record_xml};
+use crate::blocks::{Blocks, version};
 
 /// Reads the bytes as each of the texts that libvirt sends.
 ///

@@ -2,7 +2,6 @@
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState, VmRef};
 
-use super::blocks::Blocks;
 use super::connection::query_blocks;
 use super::domain_xml::DomainXml;
 use super::error::{code, explain};
@@ -10,6 +9,7 @@ use super::record_xml::{self, BackupJob};
 use super::remains;
 use super::sys::CallError;
 use super::sys::handles::DomainHandle;
+use crate::blocks::Blocks;
 
 /// Numbers of `virDomainState` and of the reason for being paused.
 mod state {

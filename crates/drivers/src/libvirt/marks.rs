@@ -8,7 +8,6 @@ use highwater_hypervisor::{ErrorKind, HypervisorError, MarkOrder, Redefinition, 
 use highwater_model::step::{Step, pass};
 
 use super::backup_xml;
-use super::blocks;
 use super::connection::{LibvirtDriver, query_blocks};
 use super::disks;
 use super::domain_xml::DomainXml;
@@ -17,6 +16,7 @@ use super::jobs::{expect_own_images, run_state};
 use super::observe::read_definition;
 use super::sys::CallError;
 use super::sys::handles::DomainHandle;
+use crate::blocks;
 
 /// `VIR_DOMAIN_CHECKPOINT_CREATE_REDEFINE` and `..._REDEFINE_VALIDATE`.
 const REDEFINE: u32 = 1;

@@ -9,17 +9,17 @@ use highwater_hypervisor::{
     WriteCounters,
 };
 
-use super::blocks;
 use super::claims::without_signs;
 use super::connection::{LibvirtDriver, query_blocks, vm_ref};
 use super::disks::{self, DiskQueries};
 use super::domain_xml::{self, DomainXml, TpmXml};
 use super::error::{code, explain};
-use super::host;
 use super::jobs;
 use super::record_xml;
 use super::sys::CallError;
 use super::sys::handles::{ConnectionHandle, DomainHandle};
+use crate::blocks;
+use crate::host;
 
 /// `virDomainXMLFlags`.
 const SECURE: u32 = 1;

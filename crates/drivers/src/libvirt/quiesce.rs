@@ -23,10 +23,10 @@ use highwater_hypervisor::{ErrorKind, HypervisorError, Quiesce, VmRef};
 use highwater_model::step::patience;
 use serde::Deserialize;
 
-use super::blocks;
 use super::connection::{Dialer, lookup};
 use super::sys::CallError;
 use super::sys::handles::DomainHandle;
+use crate::blocks;
 
 /// How long the agent may take to answer, seconds.
 const AGENT_TIMEOUT_S: i32 = 5;

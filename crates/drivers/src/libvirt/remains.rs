@@ -16,11 +16,11 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::backup_xml::session_of_export;
-use super::blocks::{QUERY_EXPORTS, QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
 use super::claims;
 use super::error::explain;
 use super::jobs::{backup_job, run_state};
 use super::sys::handles::DomainHandle;
+use crate::blocks::{QUERY_EXPORTS, QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
 
 /// An export lets go of its node when its connections are closed.
 const TRIES: usize = 50;

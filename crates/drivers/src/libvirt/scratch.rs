@@ -16,12 +16,12 @@ use highwater_model::{Nonce, SessionId};
 
 use super::backup_xml::scratch_secret;
 use super::begin::Ordered;
-use super::directories::{SessionPaths, refuse_without_room};
 use super::error::{code, explain};
-use super::host::User;
-use super::scratch_image::{self, Space};
 use super::sys::CallError;
 use super::sys::handles::DomainHandle;
+use crate::directories::{SessionPaths, refuse_without_room};
+use crate::host::User;
+use crate::scratch_image::{self, Space};
 
 /// A scratch file that is not reserved needs room for what the guest overwrites
 /// while the backup runs. Nobody knows how much; a sixteenth of the disks, at

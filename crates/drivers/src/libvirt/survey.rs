@@ -8,13 +8,13 @@ use highwater_hypervisor::{
 };
 use serde::Deserialize;
 
-use super::blocks::{self, Blocks};
 use super::connection::{LibvirtDriver, query_blocks};
 use super::domain_xml::DomainXml;
 use super::jobs::{backup_job, run_state};
 use super::observe::read_definition;
 use super::remains::{self, Remains};
 use super::sys::handles::DomainHandle;
+use crate::blocks::{self, Blocks};
 
 const QUERY_JOBS: &str = r#"{"execute":"query-jobs"}"#;
 

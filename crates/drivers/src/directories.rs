@@ -21,8 +21,8 @@ use std::path::{Path, PathBuf};
 use highwater_hypervisor::{BeginOrder, ErrorKind, HypervisorError, ProcessIdentity, VmRef};
 use highwater_model::{SessionId, format_size};
 
-use super::host::{QemuProcess, User};
-use super::leftovers::Label;
+use crate::host::{QemuProcess, User};
+use crate::label::{Label, label_name};
 
 /// `sun_path` of a unix socket has 108 bytes, one of them the final zero.
 const SOCKET_PATH_BYTES_MAX: usize = 107;
@@ -44,14 +44,14 @@ const NETWORK_FILE_SYSTEMS: [(u32, &str); 10] = [
 
 /// What an order's paths are, and what lies in them.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct SessionPaths {
+pub(crate) struct SessionPaths {
     session: SessionId,
     socket_dir: PathBuf,
     scratch_dir: PathBuf,
 }
 
 impl SessionPaths {
-    pub(super) fn of_order(order: &BeginOrder) -> Self {
+    pub(crate) fn of_order(order: &BeginOrder) -> Self {
         Self {
             session: order.session,
             socket_dir: order.socket_dir.clone(),
@@ -60,7 +60,7 @@ impl SessionPaths {
     }
 
     /// For a session that only its job tells of.
-    pub(super) fn of_leftover(session: SessionId, socket_dir: &Path, scratch_dir: &Path) -> Self {
+    pub(crate) fn of_leftover(session: SessionId, socket_dir: &Path, scratch_dir: &Path) -> Self {
         Self {
             session,
             socket_dir: socket_dir.to_path_buf(),
@@ -68,31 +68,31 @@ impl SessionPaths {
         }
     }
 
-    pub(super) const fn session(&self) -> SessionId {
+    pub(crate) const fn session(&self) -> SessionId {
         self.session
     }
 
-    pub(super) fn socket(&self) -> PathBuf {
+    pub(crate) fn socket(&self) -> PathBuf {
         self.socket_dir.join(format!("hw-{}.sock", self.session))
     }
 
-    pub(super) fn scratch_dir(&self) -> &Path {
+    pub(crate) fn scratch_dir(&self) -> &Path {
         &self.scratch_dir
     }
 
-    pub(super) fn scratch(&self, target: &str) -> PathBuf {
+    pub(crate) fn scratch(&self, target: &str) -> PathBuf {
         self.scratch_dir
             .join(format!("hw-{}-{target}.scratch", self.session))
     }
 
     /// Where the key of encrypted scratch files is while they are made.
-    pub(super) fn key(&self) -> PathBuf {
+    pub(crate) fn key(&self) -> PathBuf {
         self.scratch_dir.join(format!("hw-{}.key", self.session))
     }
 
     /// Returns which process ran the VM when the session made its directories,
     /// if they are still there and say so.
-    pub(super) fn process(&self) -> Option<ProcessIdentity> {
+    pub(crate) fn process(&self) -> Option<ProcessIdentity> {
         Label::read(&self.socket_dir, self.session)?.process
     }
 
@@ -114,7 +114,7 @@ impl SessionPaths {
     }
 
     /// Makes both directories for QEMU's user, or neither.
-    pub(super) fn create(
+    pub(crate) fn create(
         &self,
         vm: &VmRef,
         qemu: Option<&QemuProcess>,
@@ -188,23 +188,23 @@ impl SessionPaths {
     }
 
     /// Remembers that the guest was stopped before the session began.
-    pub(super) fn note_stopped_before(&self) -> Result<(), HypervisorError> {
+    pub(crate) fn note_stopped_before(&self) -> Result<(), HypervisorError> {
         self.note(&self.was_stopped())
     }
 
     /// Remembers that the session is about to freeze the guest.
-    pub(super) fn note_freezing(&self) -> Result<(), HypervisorError> {
+    pub(crate) fn note_freezing(&self) -> Result<(), HypervisorError> {
         self.note(&self.froze())
     }
 
     /// Forgets it: the guest is thawed.
-    pub(super) fn note_thawed(&self) {
+    pub(crate) fn note_thawed(&self) {
         // A note that stays makes somebody ask the guest once more, and no harm.
         drop(fs::remove_file(self.froze()));
     }
 
     /// Returns whether the session froze the guest and nobody knows of a thaw.
-    pub(super) fn froze_guest(&self) -> bool {
+    pub(crate) fn froze_guest(&self) -> bool {
         self.froze().exists()
     }
 
@@ -215,12 +215,12 @@ impl SessionPaths {
     }
 
     /// Returns whether the guest was stopped before the session began.
-    pub(super) fn was_stopped_before(&self) -> bool {
+    pub(crate) fn was_stopped_before(&self) -> bool {
         self.was_stopped().exists()
     }
 
     /// Returns whether this session made its directories and they are still there.
-    pub(super) fn exist(&self) -> bool {
+    pub(crate) fn exist(&self) -> bool {
         self.made_by_us(&self.socket_dir).exists()
     }
 
@@ -228,7 +228,7 @@ impl SessionPaths {
     /// removed is returned as warnings; what is not there is no error.
     ///
     /// A session that left the guest frozen keeps them: they say so.
-    pub(super) fn remove(&self) -> Vec<String> {
+    pub(crate) fn remove(&self) -> Vec<String> {
         if self.froze_guest() {
             return Vec::new();
         }
@@ -290,14 +290,14 @@ impl SessionPaths {
 }
 
 /// Bytes that can still be written in `dir`.
-pub(super) fn free_bytes(dir: &Path) -> Result<u64, HypervisorError> {
+pub(crate) fn free_bytes(dir: &Path) -> Result<u64, HypervisorError> {
     let found = rustix::fs::statvfs(dir)
         .map_err(|error| trouble("cannot look at directory", dir).because(error.to_string()))?;
     Ok(found.f_bavail.saturating_mul(found.f_frsize))
 }
 
 /// Refuses a scratch directory with less room than needed.
-pub(super) fn refuse_without_room(dir: &Path, needed_bytes: u64) -> Result<(), HypervisorError> {
+pub(crate) fn refuse_without_room(dir: &Path, needed_bytes: u64) -> Result<(), HypervisorError> {
     let free = free_bytes(dir)?;
     if free >= needed_bytes {
         return Ok(());
@@ -363,11 +363,6 @@ fn may_enter(mode: u32, uid: u32, gid: u32, user: &User) -> bool {
         0o001
     };
     mode & needed != 0
-}
-
-/// Returns the name of the file that makes a directory a session's.
-pub(super) fn label_name(session: SessionId) -> String {
-    format!("hw-{session}.session")
 }
 
 fn create_private(path: &Path, text: &str) -> io::Result<()> {

@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 use highwater_hypervisor::{ErrorKind, HypervisorError};
 use rustix::fs::FallocateFlags;
 
-use super::host::User;
+use crate::host::User;
 
 const CLUSTER_BYTES: u64 = 64 << 10;
 /// Bits of the cluster size, as the header wants it.
@@ -82,13 +82,13 @@ impl Layout {
 }
 
 /// Returns how much space a reserved scratch file for a disk takes.
-pub(super) fn reserved_bytes(size_bytes: u64) -> u64 {
+pub(crate) fn reserved_bytes(size_bytes: u64) -> u64 {
     Layout::of(size_bytes).map_or(u64::MAX, Layout::bytes_when_full)
 }
 
 /// Whether all space a file may ever need is set aside at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Space {
+pub(crate) enum Space {
     /// It cannot run full.
     Reserved,
     /// It grows.
@@ -97,7 +97,7 @@ pub(super) enum Space {
 
 /// Creates an empty qcow2 of `size_bytes` (a multiple of 512) for QEMU's user;
 /// encrypted if there is a file with a key.
-pub(super) fn create(
+pub(crate) fn create(
     path: &Path,
     size_bytes: u64,
     space: Space,
