@@ -224,8 +224,13 @@ impl Blocks {
     fn is_filter(&self, node: &str) -> bool {
         self.nodes
             .get(node)
-            .is_some_and(|node| FILTERS.contains(&node.driver.as_str()))
+            .is_some_and(|node| is_filter(&node.driver))
     }
+}
+
+/// Returns whether nodes of this driver pass everything on to their one child.
+pub(crate) fn is_filter(driver: &str) -> bool {
+    FILTERS.contains(&driver)
 }
 
 /// Returns what a command returned.

@@ -12,5 +12,6 @@ mod directories;
 mod host;
 mod label;
 pub mod libvirt;
+mod names;
 mod scratch_image;
 mod sys;
