@@ -14,3 +14,4 @@ mod label;
 pub mod libvirt;
 mod scratch_image;
 mod sys;
+pub mod uri;
