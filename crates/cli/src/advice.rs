@@ -345,9 +345,9 @@ fn of_backup(error: &BackupError) -> Advice {
         }
         BackupError::WrongState { vm, state } => {
             let hint = match state {
-                RunState::Off => {
-                    format!("only running or paused VMs can be backed up: `virsh start {vm}`")
-                }
+                RunState::Off => format!(
+                    "start it (`virsh start {vm}`), or have its images read: `--offline yield`"
+                ),
                 RunState::NotResumed => format!(
                     "its disks are not its own before it runs: `virsh resume {vm}` (then \
                      `virsh suspend {vm}` if it is to stand still), and back it up again"

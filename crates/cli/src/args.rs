@@ -35,7 +35,8 @@ pub(crate) struct Global {
     /// Repository: a path or file:// URL [env: HIGHWATER_REPO]
     #[arg(short, long, global = true, value_name = "URL")]
     pub(crate) repo: Option<String>,
-    /// Hypervisor: a libvirt URI [default: qemu:///system as root, else qemu:///session]
+    /// Where the VMs are: a libvirt URI, qmp:/path/to.sock of one QEMU, or image:/a.qcow2,/b.raw
+    /// of one VM that is off [default: qemu:///system as root, else qemu:///session]
     #[arg(short, long, global = true, value_name = "URI")]
     pub(crate) connect: Option<String>,
     /// Read the passphrase from the first line of a file [env: HIGHWATER_PASSWORD_FILE]
@@ -161,13 +162,16 @@ pub(crate) struct Backup {
     /// VMs, by name or UUID
     #[arg(
         value_name = "VM",
-        required_unless_present = "all",
+        required_unless_present_any = ["all", "name"],
         conflicts_with = "all"
     )]
     pub(crate) vms: Vec<String>,
-    /// Back up every running VM of the connection
+    /// Back up every VM of the connection, those that are off included (see --offline)
     #[arg(long)]
     pub(crate) all: bool,
+    /// What the VM behind -c qmp: or image: is called, where it does not say so itself
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["vms", "all"], value_parser = values::label)]
+    pub(crate) name: Option<String>,
     /// What to read
     #[arg(short, long, value_enum, default_value_t = Level::Auto)]
     pub(crate) level: Level,
@@ -183,6 +187,12 @@ pub(crate) struct Backup {
     /// Freeze only this mount point (may be repeated)
     #[arg(long = "freeze-mountpoint", value_name = "PATH")]
     pub(crate) freeze_mountpoints: Vec<String>,
+    /// What to do about a VM that is off [default: yield]
+    #[arg(long, value_enum)]
+    pub(crate) offline: Option<Offline>,
+    /// Start a VM that is off, paused, for as long as the backup takes, instead of reading its images
+    #[arg(long)]
+    pub(crate) start_paused: bool,
     /// Directory for scratch files, on local storage with room for what the guest writes meanwhile
     #[arg(long, value_name = "DIR")]
     pub(crate) scratch_dir: Option<PathBuf>,
@@ -235,6 +245,16 @@ pub(crate) enum Quiesce {
     Try,
     /// Or fail
     Require,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Offline {
+    /// Read its images; whoever starts it meanwhile gets it at once, and the backup fails
+    Yield,
+    /// Read its images, and keep everybody from starting it until the backup is done
+    Hold,
+    /// Leave it alone
+    Refuse,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -310,10 +330,13 @@ pub(crate) struct Doctor {
     /// VMs, by name or UUID
     #[arg(
         value_name = "VM",
-        required_unless_present = "all",
+        required_unless_present_any = ["all", "name"],
         conflicts_with = "all"
     )]
     pub(crate) vms: Vec<String>,
+    /// What the VM behind -c qmp: or image: is called, where it does not say so itself
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["vms", "all"], value_parser = values::label)]
+    pub(crate) name: Option<String>,
     /// Look at every VM of the connection, those that are off included
     #[arg(long)]
     pub(crate) all: bool,

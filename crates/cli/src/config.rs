@@ -27,7 +27,7 @@ enum Shape {
 }
 
 /// All keys; each has the name of its flag.
-const KEYS: [(&str, Shape); 18] = [
+const KEYS: [(&str, Shape); 19] = [
     ("audit", Shape::Text),
     ("compression", Shape::Text),
     ("connect", Shape::Text),
@@ -36,6 +36,7 @@ const KEYS: [(&str, Shape); 18] = [
     ("key-file", Shape::Text),
     ("limit", Shape::Text),
     ("no-progress", Shape::Flag),
+    ("offline", Shape::Text),
     ("password-command", Shape::Text),
     ("password-file", Shape::Text),
     ("quiesce", Shape::Text),

@@ -46,6 +46,7 @@ enum Told<'a> {
     PointInTime {
         consistency: Consistency,
         frozen_ms: Option<u64>,
+        stopped_us: Option<u64>,
     },
     Progress {
         disks: Vec<ProgressOf<'a>>,
@@ -122,9 +123,11 @@ impl EventLines {
             Event::Begun {
                 consistency,
                 frozen_ms,
+                stopped_us,
             } => Told::PointInTime {
                 consistency: *consistency,
                 frozen_ms: *frozen_ms,
+                stopped_us: *stopped_us,
             },
             Event::Progress(disks) => {
                 if state

@@ -217,6 +217,7 @@ impl Observer for Progress {
             Event::Begun {
                 consistency,
                 frozen_ms,
+                stopped_us,
             } if self.verbose => {
                 let how = match consistency {
                     Consistency::Filesystem => "file systems frozen",
@@ -225,7 +226,11 @@ impl Observer for Progress {
                     Consistency::Paused => "VM paused",
                 };
                 let frozen = frozen_ms.map_or_else(String::new, |ms| format!(" for {ms} ms"));
-                self.say(&format!("  point in time taken: {how}{frozen}"));
+                let stopped = stopped_us.map_or_else(String::new, |us| {
+                    let (whole, tenths) = (us / 1000, us % 1000 / 100);
+                    format!(", stopped for {whole}.{tenths} ms")
+                });
+                self.say(&format!("  point in time taken: {how}{frozen}{stopped}"));
             }
             Event::Begun { .. } => {}
             Event::Progress(disks) => self.show(disks),

@@ -5,11 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::ValueEnum as _;
+use highwater_drivers::uri;
 use highwater_engine::repository::{Compression, Repository};
 use highwater_store::{Location, Store, Watched};
 
 use crate::advice::CliError;
-use crate::args::{Args, Backup, Command, ConfiguredSecrets, Global, Quiesce};
+use crate::args::{Args, Backup, Command, ConfiguredSecrets, Global, Offline, Quiesce};
 use crate::config::{self, Entry, Layer, Value, Wanted};
 use crate::effective::{Effective, Shown};
 use crate::{env, secrets, values, watchdog};
@@ -106,6 +107,7 @@ struct BackupSettings {
     freeze_mountpoints: Vec<String>,
     group: Option<String>,
     limit: Option<u64>,
+    offline: Option<Offline>,
     quiesce: Option<Quiesce>,
     scratch_dir: Option<PathBuf>,
     tags: Vec<String>,
@@ -121,6 +123,7 @@ impl BackupSettings {
             freeze_mountpoints: std::mem::take(&mut args.freeze_mountpoints),
             group: args.group.take(),
             limit: args.limit.take(),
+            offline: args.offline.take(),
             quiesce: args.quiesce.take(),
             scratch_dir: args.scratch_dir.take(),
             tags: std::mem::take(&mut args.tags),
@@ -135,6 +138,7 @@ impl BackupSettings {
         args.freeze_mountpoints = self.freeze_mountpoints;
         args.group = self.group;
         args.limit = self.limit;
+        args.offline = self.offline;
         args.quiesce = self.quiesce;
         args.scratch_dir = self.scratch_dir;
         args.tags = self.tags;
@@ -259,6 +263,7 @@ impl Sources {
     }
 
     fn backup(&mut self, typed: BackupSettings) -> Result<BackupSettings, CliError> {
+        let offline = typed.offline.map(Word);
         let quiesce = typed.quiesce.map(Word);
         let compression = typed.compression.map(Method);
         let workers = |text: &str| {
@@ -284,6 +289,12 @@ impl Sources {
                 .parsed("quiesce", quiesce, Some(Word(Quiesce::Try)), &|text| {
                     let word = Quiesce::from_str(text, false).map(Word);
                     word.map_err(|_| "use off, try or require".to_owned())
+                })?
+                .map(|it| it.0),
+            offline: self
+                .parsed("offline", offline, Some(Word(Offline::Yield)), &|text| {
+                    let word = Offline::from_str(text, false).map(Word);
+                    word.map_err(|_| "use yield, hold or refuse".to_owned())
                 })?
                 .map(|it| it.0),
             freeze_mountpoints: self.list(
@@ -326,9 +337,9 @@ impl std::fmt::Display for Method {
 }
 
 /// A word of the command line as it is written.
-struct Word(Quiesce);
+struct Word<T>(T);
 
-impl std::fmt::Display for Word {
+impl<T: clap::ValueEnum> std::fmt::Display for Word<T> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let word = self.0.to_possible_value();
         f.write_str(word.as_ref().map_or("", |word| word.get_name()))
@@ -377,8 +388,15 @@ pub(crate) fn open_repository(global: &Global) -> Result<Repository, CliError> {
 }
 
 /// Returns the hypervisor's URI.
-pub(crate) fn connection(global: &Global) -> String {
-    global.connect.clone().unwrap_or_else(default_connection)
+pub(crate) fn connection(global: &Global, name: Option<&str>) -> Result<String, CliError> {
+    let uri = global.connect.clone().unwrap_or_else(default_connection);
+    let Some(name) = name else { return Ok(uri) };
+    uri::with_name(&uri, name).ok_or_else(|| CliError::Usage {
+        message: format!("cannot give the VM behind `{uri}` a name"),
+        hint: "only `-c qmp:` and `-c image:` take --name, unless they have `?name=`; VMs of \
+               libvirt have names"
+            .to_owned(),
+    })
 }
 
 fn default_connection() -> String {

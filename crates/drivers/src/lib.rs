@@ -13,5 +13,7 @@ mod host;
 mod label;
 pub mod libvirt;
 mod names;
+pub mod qmp;
 mod scratch_image;
 mod sys;
+pub mod uri;

@@ -33,7 +33,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use highwater_hypervisor::{
-    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef,
+    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef, WhenStarted,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
@@ -67,6 +67,10 @@ pub struct BackupOptions {
     pub quiesce: Quiesce,
     /// Which of them; empty means all.
     pub freeze_mountpoints: Vec<String>,
+    /// What becomes of a VM that is off.
+    pub offline: Offline,
+    /// Whether a VM that is off is started, paused, while it is backed up.
+    pub start_paused: bool,
     /// Directory in which a private one for scratch files is made.
     pub scratch_dir: PathBuf,
     /// Directory in which a private one for the NBD socket is made.
@@ -87,6 +91,18 @@ pub struct BackupOptions {
     pub host: String,
     /// Offset of local time from UTC, minutes.
     pub utc_offset_minutes: i32,
+}
+
+/// How a VM that is off is backed up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Offline {
+    /// From its images; whoever starts it meanwhile gets it at once, and the backup
+    /// fails.
+    Yield,
+    /// From its images, which nobody can start it with before the backup is done.
+    Hold,
+    /// Not at all.
+    Refuse,
 }
 
 /// What a backup works with.
@@ -199,9 +215,10 @@ impl Job<'_> {
     fn prepare(&mut self) -> Result<(VmFacts, History, Vec<PlannedDisk>), BackupError> {
         let mut facts = self.observe()?;
         pass(Step::Observed);
-        if let VmGate::EndLeftoverFirst(session) =
-            gate(observe::vm_state(&facts), observe::job_view(&facts))
-        {
+        if let VmGate::EndLeftoverFirst(session) = gate(
+            observe::vm_state(&facts, self.options),
+            observe::job_view(&facts),
+        ) {
             self.end_leftover(session)?;
             pass(Step::LeftoverEnded);
             facts = self.observe()?;
@@ -210,7 +227,10 @@ impl Job<'_> {
             pass(Step::Swept);
             facts = self.observe()?;
         }
-        match gate(observe::vm_state(&facts), observe::job_view(&facts)) {
+        match gate(
+            observe::vm_state(&facts, self.options),
+            observe::job_view(&facts),
+        ) {
             VmGate::Open => {}
             VmGate::EndLeftoverFirst(_) | VmGate::Busy => return Err(self.busy(&facts)),
             VmGate::WrongState => return Err(self.wrong_state(&facts)),
@@ -381,6 +401,10 @@ impl Job<'_> {
             freeze_mountpoints: self.options.freeze_mountpoints.clone(),
             socket_dir: self.options.socket_dir.join(session.to_string()),
             scratch_dir: self.options.scratch_dir.join(session.to_string()),
+            when_started: match self.options.offline {
+                Offline::Hold => WhenStarted::Hold,
+                Offline::Yield | Offline::Refuse => WhenStarted::Yield,
+            },
         };
         self.context.observer.event(&Event::Beginning);
         let begun = match self.context.guard.begin(&order) {
@@ -397,6 +421,7 @@ impl Job<'_> {
         self.context.observer.event(&Event::Begun {
             consistency: begun.consistency,
             frozen_ms: begun.frozen_ms,
+            stopped_us: begun.stopped_us,
         });
         for warning in &begun.warnings {
             self.warn(warning.clone());

@@ -53,6 +53,8 @@ pub enum Event<'a> {
         consistency: Consistency,
         /// How long the guest was frozen, milliseconds.
         frozen_ms: Option<u64>,
+        /// How long its processors were stopped, microseconds.
+        stopped_us: Option<u64>,
     },
     /// How far the copying is, several times a second.
     Progress(&'a [DiskProgress]),

@@ -18,7 +18,7 @@ mod verify;
 
 pub use backup::{
     BackupContext, BackupError, BackupOptions, CopyError, DiskEstimate, DiskReport, Estimate,
-    Report, Status, Tuning, backup, estimate,
+    Offline, Report, Status, Tuning, backup, estimate,
 };
 pub use cancel::Cancel;
 pub use doctor::{

@@ -6,8 +6,8 @@ use std::time::Duration;
 use highwater_model::{ClaimId, SessionId};
 
 use crate::{
-    BeginOrder, Begun, Claimant, Ended, HypervisorError, LeftDirectory, MarkOrder, RunState,
-    Surroundings, Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Claimant, Ended, ErrorKind, Foreign, HypervisorError, LeftDirectory,
+    MarkOrder, RunState, Surroundings, Swept, VmFacts, VmRef, Wreckage,
 };
 
 /// Talks to what runs the VMs.
@@ -74,6 +74,36 @@ pub trait Driver {
     /// is dead. Nothing of another VM, and nothing that a session did not make
     /// itself, is touched.
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError>;
+
+    /// Reports what another program has left at a VM. Changes nothing.
+    fn wreckage(&mut self, vm: &VmRef, of: Foreign) -> Result<Wreckage, HypervisorError> {
+        let (_, _) = (vm, of);
+        Ok(Wreckage::default())
+    }
+
+    /// Removes it, unless it is in use; returns what was removed. The caller
+    /// holds the VM's lock, and was told to by a person.
+    fn clear_wreckage(&mut self, vm: &VmRef, of: Foreign) -> Result<Wreckage, HypervisorError> {
+        let (_, _) = (vm, of);
+        Ok(Wreckage::default())
+    }
+
+    /// Starts a VM that is off, paused, so that it can be backed up as one that
+    /// runs. Who finds it later can tell that it was started so.
+    fn start_paused(&mut self, vm: &VmRef) -> Result<(), HypervisorError> {
+        Err(HypervisorError::new(
+            ErrorKind::WrongState,
+            format!("cannot start VM `{}` paused", vm.name),
+        )
+        .because("only libvirt can start a VM"))
+    }
+
+    /// Shuts a VM off that [`start_paused`](Self::start_paused) has started and
+    /// nobody has resumed since; says whether it was one.
+    fn stop_if_started(&mut self, vm: &VmRef) -> Result<bool, HypervisorError> {
+        let _ = vm;
+        Ok(false)
+    }
 
     /// Returns the means to claim a VM among all who can reach it; `None` while
     /// no session can be there: it has no process, or is being saved or moved.

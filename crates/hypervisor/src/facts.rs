@@ -36,6 +36,10 @@ pub struct VmFacts {
     pub skipped: Vec<SkippedDisk>,
     /// All of the hypervisor's checkpoint records, foreign ones included.
     pub checkpoints: Vec<CheckpointFacts>,
+    /// Whether a mark without a record is one that the hypervisor has forgotten
+    /// and can be told about again. Not where nobody keeps records (QEMU by
+    /// itself, images), nor while a VM is off, when libvirt makes none.
+    pub expects_records: bool,
     /// A running job that keeps us from starting (backup, migration, …).
     pub job: Option<JobFacts>,
     /// Whether the guest agent could be asked.
@@ -44,6 +48,21 @@ pub struct VmFacts {
     pub process: Option<ProcessIdentity>,
     /// Versions for the report, e.g. `("libvirt", "11.3.0")`.
     pub versions: Vec<(String, String)>,
+}
+
+impl VmFacts {
+    /// Returns whether the bitmaps of a disk are all that there are. Nobody can
+    /// tell while the images of a process are another one's, nor of an image
+    /// that could not be read.
+    pub fn tells_bitmaps_of(&self, disk: &DiskFacts) -> bool {
+        match self.run_state {
+            RunState::NotResumed => false,
+            RunState::Off => disk.root_node == RootNode::Same,
+            RunState::Running | RunState::Paused | RunState::PausedOnError | RunState::Other => {
+                true
+            }
+        }
+    }
 }
 
 /// Whether a guest agent can be asked.
@@ -70,7 +89,7 @@ pub enum RunState {
     /// not yet the process's own: nothing may be written to them, and it tells of
     /// no bitmap that is in them.
     NotResumed,
-    /// Not running.
+    /// Not running. What is known of its disks is what their images tell.
     Off,
     /// Anything else (crashed, shutting down, suspended by the guest).
     Other,
@@ -85,6 +104,9 @@ pub struct DiskFacts {
     pub serial: Option<String>,
     /// The device's own name (libvirt: alias, `virtio-disk0`).
     pub device: Option<String>,
+    /// Whether serial number and device name are what they are said to be; an
+    /// image by itself tells of neither.
+    pub device_known: bool,
     /// Where its bytes are.
     pub source: DiskSource,
     /// Driver format (`qcow2`, `raw`).
@@ -130,11 +152,14 @@ pub enum DiskSource {
     Network(String),
 }
 
-/// Whether a persistent bitmap can live on a disk.
+/// Whether a mark's bitmap can live on a disk, and for how long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MarkSupport {
     /// Yes (qcow2 version 3, also with a raw data file).
     Yes,
+    /// Only in the memory of the process that runs the VM: the image cannot hold
+    /// it.
+    WhileRunning(NoMarks),
     /// No, and why.
     No(NoMarks),
 }

@@ -15,6 +15,7 @@ mod error;
 mod facts;
 mod order;
 mod surroundings;
+mod wreckage;
 
 pub use claim::{CLAIM_GONE, Claim, Claimant, Claimer, Sign, SignKind, Signs, Stance};
 pub use driver::{ACT_MAX, Driver};
@@ -26,8 +27,9 @@ pub use facts::{
 };
 pub use order::{
     BeginOrder, Begun, BegunDisk, Consistency, DiskOrder, Ended, Export, ExportAddress, MORE_ROOM,
-    MarkOrder, NewMark, Quiesce, ReadMode, Redefinition, ScratchReserve,
+    MarkOrder, NewMark, Quiesce, ReadMode, Redefinition, ScratchReserve, WhenStarted,
 };
 pub use surroundings::{
     ExportFacts, InnerJob, JobDetails, LeftDirectory, LooseNode, Surroundings, Swept,
 };
+pub use wreckage::{Foreign, Wreck, Wreckage};

@@ -27,6 +27,17 @@ pub struct BeginOrder {
     pub socket_dir: PathBuf,
     /// Private directory for scratch files, likewise created and removed.
     pub scratch_dir: PathBuf,
+    /// What a VM that is off, and is started meanwhile, does to the session.
+    pub when_started: WhenStarted,
+}
+
+/// What becomes of the session of a VM that is off when somebody starts the VM.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum WhenStarted {
+    /// The VM starts at once, and the session is lost.
+    Yield,
+    /// The VM does not start before the session has ended: its images are locked.
+    Hold,
 }
 
 /// One disk of a [`BeginOrder`].
@@ -80,7 +91,11 @@ pub struct Begun {
     pub taken_at: Timestamp,
     /// How long the guest was frozen, milliseconds; `None` if it was not.
     pub frozen_ms: Option<u64>,
-    /// Creation time of the new mark as the hypervisor records it, seconds.
+    /// How long its processors were stopped for the point in time, microseconds;
+    /// `None` if they were not.
+    pub stopped_us: Option<u64>,
+    /// Creation time of the new mark as the hypervisor records it, seconds since
+    /// the epoch; where it keeps no record, the one to tell it later.
     pub mark_created_s: Option<i64>,
     /// What was learnt of the disks right after the point in time.
     pub disks: Vec<BegunDisk>,

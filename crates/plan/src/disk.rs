@@ -135,10 +135,29 @@ impl WritesSince {
 pub enum MarkSupport {
     /// It can.
     Yes,
+    /// Only in the memory of the process that runs the VM, which is all that an
+    /// image of this kind allows.
+    WhileRunning(Unfit),
+    /// It cannot.
+    No(Unfit),
+}
+
+/// What keeps a bitmap out of an image.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unfit {
     /// Raw, or another format without bitmaps.
     NotQcow2,
     /// qcow2 version 2.
     Qcow2Version2,
+}
+
+impl Unfit {
+    const fn why(self) -> Why {
+        match self {
+            Self::NotQcow2 => Why::NoMarksOnRaw,
+            Self::Qcow2Version2 => Why::NoMarksOnQcow2V2,
+        }
+    }
 }
 
 /// The parent mark's bitmap on a disk.
@@ -150,7 +169,7 @@ pub enum BitmapView {
     Inconsistent,
     /// It does not record.
     NotRecording,
-    /// It would be lost when QEMU ends.
+    /// It would be lost when QEMU ends, though the image could hold it.
     NotPersistent,
     /// A job or export uses it.
     Busy,
@@ -299,9 +318,8 @@ fn why_untracked(history: History, disk: &DiskView) -> Doubt {
 
 fn why_no_marks(disk: &DiskView) -> Option<Why> {
     match disk.marks {
-        MarkSupport::Yes => None,
-        MarkSupport::NotQcow2 => Some(Why::NoMarksOnRaw),
-        MarkSupport::Qcow2Version2 => Some(Why::NoMarksOnQcow2V2),
+        MarkSupport::Yes | MarkSupport::WhileRunning(_) => None,
+        MarkSupport::No(unfit) => Some(unfit.why()),
     }
 }
 
@@ -327,7 +345,13 @@ fn first_doubt(disk: &DiskView, parent: &ParentView) -> Option<Doubt> {
         return tracked(Why::BitmapLied);
     }
     match (disk.bitmap, disk.record) {
-        (BitmapView::Missing, _) => return tracked(Why::BitmapMissing),
+        (BitmapView::Missing, _) => {
+            return tracked(match disk.marks {
+                // It went with the process that held it.
+                MarkSupport::WhileRunning(unfit) => unfit.why(),
+                MarkSupport::Yes | MarkSupport::No(_) => Why::BitmapMissing,
+            });
+        }
         (BitmapView::Inconsistent, _) => return tracked(Why::BitmapInconsistent),
         (BitmapView::NotPersistent, _) => return tracked(Why::BitmapNotPersistent),
         (BitmapView::Busy, _) => return Some(Doubt::Busy),

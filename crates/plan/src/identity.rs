@@ -11,6 +11,9 @@ pub struct Identity {
     pub serial: Option<String>,
     /// Device name.
     pub device: Option<String>,
+    /// Whether these two are as they are said to be. Who sees but the images
+    /// cannot tell; then the images must.
+    pub device_unknown: bool,
     /// Images, topmost first; the data file of one follows it.
     pub chain: Vec<ImageLink>,
 }
@@ -84,12 +87,13 @@ fn written_links(chain: &[ImageLink]) -> usize {
 /// Returns what says that it is another disk, or holds something else.
 pub(crate) fn difference(now: &Identity, then: &Identity) -> Option<Difference> {
     let differs = |now: &Option<String>, then: &Option<String>| now != then;
-    if differs(&now.serial, &then.serial) {
+    let is_told = !now.device_unknown && !then.device_unknown;
+    if is_told && differs(&now.serial, &then.serial) {
         return Some(Difference::Another(Why::DiskSwapped));
     }
     // A device name is positional (`virtio-disk0`); it only speaks where no
     // serial number does.
-    if now.serial.is_none() && differs(&now.device, &then.device) {
+    if is_told && now.serial.is_none() && differs(&now.device, &then.device) {
         return Some(Difference::Another(Why::DiskSwapped));
     }
     let same_names = now.chain.len() == then.chain.len()

@@ -25,7 +25,7 @@ pub use diagnosis::{
 };
 pub use disk::{
     BitmapView, Counted, DiskPlan, DiskView, History, Level, MarkSupport, ParentView, Record,
-    RootView, WritesSince, plan_disk,
+    RootView, Unfit, WritesSince, plan_disk,
 };
 pub use hot::{DirtySample, HOT_MAX, HotChunk, next_hot};
 pub use identity::{Identity, ImageLink, Place};

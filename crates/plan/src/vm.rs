@@ -9,7 +9,9 @@ pub enum VmState {
     Alive,
     /// It is paused because a guest write failed; a backup would not help it.
     Stuck,
-    /// It is off.
+    /// It is off, and its images can be read.
+    AtRest,
+    /// It is off, and nobody may read its images, or wants to.
     Off,
     /// Crashed, shutting down, or unknown.
     Other,
@@ -49,6 +51,8 @@ pub const fn gate(state: VmState, job: JobView) -> VmGate {
             VmGate::EndLeftoverFirst(session)
         }
         (VmState::Alive | VmState::Stuck, JobView::Foreign) => VmGate::Busy,
+        // A job is one of a process, so what is told of one is of no matter.
+        (VmState::AtRest, _) => VmGate::Open,
         (VmState::Stuck, JobView::None) => VmGate::WrongState,
         (VmState::Alive, JobView::None) => VmGate::Open,
     }
@@ -70,6 +74,7 @@ mod tests {
             (VmState::Stuck, JobView::Foreign, VmGate::Busy),
             (VmState::Stuck, ours, after),
             (VmState::Off, JobView::None, VmGate::WrongState),
+            (VmState::AtRest, JobView::None, VmGate::Open),
             (VmState::Off, ours, VmGate::WrongState),
             (VmState::Other, JobView::None, VmGate::WrongState),
         ] {

@@ -143,6 +143,10 @@ pub struct Evidence {
     pub serial: Option<String>,
     /// Device name.
     pub device: Option<String>,
+    /// Whether nobody could tell serial number and device name: only the images
+    /// were seen.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub device_unknown: bool,
     /// Image chain, topmost first.
     #[serde(deserialize_with = "limited")]
     pub chain: Vec<EvidenceLink>,

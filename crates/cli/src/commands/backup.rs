@@ -2,8 +2,8 @@
 
 use highwater_engine::repository::{Compression, Repository};
 use highwater_engine::{
-    self as engine, BackupContext, BackupError, BackupOptions, Cancel, Estimate, Guard, Report,
-    Status, Tuning,
+    self as engine, BackupContext, BackupError, BackupOptions, Cancel, Estimate, Guard, Offline,
+    Report, Status, Tuning,
 };
 use highwater_hypervisor::{ErrorKind, Quiesce, RunState};
 use highwater_model::{Clock as _, SystemClock, format_size};
@@ -42,11 +42,11 @@ pub(crate) fn run(global: &Global, args: &Backup) -> Result<u8, CliError> {
     let cancel = signals::cancel_on_signals();
     // First what needs no VM: a wrong passphrase must not freeze a guest.
     let repo = settings::open_repository(global)?;
-    let uri = settings::connection(global);
-    let vms = if args.all {
-        running_vms(&guard_process::start(&uri)?)?
-    } else {
-        each_once(&args.vms)
+    let uri = settings::connection(global, args.name.as_deref())?;
+    let vms = match &args.name {
+        Some(name) => vec![name.clone()],
+        None if args.all => all_vms(&guard_process::start(&uri)?, &options(args))?,
+        None => each_once(&args.vms),
     };
     let run = Run {
         global,
@@ -168,13 +168,19 @@ fn with_names(error: BackupError, name: &str, guard: &Guard) -> CliError {
     }
 }
 
-fn running_vms(guard: &Guard) -> Result<Vec<String>, CliError> {
+fn all_vms(guard: &Guard, options: &BackupOptions) -> Result<Vec<String>, CliError> {
     let vms = guard.list()?.into_iter();
-    let running = vms.filter(|(_, state)| !matches!(state, RunState::Off | RunState::Other));
-    let names: Vec<String> = running.map(|(vm, _)| vm.uuid.unwrap_or(vm.name)).collect();
+    let wanted = vms.filter(|(_, state)| match state {
+        RunState::Off => options.offline != Offline::Refuse,
+        RunState::Other => false,
+        RunState::Running | RunState::Paused | RunState::PausedOnError | RunState::NotResumed => {
+            true
+        }
+    });
+    let names: Vec<String> = wanted.map(|(vm, _)| vm.uuid.unwrap_or(vm.name)).collect();
     if names.is_empty() {
         return Err(CliError::Usage {
-            message: "cannot back up all running VMs: none runs".to_owned(),
+            message: "cannot back up all VMs: there is none to back up".to_owned(),
             hint: "check the connection with -c".to_owned(),
         });
     }
@@ -205,6 +211,12 @@ pub(super) fn options(args: &Backup) -> BackupOptions {
             Some(args::Quiesce::Require) => Quiesce::Require,
         },
         freeze_mountpoints: args.freeze_mountpoints.clone(),
+        offline: match args.offline {
+            Some(args::Offline::Yield) | None => Offline::Yield,
+            Some(args::Offline::Hold) => Offline::Hold,
+            Some(args::Offline::Refuse) => Offline::Refuse,
+        },
+        start_paused: args.start_paused,
         scratch_dir: args
             .scratch_dir
             .clone()

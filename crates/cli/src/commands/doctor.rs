@@ -22,11 +22,11 @@ use crate::{guard_process, json, output, settings, signals};
 pub(crate) fn run(global: &Global, args: &Doctor) -> Result<u8, CliError> {
     let cancel = signals::cancel_on_signals();
     let repo = settings::open_repository(global)?;
-    let uri = settings::connection(global);
-    let vms = if args.all {
-        all_vms(&guard_process::start(&uri)?)?
-    } else {
-        each_once(&args.vms)
+    let uri = settings::connection(global, args.name.as_deref())?;
+    let vms = match &args.name {
+        Some(name) => vec![name.clone()],
+        None if args.all => all_vms(&guard_process::start(&uri)?)?,
+        None => each_once(&args.vms),
     };
     let next_backup = args::Backup {
         scratch_dir: args.scratch_dir.clone(),

@@ -246,6 +246,8 @@ fn back_up(bed: &Bed, lie: Lie) -> Result<Report> {
         without_disks: Vec::new(),
         quiesce: Quiesce::Off,
         freeze_mountpoints: Vec::new(),
+        offline: highwater_engine::Offline::Yield,
+        start_paused: false,
         scratch_dir: bed.runtime().join("scratch"),
         socket_dir: bed.runtime(),
         compression: Compression::Zstd(1),

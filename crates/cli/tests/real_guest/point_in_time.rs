@@ -89,6 +89,8 @@ fn options(bed: &Bed) -> BackupOptions {
         without_disks: Vec::new(),
         quiesce: Quiesce::Off,
         freeze_mountpoints: Vec::new(),
+        offline: highwater_engine::Offline::Yield,
+        start_paused: false,
         scratch_dir: bed.runtime().join("scratch"),
         socket_dir: bed.runtime(),
         compression: Compression::Zstd(1),

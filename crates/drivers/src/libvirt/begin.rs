@@ -436,6 +436,7 @@ fn report(
         consistency,
         taken_at,
         frozen_ms,
+        stopped_us: None,
         mark_created_s,
         warnings,
         reserve: None,

@@ -78,6 +78,7 @@ pub(crate) fn facts(
         target: disk.target.clone(),
         serial: disk.serial.clone(),
         device: disk.alias.clone(),
+        device_known: true,
         source: disk_source(&top.source, queries)?,
         format: top.format.clone(),
         size_bytes: node

@@ -86,6 +86,7 @@ impl LibvirtDriver {
             disks: found,
             skipped,
             checkpoints: checkpoints(vm, &domain)?,
+            expects_records: is_on,
             job,
             agent: definition.agent,
             process: is_on

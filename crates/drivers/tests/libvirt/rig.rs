@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
 use highwater_hypervisor::{
     BeginOrder, BitmapFacts, DiskFacts, DiskOrder, Driver as _, Export, ExportAddress, MarkOrder,
-    NewMark, Quiesce, ReadMode, VmFacts, VmRef,
+    NewMark, Quiesce, ReadMode, VmFacts, VmRef, WhenStarted,
 };
 use highwater_model::{Clock as _, MarkName, Nonce, PointId, RepoId, SessionId, SystemClock};
 use highwater_testkit::{Lab, Leftovers, Vm, tool};
@@ -72,6 +72,7 @@ impl Rig {
             freeze_mountpoints: Vec::new(),
             socket_dir: self.lab.path(&format!("run/{session}")),
             scratch_dir: self.lab.path(&format!("scratch/{session}")),
+            when_started: WhenStarted::Yield,
         }
     }
 

@@ -73,7 +73,10 @@ pub fn estimate(
     };
     let mut facts = job.observe()?;
     let mut would_heal = Vec::new();
-    match gate(observe::vm_state(&facts), observe::job_view(&facts)) {
+    match gate(
+        observe::vm_state(&facts, options),
+        observe::job_view(&facts),
+    ) {
         VmGate::Open => {}
         VmGate::EndLeftoverFirst(session) => {
             would_heal.push(format!("wait for session {session}, or end what it left"));
@@ -83,7 +86,10 @@ pub fn estimate(
         VmGate::WrongState => return Err(job.wrong_state(&facts)),
     }
     // The gate again: without our job the VM may be stuck for another reason.
-    if let VmGate::WrongState = gate(observe::vm_state(&facts), observe::job_view(&facts)) {
+    if let VmGate::WrongState = gate(
+        observe::vm_state(&facts, options),
+        observe::job_view(&facts),
+    ) {
         return Err(job.wrong_state(&facts));
     }
     would_heal.extend(job.left_directories()?);

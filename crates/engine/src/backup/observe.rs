@@ -9,15 +9,15 @@ use highwater_hypervisor::{
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{
     self as plan, BitmapView, Counted, DiskPlan, DiskView, HOT_MAX, HotChunk, Identity, ImageLink,
-    JobView, Level, Origin, ParentView, Record, Refusal, RootView, VmState, Why, WritesSince,
-    plan_disk,
+    JobView, Level, Origin, ParentView, Record, Refusal, RootView, Unfit, VmState, Why,
+    WritesSince, plan_disk,
 };
 use highwater_repo::{
     DiskRecord, EvidenceLink, ImageRoot, Manifest, MarkRecord, RepoError, RepoErrorKind,
     Repository, VmIdentity,
 };
 
-use super::{BackupOptions, record};
+use super::{BackupOptions, Offline, record};
 
 /// What the repository holds of this VM, as far as this backup needs it.
 #[derive(Debug, Default)]
@@ -91,7 +91,7 @@ impl History {
 
     fn settles(&self, disk: &DiskFacts) -> bool {
         let seen = self.seen.contains(&disk.target);
-        self.parents.contains_key(&disk.target) || (seen && disk.marks != MarkSupport::Yes)
+        self.parents.contains_key(&disk.target) || (seen && !can_be_marked(disk))
     }
 
     fn take(&mut self, point: PointId, manifest: &Manifest) {
@@ -154,7 +154,7 @@ impl PlannedDisk {
 
     /// Returns whether this backup leaves its mark on the disk.
     pub(super) fn takes_mark(&self, level: Level) -> bool {
-        level.leaves_a_mark() && self.facts.marks == MarkSupport::Yes
+        level.leaves_a_mark() && can_be_marked(&self.facts)
     }
 }
 
@@ -169,6 +169,21 @@ pub(super) fn proven_liars(planned: &[PlannedDisk]) -> BTreeSet<String> {
     };
     let liars = planned.iter().filter(lied);
     liars.map(|disk| disk.facts.target.clone()).collect()
+}
+
+/// Returns whether a mark can live on a disk, if only for a while.
+const fn can_be_marked(disk: &DiskFacts) -> bool {
+    match disk.marks {
+        MarkSupport::Yes | MarkSupport::WhileRunning(_) => true,
+        MarkSupport::No(_) => false,
+    }
+}
+
+const fn unfit(why: NoMarks) -> Unfit {
+    match why {
+        NoMarks::NotQcow2 => Unfit::NotQcow2,
+        NoMarks::Qcow2Version2 => Unfit::Qcow2Version2,
+    }
 }
 
 fn has_mark_of(disk: &DiskFacts, repo: &Repository) -> bool {
@@ -239,8 +254,8 @@ fn disk_view(disk: &DiskFacts, vm: &VmFacts, parent: Option<&ParentRecord>) -> D
         },
         marks: match disk.marks {
             MarkSupport::Yes => plan::MarkSupport::Yes,
-            MarkSupport::No(NoMarks::NotQcow2) => plan::MarkSupport::NotQcow2,
-            MarkSupport::No(NoMarks::Qcow2Version2) => plan::MarkSupport::Qcow2Version2,
+            MarkSupport::WhileRunning(why) => plan::MarkSupport::WhileRunning(unfit(why)),
+            MarkSupport::No(why) => plan::MarkSupport::No(unfit(why)),
         },
         bitmap: parent.map_or(BitmapView::Missing, |parent| {
             bitmap_view(disk, &parent.mark.name)
@@ -303,6 +318,7 @@ fn identity(disk: &DiskFacts) -> Identity {
     Identity {
         serial: disk.serial.clone(),
         device: disk.device.clone(),
+        device_unknown: !disk.device_known,
         chain: disk
             .chain
             .iter()
@@ -335,7 +351,7 @@ pub(super) fn bitmap_view(disk: &DiskFacts, mark: &MarkName) -> BitmapView {
         BitmapView::Busy
     } else if any(|it| !it.recording) {
         BitmapView::NotRecording
-    } else if any(|it| !it.persistent) {
+    } else if disk.marks == MarkSupport::Yes && any(|it| !it.persistent) {
         BitmapView::NotPersistent
     } else {
         BitmapView::Recording {
@@ -367,6 +383,8 @@ pub(super) fn record_view(vm: &VmFacts, mark: &MarkRecord) -> Record {
         .iter()
         .find(|it| it.mark.as_ref() == Some(&mark.name));
     match found {
+        // Then the bitmap alone is the mark, under a name that was used once.
+        None if !vm.expects_records => Record::Proven,
         None => Record::Forgotten,
         Some(found) if found.nonce != Some(mark.nonce) => Record::Remade,
         Some(found) if mark.created_s.is_some() && found.created_s != mark.created_s => {
@@ -385,6 +403,7 @@ fn parent_view(repo: &Repository, parent: &ParentRecord, mark_lied: bool) -> Par
         identity: Identity {
             serial: evidence.serial.clone(),
             device: evidence.device.clone(),
+            device_unknown: evidence.device_unknown,
             chain: evidence.chain.iter().map(image_link).collect(),
         },
         granularity: evidence.granularity,
@@ -409,8 +428,9 @@ fn tree_is_readable(repo: &Repository, image: &ImageRoot) -> bool {
 }
 
 /// Whether and how the VM runs, for the gate.
-pub(super) const fn vm_state(facts: &VmFacts) -> VmState {
+pub(super) fn vm_state(facts: &VmFacts, options: &BackupOptions) -> VmState {
     match facts.run_state {
+        RunState::Off if options.offline != Offline::Refuse => VmState::AtRest,
         RunState::Running | RunState::Paused => VmState::Alive,
         RunState::PausedOnError => VmState::Stuck,
         RunState::Off => VmState::Off,

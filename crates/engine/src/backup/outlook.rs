@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{JobFacts, MarkOrder, Redefinition, RunState, VmFacts};
+use highwater_hypervisor::{JobFacts, MarkOrder, Redefinition, VmFacts};
 use highwater_model::{MarkName, PointId};
 use highwater_plan::{DiskPlan, FoundMark, JobView, MarkOnDisk, MarkView, Parent, VmState};
 use highwater_repo::{RepoError, Repository, VmIdentity};
@@ -59,7 +59,7 @@ pub(crate) fn outlook(
     foresee(tidying, &mut later, &mut would_heal);
     let planned = observe::plan_disks(repo, options, &later, &history);
     Ok(Outlook {
-        state: observe::vm_state(facts),
+        state: observe::vm_state(facts, options),
         job: observe::job_view(facts),
         parents: parents_now(facts, &history),
         marks: mark_views(facts, &history.committed),
@@ -94,8 +94,7 @@ pub(super) fn without_our_session(facts: &mut VmFacts) {
 
 /// Says where each mark is.
 fn mark_views(facts: &VmFacts, committed: &BTreeSet<PointId>) -> Vec<MarkView> {
-    // Only a QEMU that runs tells of bitmaps, and of those in its own images.
-    let is_looked_at = !matches!(facts.run_state, RunState::Off | RunState::NotResumed);
+    let is_looked_at = facts.disks.iter().all(|disk| facts.tells_bitmaps_of(disk));
     let view = |FoundMark { name, is_of_vm }| {
         let record = facts
             .checkpoints

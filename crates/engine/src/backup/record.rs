@@ -191,6 +191,7 @@ fn evidence(parts: &Parts<'_>, planned: &PlannedDisk, copied: &Copied) -> Eviden
     Evidence {
         serial: disk.serial.clone(),
         device: disk.device.clone(),
+        device_unknown: !disk.device_known,
         chain: disk
             .chain
             .iter()

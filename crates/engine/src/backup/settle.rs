@@ -2,9 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{
-    BeginOrder, DiskFacts, MarkOrder, Redefinition, RunState, Swept, VmFacts,
-};
+use highwater_hypervisor::{BeginOrder, DiskFacts, MarkOrder, Redefinition, Swept, VmFacts};
 use highwater_model::step::{Step, pass};
 use highwater_model::{MarkName, PointId, RepoId, SessionId};
 use highwater_plan::{
@@ -495,8 +493,7 @@ fn may_hold(facts: &VmFacts, target: &str, mark: &MarkName) -> bool {
     let Some(disk) = facts.disks.iter().find(|disk| disk.target == target) else {
         return true;
     };
-    // Only a QEMU that runs tells of bitmaps, and of those in its own images.
-    if matches!(facts.run_state, RunState::Off | RunState::NotResumed) {
+    if !facts.tells_bitmaps_of(disk) {
         return true;
     }
     let name = mark.to_string();

@@ -19,7 +19,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{
-    BeginOrder, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
+    BeginOrder, Begun, Consistency, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
 };
 
 use highwater_model::step::{Step, pass, patience};
@@ -98,6 +98,8 @@ struct Host {
 
 struct Session {
     order: BeginOrder,
+    /// The VM was off: whoever starts it may write before all is read.
+    is_offline: bool,
     committing: bool,
     /// Since when the daemon has been away.
     away: Option<Instant>,
@@ -115,9 +117,10 @@ struct Broken {
 }
 
 impl Session {
-    const fn new(order: BeginOrder) -> Self {
+    fn new(order: BeginOrder, begun: &Begun) -> Self {
         Self {
             order,
+            is_offline: begun.consistency == Consistency::Offline,
             committing: false,
             away: None,
             broken: None,
@@ -216,7 +219,7 @@ impl Host {
             Request::Begin { order } => {
                 self.expect_claim(&order.vm)?;
                 let begun = self.driver()?.begin(&order)?;
-                self.session = Some(Session::new(*order));
+                self.session = Some(Session::new(*order, &begun));
                 Ok(Reply::Begun(Box::new(begun)))
             }
             Request::Committing => {
@@ -224,9 +227,16 @@ impl Host {
                 if let Some(broken) = &session.broken {
                     return Err(broken.error.clone());
                 }
-                let vm = session.order.vm.clone();
+                let (vm, id) = (session.order.vm.clone(), session.order.session);
+                let is_offline = session.is_offline;
                 // A successor has removed our mark, or is about to.
                 self.driver()?.still_claimed(&vm)?;
+                // All is read. An image that was written to before now may have
+                // been read in parts from before and after; QEMU holds a point of
+                // its own for a VM that runs.
+                if is_offline {
+                    self.driver()?.check(&vm, id)?;
+                }
                 if let Some(session) = &mut self.session {
                     session.committing = true;
                 }

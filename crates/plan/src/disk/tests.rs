@@ -95,11 +95,11 @@ fn incremental_needs_every_fact_to_be_known_and_right() {
         "rescan parent-damaged",
     );
     check(
-        |disk, _| disk.marks = MarkSupport::NotQcow2,
+        |disk, _| disk.marks = MarkSupport::No(Unfit::NotQcow2),
         "rescan no-marks-on-raw",
     );
     check(
-        |disk, _| disk.marks = MarkSupport::Qcow2Version2,
+        |disk, _| disk.marks = MarkSupport::No(Unfit::Qcow2Version2),
         "rescan no-marks-on-qcow2-v2",
     );
 }
@@ -255,13 +255,64 @@ fn without_a_parent_a_disk_is_new() {
     assert_eq!(tell_new(History::OtherDisks), "full new-disk");
     assert_eq!(tell_new(History::ThisDisk), "rescan no-mark-yet");
     let raw = DiskView {
-        marks: MarkSupport::NotQcow2,
+        marks: MarkSupport::No(Unfit::NotQcow2),
         ..disk()
     };
     assert_eq!(
         tell(&plan_disk(Level::Auto, History::ThisDisk, &raw, None)),
         "rescan no-marks-on-raw"
     );
+}
+
+#[test]
+fn a_mark_that_only_a_process_holds_is_good_as_long_as_that_process_lives() {
+    for (unfit, gone) in [
+        (Unfit::NotQcow2, "rescan no-marks-on-raw"),
+        (Unfit::Qcow2Version2, "rescan no-marks-on-qcow2-v2"),
+    ] {
+        let marks = MarkSupport::WhileRunning(unfit);
+        check(|disk, _| disk.marks = marks, "incremental None");
+        let lost = |change: fn(&mut DiskView), expected| {
+            let apply = |disk: &mut DiskView, _: &mut ParentView| {
+                disk.marks = marks;
+                change(disk);
+            };
+            check(apply, expected);
+        };
+        lost(|disk| disk.bitmap = BitmapView::Missing, gone);
+        lost(|disk| disk.record = Record::Remade, "rescan mark-remade");
+        lost(
+            |disk| disk.record = Record::Unidentified,
+            "rescan process-unknown",
+        );
+    }
+}
+
+#[test]
+fn where_only_images_are_seen_they_say_which_disk_it_is() {
+    let other_device = |identity: &mut Identity| {
+        identity.serial = Some("other".to_owned());
+        identity.device = None;
+    };
+    check(
+        |disk, _| other_device(&mut disk.identity),
+        "full disk-swapped",
+    );
+    let unseen_now = |disk: &mut DiskView, _: &mut ParentView| {
+        other_device(&mut disk.identity);
+        disk.identity.device_unknown = true;
+    };
+    check(unseen_now, "incremental None");
+    let unseen_then = |disk: &mut DiskView, parent: &mut ParentView| {
+        other_device(&mut disk.identity);
+        parent.identity.device_unknown = true;
+    };
+    check(unseen_then, "incremental None");
+    let another_image = |disk: &mut DiskView, _: &mut ParentView| {
+        disk.identity.device_unknown = true;
+        disk.identity.chain = vec![view::link("/b.qcow2", "qcow2")];
+    };
+    check(another_image, "full chain-changed");
 }
 
 #[test]

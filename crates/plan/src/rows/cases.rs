@@ -8,7 +8,7 @@ use super::view::{
 };
 use crate::{
     AuditDuty, AuditView, BitmapView, DiskPlan, History, HotChunk, JobView, Level, MarkSupport,
-    Place, Record, Refusal, RootView, VmGate, VmState, Why, WritesSince, choose_audit, gate,
+    Place, Record, Refusal, RootView, Unfit, VmGate, VmState, Why, WritesSince, choose_audit, gate,
     plan_disk, superseded_marks, unfinished_marks,
 };
 
@@ -275,13 +275,13 @@ fn block_copy_to_qcow2() {
 fn block_copy_to_raw() {
     let copied = plan(|disk, _| {
         disk.identity.chain = vec![link("/copy.raw", "raw")];
-        disk.marks = MarkSupport::NotQcow2;
+        disk.marks = MarkSupport::No(Unfit::NotQcow2);
     });
     assert_eq!(copied, full(Why::ChainChanged));
     // A copy to the same name would be no better.
     let copied = plan(|disk, _| disk.identity.chain = vec![link("/a.qcow2", "raw")]);
     assert_eq!(copied, full(Why::ChainChanged));
-    let afterwards = plan_untracked(History::ThisDisk, MarkSupport::NotQcow2);
+    let afterwards = plan_untracked(History::ThisDisk, MarkSupport::No(Unfit::NotQcow2));
     assert_eq!(afterwards, rescan(Why::NoMarksOnRaw));
 }
 
@@ -431,8 +431,8 @@ fn shrunk() {
 
 fn raw_and_version_2() {
     for (marks, why) in [
-        (MarkSupport::NotQcow2, Why::NoMarksOnRaw),
-        (MarkSupport::Qcow2Version2, Why::NoMarksOnQcow2V2),
+        (MarkSupport::No(Unfit::NotQcow2), Why::NoMarksOnRaw),
+        (MarkSupport::No(Unfit::Qcow2Version2), Why::NoMarksOnQcow2V2),
     ] {
         assert_eq!(plan(|disk, _| disk.marks = marks), rescan(why));
         assert_eq!(plan_untracked(History::ThisDisk, marks), rescan(why));

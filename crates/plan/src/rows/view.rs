@@ -30,6 +30,7 @@ pub(crate) fn disk() -> DiskView {
         identity: Identity {
             serial: None,
             device: Some("virtio-disk0".to_owned()),
+            device_unknown: false,
             chain: vec![link("/a.qcow2", "qcow2")],
         },
         place: Place::Host,

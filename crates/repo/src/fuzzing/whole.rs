@@ -305,6 +305,7 @@ fn manifest_of(at: i64, roots: &[ImageRoot]) -> Manifest {
         evidence: Evidence {
             serial: Some("s".to_owned()),
             device: None,
+            device_unknown: false,
             chain: vec![EvidenceLink {
                 name: "/images/a".to_owned(),
                 format: "qcow2".to_owned(),

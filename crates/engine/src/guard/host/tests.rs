@@ -81,6 +81,7 @@ impl Driver for Scripted {
             consistency: Consistency::Crash,
             taken_at: Timestamp::from_unix_ms(0),
             frozen_ms: None,
+            stopped_us: None,
             mark_created_s: None,
             disks: Vec::new(),
             warnings: Vec::new(),
@@ -153,6 +154,7 @@ fn with_session(script: &Arc<Script>) -> (Guard, JoinHandle<()>) {
         freeze_mountpoints: Vec::new(),
         socket_dir: PathBuf::from("/nowhere"),
         scratch_dir: PathBuf::from("/nowhere"),
+        when_started: highwater_hypervisor::WhenStarted::Yield,
     };
     guard.begin(&order).unwrap();
     (guard, serving)
