@@ -28,7 +28,7 @@ use crate::{guest, lab};
 use monitor::Monitor;
 
 /// From its start to its first word. QEMU takes 0.2 s, on a busy machine 5 s.
-const START: Duration = Duration::from_secs(60);
+const START: Duration = Duration::from_mins(1);
 
 /// How long a QEMU that was asked to end may take to write its images.
 const END: Duration = Duration::from_secs(30);

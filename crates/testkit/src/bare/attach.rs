@@ -174,27 +174,28 @@ impl Attach {
 
     fn drive_text(&self, spec: &DiskSpec, image: &Path, format: &str) -> String {
         let image = image.display();
-        let mut text = if self.way == Way::Json {
-            let file = json!({"driver": format, "file": {"driver": "file", "filename": image.to_string()}});
+        let mut parts = if self.way == Way::Json {
+            let file = json!({"driver": "file", "filename": image.to_string()});
+            let file = json!({"driver": format, "file": file}).to_string();
             // A comma ends an option unless it is doubled.
-            format!("file=json:{}", file.to_string().replace(',', ",,"))
+            vec![format!("file=json:{}", file.replace(',', ",,"))]
         } else {
-            format!("file={image},format={format}")
+            vec![format!("file={image},format={format}")]
         };
-        text.push_str(&format!(",discard={}", spec.discard));
+        parts.push(format!("discard={}", spec.discard));
         if self.id.is_some() || self.way != Way::Drive {
-            text.push_str(&format!(",id={}", self.drive_id(spec)));
+            parts.push(format!("id={}", self.drive_id(spec)));
         }
         if let Some(node) = &self.node {
-            text.push_str(&format!(",node-name={node}"));
+            parts.push(format!("node-name={node}"));
         }
         if self.throttle == Throttle::Drive {
-            text.push_str(&format!(",throttling.iops-total={IOPS}"));
+            parts.push(format!("throttling.iops-total={IOPS}"));
         }
         if self.way == Way::Drive {
-            text.push_str(&write_errors(spec));
+            parts.extend(write_errors(spec));
         }
-        text
+        parts.join(",")
     }
 
     fn blockdev_arguments(&self, spec: &DiskSpec, image: &Path, format: &str) -> Vec<String> {
@@ -225,42 +226,39 @@ impl Attach {
             add("-object", format!("iothread,id=io-{target}"));
             thread = format!(",iothread=io-{target}");
         }
-        let mut device = format!("{},drive={}", self.device, self.below(spec));
+        let mut device = vec![format!("{},drive={}", self.device, self.below(spec))];
         match self.device.as_str() {
             "scsi-hd" => {
                 add(
                     "-device",
                     format!("virtio-scsi-pci,id=scsi-{target}{thread}"),
                 );
-                device.push_str(&format!(",bus=scsi-{target}.0"));
+                device.push(format!("bus=scsi-{target}.0"));
             }
             "usb-storage" => {
                 add("-device", format!("qemu-xhci,id=xhci-{target}"));
-                device.push_str(&format!(",bus=xhci-{target}.0"));
+                device.push(format!("bus=xhci-{target}.0"));
             }
-            "nvme" if spec.serial.is_none() => device.push_str(&format!(",serial={target}")),
-            "virtio-blk-pci" => device.push_str(&thread),
+            "nvme" if spec.serial.is_none() => device.push(format!("serial={target}")),
+            "virtio-blk-pci" if self.iothread => device.push(format!("iothread=io-{target}")),
             _ => {}
         }
         if self.device_id == DeviceId::Target {
-            device.push_str(&format!(",id={target}"));
+            device.push(format!("id={target}"));
         }
-        if let Some(serial) = &spec.serial {
-            device.push_str(&format!(",serial={serial}"));
-        }
-        device.push_str(&write_errors(spec));
-        add("-device", device + &self.options);
+        device.extend(spec.serial.iter().map(|serial| format!("serial={serial}")));
+        device.extend(write_errors(spec));
+        add("-device", device.join(",") + &self.options);
         arguments
     }
 }
 
-fn write_errors(spec: &DiskSpec) -> String {
-    let policy = match spec.error_policy {
-        None => return String::new(),
-        Some(ErrorPolicy::Stop) => "stop",
-        Some(ErrorPolicy::Report) => "report",
-        Some(ErrorPolicy::Ignore) => "ignore",
-        Some(ErrorPolicy::Enospace) => "enospc",
+fn write_errors(spec: &DiskSpec) -> Option<String> {
+    let policy = match spec.error_policy? {
+        ErrorPolicy::Stop => "stop",
+        ErrorPolicy::Report => "report",
+        ErrorPolicy::Ignore => "ignore",
+        ErrorPolicy::Enospace => "enospc",
     };
-    format!(",werror={policy}")
+    Some(format!("werror={policy}"))
 }
