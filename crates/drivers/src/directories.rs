@@ -68,6 +68,14 @@ impl SessionPaths {
         }
     }
 
+    /// For a session of which the scratch directory is known; `None` if that is
+    /// not one, or says that it belongs to another place.
+    pub(crate) fn of_scratch_dir(session: SessionId, scratch_dir: &Path) -> Option<Self> {
+        let label = Label::read(scratch_dir, session)?;
+        (label.scratch_dir == scratch_dir)
+            .then(|| Self::of_leftover(session, &label.socket_dir, scratch_dir))
+    }
+
     pub(crate) const fn session(&self) -> SessionId {
         self.session
     }

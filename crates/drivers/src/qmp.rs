@@ -20,14 +20,19 @@ mod claims;
 mod client;
 mod end;
 mod error;
+mod freeze;
 mod identity;
+mod iothreads;
 mod line;
 mod marks;
-
+mod objects;
 mod observe;
 mod options;
 mod peers;
 mod process;
+mod sequence;
+mod servers;
+mod stop;
 mod survey;
 
 mod sweep;
