@@ -74,6 +74,52 @@ impl Job<'_> {
         Ok(())
     }
 
+    /// Starts a VM that is off, paused, for as long as this backup takes.
+    pub(super) fn start_paused(&mut self) -> Result<(), BackupError> {
+        // First: a start that fails in the middle may have started it.
+        self.started_vm = true;
+        let started = self.context.guard.start_paused(self.vm);
+        started.map_err(|source| BackupError::Begin {
+            vm: self.vm.name.clone(),
+            source,
+        })
+    }
+
+    /// Shuts it off again.
+    pub(super) fn stop_started(&mut self) {
+        if !self.started_vm {
+            return;
+        }
+        let guard = self.context.guard;
+        let stopped = if guard.is_gone() {
+            self.with_another_guard(|guard| guard.stop_if_started(self.vm))
+        } else {
+            guard.stop_if_started(self.vm)
+        };
+        match stopped {
+            Ok(true) => {}
+            Ok(false) => self.warn(
+                "the VM was started paused for this backup, and is not shut off: somebody has \
+                 resumed it, or ended it"
+                    .to_owned(),
+            ),
+            Err(error) => self.warn(format!(
+                "cannot shut the VM off that was started paused for this backup: {}; the next \
+                 backup does",
+                one_line(&error)
+            )),
+        }
+    }
+
+    fn with_another_guard<T>(
+        &self,
+        work: impl FnOnce(&Guard) -> Result<T, GuardError>,
+    ) -> Result<T, GuardError> {
+        let guard: Guard = (self.context.restart_guard)()?;
+        guard.lock(self.vm)?;
+        work(&guard)
+    }
+
     /// Removes what sessions left of which no job tells any more: QEMU was
     /// killed too. Returns whether there was any, so that facts are stale.
     pub(super) fn sweep(&mut self) -> Result<bool, BackupError> {
@@ -225,13 +271,13 @@ impl Job<'_> {
         order: &BeginOrder,
         outcome: Outcome,
     ) -> Result<Vec<String>, GuardError> {
-        let guard: Guard = (self.context.restart_guard)()?;
-        guard.lock(self.vm)?;
-        let mut ended = guard.settle(order, outcome)?;
-        // What is left when the job had ended before.
-        let swept = guard.sweep(self.vm, &self.options.session_places())?;
-        ended.warnings.extend(swept.warnings);
-        Ok(ended.warnings)
+        self.with_another_guard(|guard| {
+            let mut ended = guard.settle(order, outcome)?;
+            // What is left when the job had ended before.
+            let swept = guard.sweep(self.vm, &self.options.session_places())?;
+            ended.warnings.extend(swept.warnings);
+            Ok(ended.warnings)
+        })
     }
 
     /// Gives up the marks that no disk needs now that the manifest is durable.

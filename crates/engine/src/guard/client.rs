@@ -12,8 +12,8 @@ use std::thread;
 use std::time::Duration;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Ended, ErrorKind, HypervisorError, LeftDirectory, MarkOrder, RunState,
-    Surroundings, Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Ended, ErrorKind, Foreign, HypervisorError, LeftDirectory, MarkOrder,
+    RunState, Surroundings, Swept, VmFacts, VmRef, Wreckage,
 };
 use highwater_model::SessionId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -260,6 +260,37 @@ impl Guard {
         let (vm, places) = (vm.clone(), places.to_vec());
         match self.ask(Request::Sweep { vm, places })? {
             Reply::Swept(swept) => Ok(swept),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Reports what another program has left at a VM.
+    pub fn wreckage(&self, vm: &VmRef, of: Foreign) -> Result<Wreckage, GuardError> {
+        self.wreckage_by(Request::Wreckage { vm: vm.clone(), of })
+    }
+
+    /// Removes it, and returns what was removed; the VM's lock must have been
+    /// taken.
+    pub fn clear_wreckage(&self, vm: &VmRef, of: Foreign) -> Result<Wreckage, GuardError> {
+        self.wreckage_by(Request::ClearWreckage { vm: vm.clone(), of })
+    }
+
+    fn wreckage_by(&self, request: Request) -> Result<Wreckage, GuardError> {
+        match self.ask(request)? {
+            Reply::Wreckage(found) => Ok(found),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Starts a VM that is off, paused; its lock must have been taken.
+    pub fn start_paused(&self, vm: &VmRef) -> Result<(), GuardError> {
+        self.done(Request::StartPaused { vm: vm.clone() })
+    }
+
+    /// Shuts it off again, unless somebody has resumed it; says whether.
+    pub fn stop_if_started(&self, vm: &VmRef) -> Result<bool, GuardError> {
+        match self.ask(Request::StopIfStarted { vm: vm.clone() })? {
+            Reply::Stopped(was_ours) => Ok(was_ours),
             _ => Err(wrong_reply()),
         }
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use highwater_engine::{
     BitmapView, ChangedGraph, Checkup, Finding, MarkOnDisk, Problem, Refusal, Refused, Remedy,
-    Strange, Verdict, known_program,
+    Strange, Verdict, Wrecks, known_program,
 };
 use highwater_hypervisor::{JobFacts, RunState};
 use highwater_model::{Clock as _, MarkName, SessionId, SystemClock, format_size};
@@ -78,6 +78,7 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
             ],
         ),
         Problem::Strange(strange) => (strange_thing(strange), Vec::new()),
+        Problem::Wreckage(wrecks) => wreckage(*wrecks, checkup),
     };
     let todo = match finding.remedy {
         Remedy::Hand | Remedy::Nothing => hand,
@@ -90,6 +91,42 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
         }
     };
     Said { what, todo }
+}
+
+fn wreckage(wrecks: Wrecks, checkup: &Checkup) -> (String, Vec<String>) {
+    let found = &checkup.wreckage;
+    let names: Vec<String> = found
+        .wrecks
+        .iter()
+        .map(|wreck| format!("{} {}", wreck.kind, wreck.name))
+        .collect();
+    let names = names.join(", ");
+    if let Some(because) = &found.in_use {
+        return (
+            format!("qmpbackup is at work ({because}): {names}"),
+            Vec::new(),
+        );
+    }
+    let remove = format!(
+        "highwater doctor {} --fix --foreign qmpbackup",
+        checkup.vm.name
+    );
+    if wrecks.harmful == 0 {
+        return (
+            format!("qmpbackup has been here: {names}: left alone"),
+            vec![format!(
+                "to remove it, if qmpbackup is used no more: {remove}"
+            )],
+        );
+    }
+    (
+        format!(
+            "a backup of qmpbackup was cut short and left: {names}; its filter copies what the \
+             guest overwrites into a file that grows, and qmpbackup itself fails as long as they \
+             are there"
+        ),
+        vec![remove],
+    )
 }
 
 fn dead_session(session: SessionId, checkup: &Checkup) -> String {
