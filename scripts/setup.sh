@@ -159,6 +159,46 @@ for package in "${absent[@]}"; do
 done
 if [ ${#known[@]} -gt 0 ]; then install_packages "${known[@]}"; fi
 
+# --- QEMU 7.2, the oldest that is tried: unpacked beside, never installed -------
+
+unpack_old_qemu() {
+    local cache=${XDG_CACHE_HOME:-$HOME/.cache}/highwater-lab package version draft deb
+    cache=${HIGHWATER_LAB_CACHE:-$cache}
+    [ ! -e "$cache/qemu-7.2" ] || return 0
+    version_of() {
+        apt-cache madison "$1" 2>/dev/null | awk '$3 ~ /^1:7\.2\+/ {print $3}' |
+            sort -V | tail -n 1
+    }
+    if [ "$(codename)" = bookworm ] && [ -z "$(version_of qemu-system-x86)" ]; then
+        apt update
+    fi
+    if [ -z "$(version_of qemu-system-x86)" ]; then
+        [ "$(codename)" != bookworm ] || fail "cannot find QEMU 7.2 in the package sources"
+        say "leaving out QEMU 7.2: this release does not have it (make test WITHOUT=qemu_7_2)"
+        return 0
+    fi
+    say "unpacking QEMU 7.2 to $cache"
+    mkdir -p "$cache"
+    draft=$(mktemp -d "$cache/qemu-7.2.draft-XXXXXX")
+    for package in qemu-system-x86 qemu-system-common qemu-system-data; do
+        version=$(version_of $package)
+        (cd "$draft" && apt-get download -q "$package=$version") >"$log" 2>&1 || {
+            tail -n 10 "$log" >&2
+            fail "cannot download $package $version"
+        }
+    done
+    for deb in "$draft"/*.deb; do dpkg -x "$deb" "$draft"; done
+    rm "$draft"/*.deb
+    # It is run with the libraries of this system, so it must find them all.
+    LC_ALL=C ldd "$draft/usr/bin/qemu-system-x86_64" | grep 'not found' >"$log" &&
+        fail "QEMU 7.2 lacks libraries here: $(tr -s '\n\t ' ' ' <"$log")"
+    # Whoever finds it under its name finds it whole; another run may have been faster.
+    chmod 755 "$draft"
+    mv -T "$draft" "$cache/qemu-7.2" 2>"$log" || rm -rf "$draft"
+}
+
+if [ "$purpose" = test ]; then unpack_old_qemu; fi
+
 # --- Rust --------------------------------------------------------------------
 
 PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin

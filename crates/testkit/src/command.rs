@@ -65,6 +65,11 @@ impl Tool {
         self
     }
 
+    /// Returns it as the standard library's, to be run otherwise.
+    pub(crate) fn into_command(self) -> Command {
+        self.command
+    }
+
     /// Runs it and returns what it printed; fails if it fails, with its stderr.
     pub fn run(self) -> Result<String> {
         let bytes = self.run_bytes()?;

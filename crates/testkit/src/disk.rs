@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 
 use crate::command::tool;
-use crate::lab::Lab;
 
 /// The attribute that puts a disk into the VM's one I/O thread.
 pub(crate) const IOTHREAD: &str = "iothread='1'";
@@ -192,17 +191,17 @@ impl DiskSpec {
     }
 
     /// Makes the image and returns its path and format, if it has any.
-    pub(crate) fn create(&self, lab: &Lab, vm: &str) -> Result<Option<(PathBuf, String)>> {
+    pub(crate) fn create(&self, dir: &Path, vm: &str) -> Result<Option<(PathBuf, String)>> {
         let name = format!("{vm}-{}", self.target);
         match &self.source {
             Source::Qcow2(qcow2) => {
-                let path = lab.path(&format!("{name}.qcow2"));
-                let data = lab.path(&format!("{name}.data"));
+                let path = dir.join(format!("{name}.qcow2"));
+                let data = dir.join(format!("{name}.data"));
                 create_qcow2(qcow2, &path, &data)?;
                 Ok(Some((path, "qcow2".to_owned())))
             }
             Source::Raw { size_bytes } => {
-                let path = lab.path(&format!("{name}.raw"));
+                let path = dir.join(format!("{name}.raw"));
                 fs::File::create(&path)
                     .and_then(|file| file.set_len(*size_bytes))
                     .with_context(|| format!("cannot create {}", path.display()))?;

@@ -9,9 +9,9 @@ mod latency;
 mod writer;
 
 use std::fmt::Write as _;
-use std::io::{Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ pub use assets::{Assets, assets};
 pub use latency::{Latency, LatencyWriter};
 pub use writer::{NumberedWriter, Numbering};
 
+use crate::bare::BareVm;
 use crate::command::{tool, wait_until};
 use crate::lab::Lab;
 use crate::vm::{Vm, VmBuilder};
@@ -29,7 +30,7 @@ use crate::vm::{Vm, VmBuilder};
 const BOOT_DEADLINE: Duration = Duration::from_mins(2);
 
 /// The kernel, its initial file system twice (packed and unpacked), and some air.
-const MEMORY_MIB: u64 = 256;
+pub(crate) const MEMORY_MIB: u64 = 256;
 
 /// The agent starts together with the loop that has already answered.
 const AGENT_DEADLINE: Duration = Duration::from_secs(30);
@@ -37,8 +38,18 @@ const AGENT_DEADLINE: Duration = Duration::from_secs(30);
 /// The guest's end of a VM made with [`VmBuilder::guest`].
 #[derive(Debug)]
 pub struct Guest {
-    vm: Vm,
+    name: String,
+    agent: AgentLine,
+    writer: PathBuf,
     control: Mutex<UnixStream>,
+}
+
+/// Who passes words on to the guest agent.
+#[derive(Debug)]
+enum AgentLine {
+    Libvirt(Vm),
+    /// Nobody: a socket of QEMU's, for one at a time.
+    Socket(PathBuf),
 }
 
 impl VmBuilder {
@@ -55,22 +66,35 @@ impl Vm {
     ///
     /// Once per start: there is one line to the guest, and it has one end.
     pub fn guest(&self) -> Result<Guest> {
-        Guest::connect(self.clone())
+        let (control, writer) = sockets(&self.lab().dir(), self.name());
+        let agent = AgentLine::Libvirt(self.clone());
+        Guest::connect(self.name(), &control, writer, agent)
+    }
+}
+
+impl BareVm {
+    /// Like [`Vm::guest`], of a VM made with
+    /// [`BareBuilder::guest`](crate::BareBuilder::guest).
+    pub fn guest(&self) -> Result<Guest> {
+        let (control, writer) = sockets(&self.lab().dir(), self.name());
+        let agent = AgentLine::Socket(self.agent_socket());
+        Guest::connect(self.name(), &control, writer, agent)
     }
 }
 
 impl Guest {
     /// Waits until the guest has booted.
-    fn connect(vm: Vm) -> Result<Self> {
-        let socket = control_socket(vm.lab(), vm.name());
-        let control = UnixStream::connect(&socket)
+    fn connect(name: &str, socket: &Path, writer: PathBuf, agent: AgentLine) -> Result<Self> {
+        let control = UnixStream::connect(socket)
             .with_context(|| format!("cannot reach the guest at {}", socket.display()))?;
         let guest = Self {
-            vm,
+            name: name.to_owned(),
+            agent,
+            writer,
             control: Mutex::new(control),
         };
         let booted = guest.run_within("true", BOOT_DEADLINE);
-        booted.with_context(|| format!("guest {} does not boot", guest.vm.name()))?;
+        booted.with_context(|| format!("guest {} does not boot", guest.name))?;
         Ok(guest)
     }
 
@@ -121,13 +145,12 @@ impl Guest {
 
     /// Sends a command to the guest agent and returns its answer.
     pub fn agent(&self, command: &str) -> Result<String> {
-        self.vm.lab().virsh(&[
-            "qemu-agent-command",
-            "--timeout",
-            "5",
-            self.vm.name(),
-            command,
-        ])
+        let vm = match &self.agent {
+            AgentLine::Libvirt(vm) => vm,
+            AgentLine::Socket(socket) => return ask_agent(socket, command),
+        };
+        let ask = ["qemu-agent-command", "--timeout", "5", vm.name(), command];
+        vm.lab().virsh(&ask)
     }
 
     /// Says whether the guest's file systems are frozen, as the agent tells.
@@ -135,10 +158,23 @@ impl Guest {
         let status = self.agent(r#"{"execute":"guest-fsfreeze-status"}"#)?;
         Ok(status.contains("frozen"))
     }
+}
 
-    /// Returns the VM it runs in.
-    pub const fn vm(&self) -> &Vm {
-        &self.vm
+/// Asks over the agent's own socket. Who asked before may have gone without its
+/// answer, so a number is asked for first.
+fn ask_agent(socket: &Path, command: &str) -> Result<String> {
+    let mut line = UnixStream::connect(socket)?;
+    line.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let number = std::process::id();
+    let sync = format!(r#"{{"execute":"guest-sync","arguments":{{"id":{number}}}}}"#);
+    line.write_all(format!("{sync}\n{command}\n").as_bytes())?;
+    let mut answers = BufReader::new(line).lines();
+    let synced = format!("{{\"return\": {number}}}");
+    loop {
+        let answer = answers.next().context("the agent's socket was closed")??;
+        if answer == synced {
+            return Ok(answers.next().context("the agent's socket was closed")??);
+        }
     }
 }
 
@@ -174,10 +210,8 @@ fn xml(lab: &Lab, vm: &str) -> Result<(String, String)> {
          <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\n",
         console.display()
     );
-    let ports = [
-        ("control", control_socket(lab, vm)),
-        ("writer", writer_socket(lab, vm)),
-    ];
+    let (control, writer) = sockets(&lab.dir(), vm);
+    let ports = [("control", control), ("writer", writer)];
     for (name, socket) in ports {
         writeln!(
             devices,
@@ -189,10 +223,46 @@ fn xml(lab: &Lab, vm: &str) -> Result<(String, String)> {
     Ok((os, devices))
 }
 
-fn control_socket(lab: &Lab, vm: &str) -> std::path::PathBuf {
-    lab.path(&format!("{vm}.control"))
+/// Returns QEMU's arguments that make a VM boot the guest; the agent's socket is given.
+pub(crate) fn arguments(dir: &Path, vm: &str, agent: &Path) -> Result<Vec<String>> {
+    let Assets { kernel, initrd } = assets()?;
+    let console = dir.join(format!("{vm}-console.log"));
+    let mut arguments: Vec<String> = vec![
+        "-cpu".into(),
+        "max".into(),
+        "-kernel".into(),
+        kernel.display().to_string(),
+        "-initrd".into(),
+        initrd.display().to_string(),
+        "-append".into(),
+        "console=ttyS0 panic=-1 quiet".into(),
+        "-serial".into(),
+        format!("file:{}", console.display()),
+        "-device".into(),
+        "virtio-serial-pci".into(),
+    ];
+    let (control, writer) = sockets(dir, vm);
+    let ports = [
+        ("org.qemu.guest_agent.0", agent),
+        ("org.highwater.control", &control),
+        ("org.highwater.writer", &writer),
+    ];
+    for (number, (name, socket)) in ports.into_iter().enumerate() {
+        let socket = socket.display();
+        arguments.extend([
+            "-chardev".into(),
+            format!("socket,id=port{number},path={socket},server=on,wait=off"),
+            "-device".into(),
+            format!("virtserialport,chardev=port{number},name={name}"),
+        ]);
+    }
+    Ok(arguments)
 }
 
-fn writer_socket(lab: &Lab, vm: &str) -> std::path::PathBuf {
-    lab.path(&format!("{vm}.writer"))
+/// Where the test reaches the guest, and the program that writes in it.
+fn sockets(dir: &Path, vm: &str) -> (PathBuf, PathBuf) {
+    (
+        dir.join(format!("{vm}.control")),
+        dir.join(format!("{vm}.writer")),
+    )
 }

@@ -76,25 +76,14 @@ struct Life {
 impl Lab {
     /// Starts a libvirtd of its own.
     pub fn start() -> Result<Self> {
-        let base = std::env::var_os("HIGHWATER_LAB_DIR")
-            .map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from);
-        sweep(&base);
-        // Short: a unix socket's path has room for 107 bytes.
-        let mut dir = tempfile::Builder::new()
-            .prefix("hwl-")
-            .tempdir_in(&base)
-            .with_context(|| format!("cannot make a lab in {}", base.display()))?;
-        dir.disable_cleanup(std::env::var_os("HIGHWATER_LAB_KEEP").is_some());
+        let dir = private_dir()?;
         let capabilities = capabilities()?;
         Self::start_in(dir, Some(&capabilities))
     }
 
     fn start_in(dir: TempDir, capabilities: Option<&Path>) -> Result<Self> {
         let root = dir.path();
-        // Locked before it has the name that sweepers look for.
-        let lock = File::create(root.join("lock.new"))?;
-        lock.lock()?;
-        fs::rename(root.join("lock.new"), root.join(LOCK))?;
+        let lock = lock(root)?;
         for (name, _) in PRIVATE {
             fs::create_dir(root.join(name))?;
         }
@@ -259,6 +248,29 @@ impl Drop for Life {
     }
 }
 
+/// Makes a directory for one test, and removes those of tests that were killed.
+pub(crate) fn private_dir() -> Result<TempDir> {
+    let base = std::env::var_os("HIGHWATER_LAB_DIR")
+        .map_or_else(|| PathBuf::from("/dev/shm"), PathBuf::from);
+    sweep(&base);
+    // Short: a unix socket's path has room for 107 bytes.
+    let mut dir = tempfile::Builder::new()
+        .prefix("hwl-")
+        .tempdir_in(&base)
+        .with_context(|| format!("cannot make a lab in {}", base.display()))?;
+    dir.disable_cleanup(std::env::var_os("HIGHWATER_LAB_KEEP").is_some());
+    Ok(dir)
+}
+
+/// Keeps others from sweeping the directory away for as long as it is held.
+pub(crate) fn lock(dir: &Path) -> Result<File> {
+    // Locked before it has the name that sweepers look for.
+    let lock = File::create(dir.join("lock.new"))?;
+    lock.lock()?;
+    fs::rename(dir.join("lock.new"), dir.join(LOCK))?;
+    Ok(lock)
+}
+
 fn end_of_log(root: &Path) -> String {
     let log = fs::read_to_string(root.join("log/libvirtd.log")).unwrap_or_default();
     let lines: Vec<&str> = log.lines().collect();
@@ -288,7 +300,7 @@ fn capabilities() -> Result<PathBuf> {
     })
 }
 
-fn line_buffered() -> Result<PathBuf> {
+pub(crate) fn line_buffered() -> Result<PathBuf> {
     let dir = cache::once("line-buffered-1", |draft| {
         tool("cc")
             .args(["-shared", "-fPIC", "-O2", "-x", "c", "-", "-o"])

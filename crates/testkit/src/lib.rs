@@ -23,6 +23,7 @@
     reason = "files of a lab live in a temporary directory that dies with the test: nothing here must be durable"
 )]
 
+mod bare;
 mod cache;
 mod command;
 mod corpus;
@@ -35,6 +36,7 @@ mod vm;
 pub mod workload;
 mod xml;
 
+pub use bare::{Attach, BareBuilder, BareLab, BareVm, Graph, Qemu};
 pub use command::{Tool, tool, wait_until};
 pub use corpus::replay;
 pub use disk::{DiskSpec, ErrorPolicy};

@@ -160,7 +160,7 @@ impl VmBuilder {
         let mut disks = Vec::new();
         let mut elements = String::new();
         for spec in &self.disks {
-            let image = spec.create(&self.lab, &self.name)?;
+            let image = spec.create(&self.lab.dir(), &self.name)?;
             let element = xml::disk(spec, image.as_ref());
             elements.push_str(&element);
             disks.push(VmDisk {
@@ -578,7 +578,7 @@ fn has_scratch_file(node: &Value) -> bool {
 
 /// Each command prints one line `wrote 512/512 bytes at offset 0` (or `read`,
 /// `discard`), or something else when it fails.
-fn check_qemu_io(said: &str, commands: usize) -> Result<()> {
+pub(crate) fn check_qemu_io(said: &str, commands: usize) -> Result<()> {
     let failed = said.lines().find(|line| {
         line.contains(" failed") || line.contains("not found") || line.contains("non-numeric")
     });
@@ -601,7 +601,7 @@ fn is_success(line: &str) -> bool {
         && counts.is_some_and(|(done, wanted)| done == wanted)
 }
 
-fn bitmaps_of_image(nodes: &[Value], image: &Path, format: &str) -> Vec<BitmapSeen> {
+pub(crate) fn bitmaps_of_image(nodes: &[Value], image: &Path, format: &str) -> Vec<BitmapSeen> {
     let of_this_image = nodes.iter().filter(|node| {
         node["drv"] == format && node["file"].as_str() == image.as_os_str().to_str()
     });
@@ -609,7 +609,7 @@ fn bitmaps_of_image(nodes: &[Value], image: &Path, format: &str) -> Vec<BitmapSe
 }
 
 /// Those of a job's own filters have no name.
-fn bitmaps_of_node(node: &Value) -> impl Iterator<Item = BitmapSeen> {
+pub(crate) fn bitmaps_of_node(node: &Value) -> impl Iterator<Item = BitmapSeen> {
     let bitmaps = node["dirty-bitmaps"].as_array().into_iter().flatten();
     bitmaps.filter_map(|bitmap| {
         let name = bitmap["name"].as_str().filter(|name| !name.is_empty())?;
@@ -623,7 +623,7 @@ fn bitmaps_of_node(node: &Value) -> impl Iterator<Item = BitmapSeen> {
     })
 }
 
-fn bitmaps_in_image(image: &Path) -> Result<Vec<BitmapSeen>> {
+pub(crate) fn bitmaps_in_image(image: &Path) -> Result<Vec<BitmapSeen>> {
     let info = images::info(image)?;
     let bitmaps = &info["format-specific"]["data"]["bitmaps"];
     let mut seen = Vec::new();
@@ -647,7 +647,7 @@ fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_owned).collect()
 }
 
-fn strings(list: &Value, field: &str) -> Vec<String> {
+pub(crate) fn strings(list: &Value, field: &str) -> Vec<String> {
     list.as_array()
         .into_iter()
         .flatten()

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 
 use crate::KIB;
+use crate::bare::BareVm;
 use crate::vm::Vm;
 
 /// One write of a guest.
@@ -34,6 +35,24 @@ pub enum WriteKind {
     Discard,
     /// The bytes that are there already: dirty, and yet the same.
     Rewrite(u8),
+}
+
+/// A VM that writes as it is told.
+pub trait Writes {
+    /// Lets the guest write: commands of `qemu-io` on one of its disks.
+    fn write_all(&self, disk: &str, commands: &[String]) -> Result<()>;
+}
+
+impl Writes for Vm {
+    fn write_all(&self, disk: &str, commands: &[String]) -> Result<()> {
+        Self::write_all(self, disk, commands)
+    }
+}
+
+impl Writes for BareVm {
+    fn write_all(&self, disk: &str, commands: &[String]) -> Result<()> {
+        Self::write_all(self, disk, commands)
+    }
 }
 
 /// An endless sequence of writes, and the disk they make.
@@ -65,7 +84,7 @@ impl Workload {
 
     /// Draws `count` writes and lets the guest do them on a disk that agrees
     /// with the model so far; afterwards it still does.
-    pub fn run(&mut self, vm: &Vm, disk: &str, count: usize) -> Result<()> {
+    pub fn run(&mut self, vm: &impl Writes, disk: &str, count: usize) -> Result<()> {
         let mut commands = Vec::new();
         for _ in 0..count {
             commands.push(self.step().to_qemu_io());

@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::{Guest, writer_socket};
+use super::Guest;
 use crate::command::wait_until;
 
 const BLOCK_BYTES: usize = 4096;
@@ -53,9 +53,8 @@ impl NumberedWriter {
     /// Lets the guest write, at most `window` blocks ahead of what it has
     /// acknowledged. Returns when it has written the first.
     pub fn start(guest: &Guest, numbering: &Numbering, window: u64) -> Result<Self> {
-        let vm = guest.vm();
-        let socket = writer_socket(vm.lab(), vm.name());
-        let port = UnixStream::connect(&socket)
+        let socket = &guest.writer;
+        let port = UnixStream::connect(socket)
             .with_context(|| format!("cannot reach the guest at {}", socket.display()))?;
         guest.run(&format!(
             "numbered-writer $WRITER_PORT {} {} {} >/tmp/writer 2>&1 &",
