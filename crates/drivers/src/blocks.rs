@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use highwater_hypervisor::{BitmapFacts, RootNode};
 use serde::Deserialize;
+use serde_json::Value;
 
 /// Drivers of nodes that pass everything on to their one child: the guest's
 /// content below and above them is the same.
@@ -77,9 +78,17 @@ pub(crate) struct Device {
 impl Blocks {
     /// Puts the replies to the two queries together.
     pub(crate) fn parse(nodes: &str, devices: &str) -> Result<Self, ReplyError> {
-        let nodes: Vec<WireNode> = reply(nodes)?;
-        let devices: Vec<WireDevice> = reply(devices)?;
-        Ok(Self {
+        Ok(Self::of(reply(nodes)?, reply(devices)?))
+    }
+
+    /// Puts the answers to the two queries together, where there is no reply
+    /// around them.
+    pub(crate) fn from_values(nodes: Value, devices: Value) -> Result<Self, ReplyError> {
+        Ok(Self::of(answer(nodes)?, answer(devices)?))
+    }
+
+    fn of(nodes: Vec<WireNode>, devices: Vec<WireDevice>) -> Self {
+        Self {
             nodes: nodes
                 .into_iter()
                 .filter_map(|node| Some((node.node_name.clone()?, node.into_facts()?)))
@@ -95,7 +104,7 @@ impl Blocks {
                 })
                 .collect(),
             below: None,
-        })
+        }
     }
 
     /// Returns whether some device has a filter on top, so that the graph is
@@ -109,25 +118,13 @@ impl Blocks {
 
     /// Adds the reply to [`QUERY_GRAPH`].
     pub(crate) fn add_graph(&mut self, graph: &str) -> Result<(), ReplyError> {
-        let graph: WireGraph = reply(graph)?;
-        let names: BTreeMap<u64, String> = graph
-            .nodes
-            .into_iter()
-            .map(|node| (node.id, node.name))
-            .collect();
-        self.below = Some(
-            graph
-                .edges
-                .into_iter()
-                .filter(|edge| edge.name == "file")
-                .filter_map(|edge| {
-                    Some((
-                        names.get(&edge.parent)?.clone(),
-                        names.get(&edge.child)?.clone(),
-                    ))
-                })
-                .collect(),
-        );
+        self.below = Some(below(reply(graph)?));
+        Ok(())
+    }
+
+    /// Adds the answer to [`QUERY_GRAPH`].
+    pub(crate) fn add_graph_value(&mut self, graph: Value) -> Result<(), ReplyError> {
+        self.below = Some(below(answer(graph)?));
         Ok(())
     }
 
@@ -226,6 +223,31 @@ impl Blocks {
             .get(node)
             .is_some_and(|node| FILTERS.contains(&node.driver.as_str()))
     }
+}
+
+/// Returns the child that each node passes everything on to, if it is a filter.
+fn below(graph: WireGraph) -> BTreeMap<String, String> {
+    let names: BTreeMap<u64, String> = graph
+        .nodes
+        .into_iter()
+        .map(|node| (node.id, node.name))
+        .collect();
+    graph
+        .edges
+        .into_iter()
+        .filter(|edge| edge.name == "file")
+        .filter_map(|edge| {
+            Some((
+                names.get(&edge.parent)?.clone(),
+                names.get(&edge.child)?.clone(),
+            ))
+        })
+        .collect()
+}
+
+/// Understands what a command returned.
+pub(crate) fn answer<T: for<'de> Deserialize<'de>>(value: Value) -> Result<T, ReplyError> {
+    serde_json::from_value(value).map_err(|error| ReplyError::Malformed(error.to_string()))
 }
 
 /// Returns what a command returned.

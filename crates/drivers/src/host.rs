@@ -31,10 +31,6 @@ pub(crate) struct User {
 /// `-uuid` argument. More than one match (a migration between two daemons of
 /// one host) proves nothing, so it is none.
 pub(crate) fn qemu_process(uuid: &str) -> Option<QemuProcess> {
-    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
-        .ok()?
-        .trim()
-        .to_owned();
     let mut found = fs::read_dir("/proc")
         .ok()?
         .filter_map(Result::ok)
@@ -44,6 +40,15 @@ pub(crate) fn qemu_process(uuid: &str) -> Option<QemuProcess> {
     if found.next().is_some() {
         return None;
     }
+    process(pid)
+}
+
+/// Returns what identifies the process with this number now.
+pub(crate) fn process(pid: u32) -> Option<QemuProcess> {
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .ok()?
+        .trim()
+        .to_owned();
     let start_ticks = start_ticks(&fs::read_to_string(format!("/proc/{pid}/stat")).ok()?)?;
     let user = user(&fs::read_to_string(format!("/proc/{pid}/status")).ok()?)?;
     Some(QemuProcess {
@@ -54,6 +59,18 @@ pub(crate) fn qemu_process(uuid: &str) -> Option<QemuProcess> {
         },
         user,
     })
+}
+
+/// Returns the arguments that a process was started with.
+pub(crate) fn arguments(pid: u32) -> Option<Vec<String>> {
+    let bytes = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+    let text = bytes.strip_suffix(&[0]).unwrap_or(&bytes);
+    let arguments = text.split(|byte| *byte == 0);
+    Some(
+        arguments
+            .map(|one| String::from_utf8_lossy(one).into_owned())
+            .collect(),
+    )
 }
 
 fn runs_vm(pid: u32, uuid: &str) -> bool {
