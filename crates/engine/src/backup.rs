@@ -33,8 +33,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use highwater_hypervisor::{
-    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, RunState, VmFacts, VmRef,
-    WhenStarted,
+    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, RootNode, RunState, VmFacts,
+    VmRef, WhenStarted,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
@@ -383,6 +383,10 @@ impl Job<'_> {
                     vm: self.vm.name.clone(),
                     disk: disk.facts.target.clone(),
                     refusal: *refusal,
+                    because: match &disk.facts.root_node {
+                        RootNode::Unknown(because) => Some(because.clone()),
+                        RootNode::Same | RootNode::Differs { .. } => None,
+                    },
                 });
             }
             self.context.observer.event(&Event::Planned {

@@ -194,13 +194,12 @@ impl Ward<'_> {
 
     fn cannot_purge(&self) -> (String, HypervisorError) {
         let what = format!("remove the marks of VM `{}`", self.vm.name);
-        let start = format!("virsh start {} --paused", self.vm.name);
         let error = HypervisorError::new(ErrorKind::WrongState, format!("cannot {what}"))
             .because(
                 "nobody knows which bitmaps are in its images: they are another process's for now, \
                  or cannot be read",
             )
-            .hint(format!("start the VM for it, paused if need be: `{start}`"));
+            .hint("let the VM run, or shut it off, or make its images readable");
         (what, error)
     }
 

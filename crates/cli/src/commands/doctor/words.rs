@@ -9,6 +9,8 @@ use highwater_engine::{
 use highwater_hypervisor::{JobFacts, RunState};
 use highwater_model::{Clock as _, MarkName, SessionId, SystemClock, format_size};
 
+use crate::by_hand;
+
 /// A finding in words.
 pub(super) struct Said {
     /// What it is, and what it costs.
@@ -26,7 +28,9 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
         Problem::Stuck => (
             "the VM is paused because a write of it failed".to_owned(),
             vec![format!(
-                "see `virsh domblkerror {vm}`, make room, then `virsh resume {vm}`"
+                "see {}, make room, then {}",
+                by_hand::see_disk_errors(vm),
+                by_hand::resume(vm)
             )],
         ),
         Problem::GraphChanged { disk } => graph_changed(disk, checkup),
@@ -74,7 +78,7 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
             strange_thing(strange),
             vec![
                 "end the program that made it; or, if that is gone:".to_owned(),
-                format!(r#"virsh qemu-monitor-command {vm} '{{"execute":"nbd-server-stop"}}'"#),
+                by_hand::qmp(vm, r#"{"execute":"nbd-server-stop"}"#),
             ],
         ),
         Problem::Strange(strange) => (strange_thing(strange), Vec::new()),
@@ -179,7 +183,7 @@ fn foreign_job(checkup: &Checkup) -> (String, Vec<String>) {
         ),
         vec![
             "wait for it".to_owned(),
-            format!("or, if its program is gone: virsh domjobabort {vm}"),
+            format!("or, if its program is gone: {}", by_hand::end_job(vm)),
         ],
     )
 }
@@ -206,7 +210,7 @@ fn graph_changed(disk: &str, checkup: &Checkup) -> (String, Vec<String>) {
          `{guest}`{file}, and a backup would read `{exported}`, so it is refused; do not shut the \
          VM down before this is undone: libvirt would start it without what was written since"
     );
-    let qmp = |command: &str| format!("virsh qemu-monitor-command {vm} '{command}'");
+    let qmp = |command: &str| by_hand::qmp(vm, command);
     let job = format!("merge-{disk}");
     (
         what,
