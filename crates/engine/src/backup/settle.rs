@@ -13,7 +13,7 @@ use highwater_repo::{Manifest, MarkRecord};
 
 use super::observe::{History, PlannedDisk, bitmap_view, record_view};
 use super::{BackupError, Begin, Job};
-use crate::guard::{Guard, GuardError, Outcome, one_line};
+use crate::guard::{GuardError, Outcome, one_line};
 
 /// What is to be done about marks before a plan is made.
 pub(super) struct Tidying {
@@ -92,7 +92,11 @@ impl Job<'_> {
         }
         let guard = self.context.guard;
         let stopped = if guard.is_gone() {
-            self.with_another_guard(|guard| guard.stop_if_started(self.vm))
+            let another = (self.context.restart_guard)();
+            another.and_then(|guard| {
+                guard.lock(self.vm)?;
+                guard.stop_if_started(self.vm)
+            })
         } else {
             guard.stop_if_started(self.vm)
         };
@@ -109,15 +113,6 @@ impl Job<'_> {
                 one_line(&error)
             )),
         }
-    }
-
-    fn with_another_guard<T>(
-        &self,
-        work: impl FnOnce(&Guard) -> Result<T, GuardError>,
-    ) -> Result<T, GuardError> {
-        let guard: Guard = (self.context.restart_guard)()?;
-        guard.lock(self.vm)?;
-        work(&guard)
     }
 
     /// Removes what sessions left of which no job tells any more: QEMU was
@@ -271,13 +266,7 @@ impl Job<'_> {
         order: &BeginOrder,
         outcome: Outcome,
     ) -> Result<Vec<String>, GuardError> {
-        self.with_another_guard(|guard| {
-            let mut ended = guard.settle(order, outcome)?;
-            // What is left when the job had ended before.
-            let swept = guard.sweep(self.vm, &self.options.session_places())?;
-            ended.warnings.extend(swept.warnings);
-            Ok(ended.warnings)
-        })
+        (self.context.restart_guard)()?.settle_for_another(order, outcome)
     }
 
     /// Gives up the marks that no disk needs now that the manifest is durable.

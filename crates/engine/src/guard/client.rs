@@ -358,6 +358,24 @@ impl Guard {
         Ok(ended)
     }
 
+    /// Does the same from the beginning: waits for that guard if it still lives,
+    /// and clears what is left where the job had ended before. Returns what could
+    /// not be done.
+    pub fn settle_for_another(
+        &self,
+        order: &BeginOrder,
+        outcome: Outcome,
+    ) -> Result<Vec<String>, GuardError> {
+        self.lock(&order.vm)?;
+        let mut ended = self.settle(order, outcome)?;
+        let dirs = [&order.socket_dir, &order.scratch_dir];
+        let above = dirs.iter().filter_map(|dir| dir.parent());
+        let places: Vec<PathBuf> = above.map(Path::to_owned).collect();
+        let swept = self.sweep(&order.vm, &places)?;
+        ended.warnings.extend(swept.warnings);
+        Ok(ended.warnings)
+    }
+
     /// Ends what a dead session left behind.
     pub fn end_leftover(&self, vm: &VmRef, session: SessionId) -> Result<Ended, GuardError> {
         self.ended(Request::EndLeftover {
