@@ -221,10 +221,11 @@ impl Blocks {
     fn is_filter(&self, node: &str) -> bool {
         self.nodes
             .get(node)
-            .is_some_and(|node| FILTERS.contains(&node.driver.as_str()))
+            .is_some_and(|node| is_filter(&node.driver))
     }
 }
 
+<<<<<<< HEAD
 /// Returns the child that each node passes everything on to, if it is a filter.
 fn below(graph: WireGraph) -> BTreeMap<String, String> {
     let names: BTreeMap<u64, String> = graph
@@ -248,6 +249,11 @@ fn below(graph: WireGraph) -> BTreeMap<String, String> {
 /// Understands what a command returned.
 pub(crate) fn answer<T: for<'de> Deserialize<'de>>(value: Value) -> Result<T, ReplyError> {
     serde_json::from_value(value).map_err(|error| ReplyError::Malformed(error.to_string()))
+=======
+/// Returns whether nodes of this driver pass everything on to their one child.
+pub(crate) fn is_filter(driver: &str) -> bool {
+    FILTERS.contains(&driver)
+>>>>>>> 0022795 (drivers: what carries a session's name, and how much room scratch needs, is for all drivers)
 }
 
 /// Returns what a command returned.
