@@ -15,12 +15,18 @@
 //! and whoever claims the VM through it share one connection ([`line`]).
 
 mod address;
+mod agent;
 mod begin;
 mod claims;
 mod client;
+mod disks;
 mod end;
 mod error;
+mod files;
+mod graph;
 mod identity;
+mod jobs;
+mod layout;
 mod line;
 mod marks;
 
@@ -31,6 +37,7 @@ mod process;
 mod survey;
 
 mod sweep;
+mod tpm;
 mod watch;
 mod wire;
 

@@ -41,7 +41,7 @@ pub(super) fn facts(
         size_bytes: block.map(|block| block.size_bytes).unwrap_or_default(),
         file_bytes: chain.first().and_then(|link| link.file_bytes),
         marks: mark_support(node, layout),
-        bitmaps: bitmaps(disk, &chain, layout),
+        bitmaps: bitmaps(disk, layout),
         root_node: root_node(disk, layout),
         write_errors: disk.write_errors,
         encrypted: about.is_some_and(|node| node.is_encrypted),
@@ -57,11 +57,11 @@ fn root_node(disk: &GuestDisk, layout: &Layout) -> RootNode {
         Ok(node) => node,
         Err(why) => return RootNode::Unknown(why.clone()),
     };
-    let is_alone = layout
-        .nodes
-        .get(node)
-        .is_some_and(|node| !node.has_backing && !node.has_data_file);
-    if layout.graph.is_none() && !is_alone {
+    let has_data_file = |node: &String| {
+        let node = layout.nodes.get(node);
+        node.is_some_and(|node| node.has_data_file)
+    };
+    if !layout.graph.is_whole && layout.graph.below(node).iter().any(has_data_file) {
         let why = format!("QEMU does not tell what `{node}` stands on");
         return RootNode::Unknown(why);
     }
@@ -69,13 +69,10 @@ fn root_node(disk: &GuestDisk, layout: &Layout) -> RootNode {
 }
 
 /// Returns the node at the bottom of a format: the one with the file.
-fn storage<'a>(node: &'a str, layout: &'a Layout) -> &'a str {
-    let Some(graph) = &layout.graph else {
-        return node;
-    };
+pub(super) fn storage<'a>(node: &'a str, layout: &'a Layout) -> &'a str {
     let mut name = node;
     for _ in 0..CHAIN_MAX {
-        match graph.child(name, "file") {
+        match layout.graph.child(name, "file") {
             Some(below) => name = below,
             None => break,
         }
@@ -87,11 +84,7 @@ fn location(storage: &str, layout: &Layout, files: &Files) -> Location {
     let Some(node) = layout.nodes.get(storage) else {
         return Location::Other(String::new());
     };
-    // Without the graph a format's own node is all there is, and its file is
-    // taken for a local one if it looks like that.
-    let is_path = layout.graph.is_none() && node.file.starts_with('/');
-    let driver = if is_path { "file" } else { &node.driver };
-    files.location(driver, &node.file)
+    files.location(&node.driver, &node.file)
 }
 
 fn source(node: &str, layout: &Layout, files: &Files) -> DiskSource {
@@ -105,10 +98,7 @@ fn source(node: &str, layout: &Layout, files: &Files) -> DiskSource {
 /// A node without one below it is a protocol's: its content is what it is.
 fn format_of(node: &str, layout: &Layout) -> String {
     let driver = layout.nodes.get(node).map_or("", |node| &node.driver);
-    let is_protocol = layout
-        .graph
-        .as_ref()
-        .is_some_and(|graph| graph.child(node, "file").is_none());
+    let is_protocol = layout.graph.child(node, "file").is_none();
     if is_protocol { "raw" } else { driver }.to_owned()
 }
 
@@ -119,7 +109,7 @@ fn chain(top: &str, layout: &Layout, files: &Files) -> Vec<ChainLink> {
         if links.len() >= CHAIN_MAX {
             break;
         }
-        let child = |name: &str| layout.graph.as_ref()?.child(node, name);
+        let child = |name: &str| layout.graph.child(node, name);
         if layout.is_filter(node) {
             next = child("file");
             continue;
@@ -169,24 +159,15 @@ fn mark_support(node: &str, layout: &Layout) -> MarkSupport {
 
 /// Collects the bitmaps of everything that the disk stands on, and of the
 /// filters in the guest's path.
-fn bitmaps(disk: &GuestDisk, chain: &[ChainLink], layout: &Layout) -> Vec<BitmapFacts> {
-    let nodes = match &layout.graph {
-        Some(graph) => {
-            let mut nodes = graph.below(&disk.root);
-            // What a filter of a backup writes to is no part of the disk.
-            for filter in &disk.filters {
-                for beside in graph.child(filter, "target") {
-                    nodes.retain(|node| !graph.below(beside).contains(node));
-                }
-            }
-            nodes
-        }
-        None => chain
-            .iter()
-            .filter_map(|link| link.node.clone())
-            .chain([disk.root.clone()])
-            .collect(),
-    };
+fn bitmaps(disk: &GuestDisk, layout: &Layout) -> Vec<BitmapFacts> {
+    let graph = &layout.graph;
+    let mut nodes = graph.below(&disk.root);
+    // What a filter of a backup writes to is no part of the disk.
+    let beside = disk.filters.iter();
+    for target in beside.filter_map(|filter| graph.child(filter, "target")) {
+        let of_backup = graph.below(target);
+        nodes.retain(|node| !of_backup.contains(node));
+    }
     nodes
         .iter()
         .filter_map(|node| layout.blocks.nodes.get(node))

@@ -129,7 +129,11 @@ mod tests {
                 r#"json:{"driver":"file","filename":"/i/a","locking":"off"}"#,
                 file("/i/a"),
             ),
-            ("host_device", "/dev/vg/a", Location::Block("/dev/vg/a".into())),
+            (
+                "host_device",
+                "/dev/vg/a",
+                Location::Block("/dev/vg/a".into()),
+            ),
             ("rbd", "rbd:p/i", Location::Other("rbd:p/i".to_owned())),
             ("file", "json:{", Location::Other("json:{".to_owned())),
         ] {

@@ -1,7 +1,8 @@
 //! What stands on what in QEMU's block layer.
 //!
-//! Only one query tells (`x-debug-query-block-graph`, since QEMU 4.0), and it is
-//! not a stable one: where it is missing, what is below a node is unknown.
+//! One query tells it all (`x-debug-query-block-graph`, since QEMU 4.0), and it
+//! is not a stable one. Where it is missing, the statistics of nodes tell what
+//! stands on what, but for jobs and for the raw data files of qcow2 images.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -20,6 +21,8 @@ pub(super) struct Graph {
     children: BTreeMap<String, Vec<(String, String)>>,
     /// Jobs that hold nodes.
     jobs: Vec<(String, String)>,
+    /// Whether that is all there is.
+    pub(super) is_whole: bool,
 }
 
 impl Graph {
@@ -27,7 +30,10 @@ impl Graph {
         let wire: WireGraph = answer(value)?;
         let named: BTreeMap<u64, WireNode> =
             wire.nodes.into_iter().map(|node| (node.id, node)).collect();
-        let mut graph = Self::default();
+        let mut graph = Self {
+            is_whole: true,
+            ..Self::default()
+        };
         for edge in wire.edges {
             let (Some(parent), Some(child)) = (named.get(&edge.parent), named.get(&edge.child))
             else {
@@ -43,6 +49,22 @@ impl Graph {
                 // What guests' devices are attached to is told elsewhere.
                 _ => {}
             }
+        }
+        Ok(graph)
+    }
+
+    /// Reads it from the answer to `query-blockstats` about all nodes.
+    pub(super) fn from_stats(value: Value) -> Result<Self, ReplyError> {
+        let stats: Vec<WireStats> = answer(value)?;
+        let mut graph = Self::default();
+        for node in stats {
+            let Some(name) = node.node_name else { continue };
+            let below = [("file", node.parent), ("backing", node.backing)];
+            let named = below.into_iter().filter_map(|(role, child)| {
+                let child = child?.node_name?;
+                Some((role.to_owned(), child))
+            });
+            graph.children.insert(name, named.collect());
         }
         Ok(graph)
     }
@@ -110,6 +132,20 @@ struct WireEdge {
     name: String,
 }
 
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct WireStats {
+    node_name: Option<String>,
+    parent: Option<Box<WireBelow>>,
+    backing: Option<Box<WireBelow>>,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct WireBelow {
+    node_name: Option<String>,
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -119,9 +155,7 @@ mod tests {
     #[test]
     fn a_device_called_like_a_node_is_not_taken_for_it_and_a_circle_ends() {
         let node = |id: u64, kind: &str, name: &str| json!({"id": id, "type": kind, "name": name});
-        let edge = |parent: u64, child: u64, name: &str| {
-            json!({"parent": parent, "child": child, "name": name})
-        };
+        let edge = |parent: u64, child: u64, name: &str| json!({"parent": parent, "child": child, "name": name});
         let graph = Graph::parse(json!({
             "nodes": [node(1, "block-backend", "a"), node(2, "block-driver", "a"),
                 node(3, "block-driver", "b"), node(4, "block-job", "j")],
@@ -133,6 +167,9 @@ mod tests {
         assert_eq!(graph.child("a", "root"), None);
         assert_eq!(graph.parents("b").collect::<Vec<_>>(), ["a"]);
         assert_eq!(graph.below("a").len(), 2);
-        assert_eq!(graph.jobs_on(&["b".to_owned()].into()), ["j".to_owned()].into());
+        assert_eq!(
+            graph.jobs_on(&["b".to_owned()].into()),
+            ["j".to_owned()].into()
+        );
     }
 }

@@ -1,13 +1,16 @@
 //! What runs in a QEMU that a backup cannot go beside.
 
+use std::collections::BTreeSet;
+
 use highwater_hypervisor::JobFacts;
+use highwater_model::SessionId;
 use serde_json::{Value, json};
 
 use super::client::Client;
 use super::error::QmpError;
 use super::layout::Layout;
-use super::names;
 use super::observe::text_of;
+use crate::names::session_of_scratch;
 
 /// States of a migration in which something moves.
 const MIGRATES: [&str; 13] = [
@@ -29,7 +32,7 @@ const MIGRATES: [&str; 13] = [
 /// Returns the job that keeps us from starting: a session of ours first, because
 /// its remains are what the next run removes.
 pub(super) fn running_job(client: &Client, layout: &Layout) -> Result<Option<JobFacts>, QmpError> {
-    if let Some(session) = names::sessions(layout).first() {
+    if let Some(session) = sessions(layout).first() {
         return Ok(Some(JobFacts::Ours(*session)));
     }
     if let Some(job) = running_jobs(client)?.into_iter().next() {
@@ -46,6 +49,12 @@ pub(super) fn running_job(client: &Client, layout: &Layout) -> Result<Option<Job
     };
     let migrates = MIGRATES.contains(&migration.as_str());
     Ok(migrates.then(|| JobFacts::Other(format!("migration ({migration})"))))
+}
+
+/// Returns the sessions whose scratch files QEMU has open.
+pub(super) fn sessions(layout: &Layout) -> BTreeSet<SessionId> {
+    let files = layout.nodes.values().map(|node| node.file.as_str());
+    files.filter_map(session_of_scratch).collect()
 }
 
 /// A job of QEMU.

@@ -15,18 +15,8 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::error::QmpError;
 use super::graph::Graph;
-use crate::blocks::{Blocks, ReplyError, answer};
+use crate::blocks::{Blocks, ReplyError, answer, is_filter};
 
-/// Drivers of nodes that pass everything on to the one child `file`.
-const FILTERS: [&str; 7] = [
-    "blkdebug",
-    "blklogwrites",
-    "compress",
-    "copy-before-write",
-    "copy-on-read",
-    "preallocate",
-    "throttle",
-];
 /// Drivers of nodes that are neither a filter nor an image: what the guest sees
 /// may be another thing than what is below, and is not for long what it is.
 const STRANGE: [&str; 7] = [
@@ -55,8 +45,7 @@ pub(super) struct Layout {
     pub(super) flash: Vec<(String, bool)>,
     pub(super) nodes: BTreeMap<String, Node>,
     pub(super) blocks: Blocks,
-    /// `None` if QEMU does not tell.
-    pub(super) graph: Option<Graph>,
+    pub(super) graph: Graph,
 }
 
 /// One disk of the guest.
@@ -88,7 +77,6 @@ pub(super) struct Node {
     pub(super) file: String,
     pub(super) is_read_only: bool,
     pub(super) is_encrypted: bool,
-    pub(super) has_backing: bool,
     pub(super) has_data_file: bool,
 }
 
@@ -106,14 +94,17 @@ pub(super) struct About {
 pub(super) fn look(client: &Client) -> Result<Layout, QmpError> {
     let nodes = client.run("query-named-block-nodes", json!({"flat": true}))?;
     let devices = client.run("query-block", json!({}))?;
+    let malformed = |error: ReplyError| QmpError::Malformed(error.to_string());
     let graph = match client.run("x-debug-query-block-graph", json!({})) {
-        Ok(graph) => Some(graph),
-        Err(error) if error.is_refusal() => None,
+        Ok(graph) => Graph::parse(graph),
+        Err(error) if error.is_refusal() => {
+            Graph::from_stats(client.run("query-blockstats", json!({"query-nodes": true}))?)
+        }
         Err(error) => return Err(error),
     };
+    let graph = graph.map_err(malformed)?;
     let about = |path: &str| about(client, path);
-    Layout::put_together(nodes, devices, graph, &about)
-        .map_err(|error| QmpError::Malformed(error.to_string()))
+    Layout::put_together(nodes, devices, graph, &about).map_err(malformed)
 }
 
 fn about(client: &Client, path: &str) -> About {
@@ -141,7 +132,7 @@ impl Layout {
     pub(super) fn put_together(
         nodes: Value,
         devices: Value,
-        graph: Option<Value>,
+        graph: Graph,
         about: &dyn Fn(&str) -> About,
     ) -> Result<Self, ReplyError> {
         let wire_nodes: Vec<WireNode> = answer(nodes.clone())?;
@@ -149,12 +140,9 @@ impl Layout {
         let mut layout = Self {
             blocks: Blocks::from_values(nodes, devices)?,
             nodes: wire_nodes.into_iter().filter_map(WireNode::named).collect(),
+            graph,
             ..Self::default()
         };
-        if let Some(graph) = graph {
-            layout.blocks.add_graph_value(graph.clone())?;
-            layout.graph = Some(Graph::parse(graph)?);
-        }
         let mut taken = BTreeSet::new();
         for device in wire_devices.into_iter().take(DEVICES_MAX) {
             layout.add(device, about, &mut taken);
@@ -193,8 +181,10 @@ impl Layout {
             .map_or_else(|| last_parts(&qdev), str::to_owned);
         let target = unique(&harmless(&target), taken);
         let is_read_only = device.inserted.as_ref().is_some_and(|it| it.ro);
-        let reason = skip_reason(&about, node.as_deref(), is_read_only)
-            .or_else(|| self.is_transient(node.as_deref()?).then_some(SkipReason::Transient));
+        let reason = skip_reason(&about, node.as_deref(), is_read_only).or_else(|| {
+            self.is_transient(node.as_deref()?)
+                .then_some(SkipReason::Transient)
+        });
         match (reason, node) {
             (Some(reason), _) => self.skipped.push(SkippedDisk { target, reason }),
             (None, None) => {
@@ -228,11 +218,11 @@ impl Layout {
                 let why = format!("a node `{name}` of kind `{driver}` is in the guest's path");
                 return (filters, Err(why));
             }
-            if !FILTERS.contains(&driver) {
+            if !is_filter(driver) {
                 return (filters, Ok(name.to_owned()));
             }
             filters.push(name.to_owned());
-            let below = self.graph.as_ref().and_then(|it| it.child(name, "file"));
+            let below = self.graph.child(name, "file");
             match below {
                 Some(below) => name = below,
                 None => {
@@ -247,14 +237,19 @@ impl Layout {
     /// Returns whether a node is the throw-away image of `snapshot=on`, which
     /// QEMU makes and removes at once.
     fn is_transient(&self, node: &str) -> bool {
-        let file = self
-            .graph
-            .as_ref()
-            .and_then(|graph| self.nodes.get(graph.child(node, "file")?))
+        let storage = self.graph.child(node, "file");
+        let file = storage
+            .and_then(|storage| self.nodes.get(storage))
             .map_or("", |node| node.file.as_str());
         let name = file.rsplit('/').next().unwrap_or_default();
         let is_temporary = name.strip_prefix("vl.").is_some_and(|rest| rest.len() == 6);
         is_temporary && file.starts_with('/') && !std::path::Path::new(file).exists()
+    }
+
+    /// Returns whether a node only passes everything on.
+    pub(super) fn is_filter(&self, node: &str) -> bool {
+        let node = self.nodes.get(node);
+        node.is_some_and(|node| is_filter(&node.driver))
     }
 
     /// Returns the disk of this name.
@@ -299,17 +294,20 @@ fn own_name(qdev: &str) -> Option<String> {
     if !qdev.starts_with('/') {
         return Some(qdev.to_owned());
     }
-    let name = qdev.strip_prefix("/machine/peripheral/")?.split('/').next()?;
+    let name = qdev
+        .strip_prefix("/machine/peripheral/")?
+        .split('/')
+        .next()?;
     Some(name.to_owned())
 }
 
 /// Makes a name of a path: its parts after the first two, without brackets.
 fn last_parts(path: &str) -> String {
-    let parts = path.split('/').skip(3).filter(|part| *part != "virtio-backend");
-    parts
-        .collect::<Vec<_>>()
-        .join("-")
-        .replace(['[', ']'], "")
+    let parts = path
+        .split('/')
+        .skip(3)
+        .filter(|part| *part != "virtio-backend");
+    parts.collect::<Vec<_>>().join("-").replace(['[', ']'], "")
 }
 
 /// Makes a name that may be part of a file's.
@@ -327,8 +325,8 @@ fn harmless(name: &str) -> String {
 }
 
 fn unique(name: &str, taken: &mut BTreeSet<String>) -> String {
-    let mut names = std::iter::once(name.to_owned())
-        .chain((2_u32..).map(|number| format!("{name}-{number}")));
+    let mut names =
+        std::iter::once(name.to_owned()).chain((2_u32..).map(|number| format!("{name}-{number}")));
     // There are more numbers than devices.
     let free = names.find(|name| !taken.contains(name)).unwrap_or_default();
     taken.insert(free.clone());
@@ -345,15 +343,12 @@ struct WireNode {
     ro: bool,
     #[serde(default)]
     encrypted: bool,
-    #[serde(default, rename = "backing_file_depth")]
-    backing_file_depth: u64,
     image: Option<WireImage>,
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct WireImage {
-    backing_filename: Option<String>,
     format_specific: Option<WireFormat>,
 }
 
@@ -375,14 +370,11 @@ impl WireNode {
             .as_ref()
             .and_then(|image| image.format_specific.as_ref()?.data.as_ref())
             .is_some_and(|data| data.data_file.is_some());
-        let has_backing = self.backing_file_depth > 0
-            || image.is_some_and(|image| image.backing_filename.is_some());
         let node = Node {
             driver: self.drv.unwrap_or_default(),
             file: self.file.unwrap_or_default(),
             is_read_only: self.ro,
             is_encrypted: self.encrypted,
-            has_backing,
             has_data_file,
         };
         Some((self.node_name?, node))

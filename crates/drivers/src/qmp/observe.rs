@@ -27,8 +27,7 @@ const DEFINITION_BYTES_MAX: u64 = 1 << 20;
 impl QmpDriver {
     pub(super) fn observe_vm(&mut self, vm: &VmRef) -> Result<VmFacts, HypervisorError> {
         let client = self.expect_vm(vm)?;
-        let failed =
-            |error: &QmpError| explain(format!("cannot observe VM `{}`", vm.name), error);
+        let failed = |error: &QmpError| explain(format!("cannot observe VM `{}`", vm.name), error);
         let process = self.process();
         let arguments = process
             .as_ref()
@@ -186,7 +185,15 @@ mod tests {
 
     #[test]
     fn a_command_line_is_kept_so_that_a_shell_understands_it() {
-        let arguments = ["qemu", "-name", "a b", "-drive", "file=it's,if=virtio", "-S", ""];
+        let arguments = [
+            "qemu",
+            "-name",
+            "a b",
+            "-drive",
+            "file=it's,if=virtio",
+            "-S",
+            "",
+        ];
         let arguments: Vec<String> = arguments.iter().map(|it| (*it).to_owned()).collect();
         let text = command_line(&arguments);
         assert_eq!(

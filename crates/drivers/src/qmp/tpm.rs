@@ -28,7 +28,10 @@ pub(super) fn state_dir(qemu: &[String]) -> Option<PathBuf> {
 /// Returns the socket of the emulator.
 fn socket_of(qemu: &[String]) -> Option<String> {
     let after = |option: &str| {
-        let is_it = move |pair: &&[String]| pair.first().is_some_and(|it| it.trim_start_matches('-') == option);
+        let is_it = move |pair: &&[String]| {
+            pair.first()
+                .is_some_and(|it| it.trim_start_matches('-') == option)
+        };
         let pairs = qemu.windows(2).filter(is_it);
         pairs.filter_map(|pair| pair.get(1)).collect::<Vec<_>>()
     };
@@ -46,11 +49,16 @@ fn socket_of(qemu: &[String]) -> Option<String> {
 /// this socket.
 fn state_of(arguments: &[String], socket: &str) -> Option<String> {
     let program = arguments.first()?.rsplit('/').next()?;
-    let mentions = |it: &String| it.split(',').any(|part| part.strip_prefix("path=") == Some(socket));
+    let mentions = |it: &String| {
+        it.split(',')
+            .any(|part| part.strip_prefix("path=") == Some(socket))
+    };
     if program != "swtpm" || !arguments.iter().any(mentions) {
         return None;
     }
-    let at = arguments.iter().position(|it| it == "--tpmstate" || it == "--tpm-state");
+    let at = arguments
+        .iter()
+        .position(|it| it == "--tpmstate" || it == "--tpm-state");
     let state = arguments.get(at?.checked_add(1)?)?;
     value(state, "dir").map(str::to_owned)
 }
@@ -75,10 +83,17 @@ mod tests {
              -tpmdev emulator,id=t0,chardev=tpm -device tpm-tis,tpmdev=t0",
         );
         assert_eq!(socket_of(&qemu).as_deref(), Some("/t/s"));
-        assert_eq!(socket_of(&words("qemu -chardev socket,id=tpm,path=/t/s")), None);
-        let swtpm = words("/usr/bin/swtpm socket --tpmstate dir=/t,mode=0600 --ctrl type=unixio,path=/t/s");
+        assert_eq!(
+            socket_of(&words("qemu -chardev socket,id=tpm,path=/t/s")),
+            None
+        );
+        let swtpm =
+            words("/usr/bin/swtpm socket --tpmstate dir=/t,mode=0600 --ctrl type=unixio,path=/t/s");
         assert_eq!(state_of(&swtpm, "/t/s").as_deref(), Some("/t"));
         assert_eq!(state_of(&swtpm, "/t/other"), None);
-        assert_eq!(state_of(&words("cat --tpmstate dir=/t path=/t/s"), "/t/s"), None);
+        assert_eq!(
+            state_of(&words("cat --tpmstate dir=/t path=/t/s"), "/t/s"),
+            None
+        );
     }
 }
