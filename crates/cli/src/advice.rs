@@ -9,6 +9,7 @@ use highwater_engine::{BackupError, DoctorError, PointError, RestoreError};
 use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
 use highwater_store::{StoreError, StoreErrorKind};
 
+use crate::by_hand;
 use crate::cut_short::{CutShort, LEFT_TO_THE_NEXT, NO_POINT, TIDIED, UNKNOWN_POINT};
 
 pub(crate) const DONE: u8 = 0;
@@ -248,7 +249,7 @@ fn of_doctor(error: &DoctorError) -> Advice {
         DoctorError::Observe { source, .. } if source.kind == ErrorKind::NoSuchVm => {
             of_hypervisor(source)
                 .state(UNCHANGED)
-                .hint("see `virsh list --all` for its name, or choose another connection with -c")
+                .hint(by_hand::see_names())
         }
         DoctorError::Observe { source, .. } => of_hypervisor(source),
         DoctorError::Locked { source, .. } => of_hypervisor(source).state(UNCHANGED),
@@ -330,13 +331,14 @@ fn of_backup(error: &BackupError) -> Advice {
         BackupError::Observe { source, .. } if source.kind == ErrorKind::NoSuchVm => {
             of_hypervisor(source)
                 .state(NO_POINT)
-                .hint("see `virsh list --all` for its name, or choose another connection with -c")
+                .hint(by_hand::see_names())
         }
         BackupError::Observe { source, .. } => of_hypervisor(source).state(NO_POINT),
         BackupError::Busy { vm, job } => {
             let hint = match job {
                 Some(JobFacts::ForeignBackup(_)) => format!(
-                    "wait until that program is done; if it is dead, `virsh domjobabort {vm}` ends its job"
+                    "wait until that program is done; if it is dead, {} ends its job",
+                    by_hand::end_job(vm)
                 ),
                 Some(JobFacts::Forgotten) => forgotten_job(vm),
                 _ => "wait until it has ended".to_owned(),
@@ -346,16 +348,21 @@ fn of_backup(error: &BackupError) -> Advice {
         BackupError::WrongState { vm, state } => {
             let hint = match state {
                 RunState::Off => format!(
-                    "start it (`virsh start {vm}`), or have its images read: `--offline yield`"
+                    "{}, or have its images read: `--offline yield`",
+                    by_hand::start(vm)
                 ),
                 RunState::NotResumed => format!(
-                    "its disks are not its own before it runs: `virsh resume {vm}` (then \
-                     `virsh suspend {vm}` if it is to stand still), and back it up again"
+                    "its disks are not its own before it runs: {} (then {} if it is to stand \
+                     still), and back it up again",
+                    by_hand::resume(vm),
+                    by_hand::suspend(vm)
                 ),
                 RunState::Running
                 | RunState::Paused
                 | RunState::PausedOnError
-                | RunState::Other => "only running or paused VMs can be backed up".to_owned(),
+                | RunState::Other => {
+                    "only VMs that run, are paused, or are off can be backed up".to_owned()
+                }
             };
             Advice::code(FAILED).state(NO_POINT).hint(hint)
         }
@@ -364,9 +371,12 @@ fn of_backup(error: &BackupError) -> Advice {
             .hint(format!("its disks are: {}", known.join(", "))),
         BackupError::DiskCannot { .. } => Advice::code(USAGE).state(NO_POINT),
         BackupError::NoDisks { vm } => Advice::code(FAILED).state(NO_POINT).hint(format!(
-            "see `virsh domblklist {vm}` for its disks, and what -d and -x leave of them"
+            "see {} for its disks, and what -d and -x leave of them",
+            by_hand::see_disks(vm)
         )),
-        BackupError::Refused { refusal, vm, disk } => {
+        BackupError::Refused {
+            refusal, vm, disk, ..
+        } => {
             let code = match refusal {
                 highwater_engine::Refusal::BitmapBusy => BUSY,
                 _ => FAILED,

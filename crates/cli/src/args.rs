@@ -343,12 +343,21 @@ pub(crate) struct Doctor {
     /// Repair what can be repaired; foreign checkpoints, bitmaps and jobs are left alone
     #[arg(long)]
     pub(crate) fix: bool,
+    /// With --fix, remove what this program has left at the VM, too
+    #[arg(long, value_enum, value_name = "PROGRAM", requires = "fix")]
+    pub(crate) foreign: Option<Foreign>,
     /// Remove all marks of this repository, and repair what --fix repairs
     #[arg(long)]
     pub(crate) purge_marks: bool,
     /// Directory in which backups make scratch files
     #[arg(long, value_name = "DIR")]
     pub(crate) scratch_dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Foreign {
+    /// qmpbackup: its nodes, filters, jobs, bitmaps and fleece images
+    Qmpbackup,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

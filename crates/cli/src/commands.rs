@@ -18,7 +18,7 @@ use highwater_engine::{Guard, PointError, PointRef, resolve};
 use crate::advice::CliError;
 use crate::args::{Args, Command};
 use crate::effective::Effective;
-use crate::{nearest, output, times};
+use crate::{by_hand, nearest, output, times};
 
 /// Runs what was typed; returns the exit code.
 pub(crate) fn run(args: Args, effective: &Effective) -> Result<u8, CliError> {
@@ -64,9 +64,10 @@ fn names_of_vms(typed: &str, guard: &Guard) -> Option<String> {
     let vms = guard.list().ok().filter(|vms| !vms.is_empty())?;
     let names = || vms.iter().map(|(vm, _)| vm.name.as_str());
     match nearest::to(typed, names()) {
-        Some(near) => Some(format!(
-            "did you mean `{near}`? `virsh list --all` shows all VMs"
-        )),
+        Some(near) => {
+            let all = by_hand::see_all().map_or_else(String::new, |see| format!(" {see}"));
+            Some(format!("did you mean `{near}`?{all}"))
+        }
         None if vms.len() <= NAMES_SHOWN => {
             let all: Vec<&str> = names().collect();
             Some(format!(

@@ -1,6 +1,7 @@
 //! Is a process at its end, though it does not get there?
 
 use rustix::process::Pid;
+use signal_hook::consts::SIGKILL;
 
 /// Whether a process was killed, or ends by itself, and cannot: one of its
 /// threads waits for what never comes.
@@ -12,23 +13,26 @@ pub(crate) fn is_dying(pid: Pid) -> bool {
 /// Reads `/proc/PID/status`: its first thread is dead, or has SIGKILL pending,
 /// or has given its memory back already.
 fn says_dying(status: &str) -> bool {
-    let field = |name: &str| {
-        let mut lines = status.lines();
-        let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-        value.map(str::trim)
-    };
-    let is_pending = |name: &str| {
-        let mask = field(name).and_then(|mask| u64::from_str_radix(mask, 16).ok());
-        mask.unwrap_or_default() & KILL_BIT != 0
-    };
-    field("State").is_some_and(|state| state.starts_with('Z'))
-        || is_pending("SigPnd")
-        || is_pending("ShdPnd")
-        || field("VmSize").is_none()
+    field(status, "State").is_some_and(|state| state.starts_with('Z'))
+        || has_signal(status, "SigPnd", SIGKILL)
+        || has_signal(status, "ShdPnd", SIGKILL)
+        || field(status, "VmSize").is_none()
 }
 
-/// SIGKILL in the masks of `/proc/PID/status`, which count from signal 1.
-const KILL_BIT: u64 = 1 << 8;
+/// Returns whether a mask of `/proc/PID/status` has a signal in it.
+pub(crate) fn has_signal(status: &str, mask: &str, signal: i32) -> bool {
+    let mask = field(status, mask).and_then(|mask| u64::from_str_radix(mask, 16).ok());
+    // The masks count from signal 1.
+    let bit = u32::try_from(signal - 1).ok();
+    let bit = bit.and_then(|bit| 1_u64.checked_shl(bit));
+    mask.unwrap_or_default() & bit.unwrap_or_default() != 0
+}
+
+fn field<'a>(status: &'a str, name: &str) -> Option<&'a str> {
+    let mut lines = status.lines();
+    let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+    value.map(str::trim)
+}
 
 #[cfg(test)]
 mod tests {

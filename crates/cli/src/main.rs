@@ -4,6 +4,7 @@
 
 mod advice;
 mod args;
+mod by_hand;
 mod cgroup;
 mod commands;
 mod config;

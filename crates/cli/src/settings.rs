@@ -13,7 +13,7 @@ use crate::advice::CliError;
 use crate::args::{Args, Backup, Command, ConfiguredSecrets, Global, Offline, Quiesce};
 use crate::config::{self, Entry, Layer, Value, Wanted};
 use crate::effective::{Effective, Shown};
-use crate::{env, secrets, values, watchdog};
+use crate::{by_hand, env, secrets, values, watchdog};
 
 /// Completes what was typed with the environment, the configuration and the
 /// defaults, in that order.
@@ -390,6 +390,7 @@ pub(crate) fn open_repository(global: &Global) -> Result<Repository, CliError> {
 /// Returns the hypervisor's URI.
 pub(crate) fn connection(global: &Global, name: Option<&str>) -> Result<String, CliError> {
     let uri = global.connect.clone().unwrap_or_else(default_connection);
+    by_hand::connected_to(&uri);
     let Some(name) = name else { return Ok(uri) };
     uri::with_name(&uri, name).ok_or_else(|| CliError::Usage {
         message: format!("cannot give the VM behind `{uri}` a name"),

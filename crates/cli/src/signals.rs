@@ -19,12 +19,16 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use crate::cut_short::{self, Why};
+use crate::dying::has_signal;
 use crate::terminal;
 
 /// How long a clean end may take. A repository that hangs would hold us for
 /// ever; the guard settles at the VM whether we end cleanly or not, and it is
 /// to be done ten seconds after the signal.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// The mask of ignored signals in `/proc/PID/status`.
+const IGNORED: &str = "SigIgn";
 
 /// Signals within this time are one wish.
 const TOGETHER: Duration = Duration::from_millis(300);
@@ -63,18 +67,8 @@ pub(crate) fn cancel_on_signals() -> Cancel {
 pub(crate) fn heeded() -> Vec<i32> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mut all = vec![SIGINT, SIGTERM, SIGHUP];
-    all.retain(|signal| !says_ignored(&status, *signal));
+    all.retain(|signal| !has_signal(&status, IGNORED, *signal));
     all
-}
-
-/// Reads `/proc/PID/status`.
-fn says_ignored(status: &str, signal: i32) -> bool {
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    // The mask counts from signal 1.
-    let bit = u32::try_from(signal - 1).ok();
-    let bit = bit.and_then(|bit| 1_u64.checked_shl(bit));
-    mask.unwrap_or_default() & bit.unwrap_or_default() != 0
 }
 
 /// Counts wishes for the end.
@@ -181,8 +175,8 @@ mod tests {
     #[test]
     fn an_ignored_signal_is_told_from_one_that_is_not() {
         let status = "SigBlk:\t0000000000000001\nSigIgn:\t0000000000001001\nSigCgt:\tff\n";
-        let ignored = [SIGHUP, SIGINT, SIGTERM].map(|signal| says_ignored(status, signal));
+        let ignored = [SIGHUP, SIGINT, SIGTERM].map(|signal| has_signal(status, IGNORED, signal));
         assert_eq!(ignored, [true, false, false]);
-        assert!(!says_ignored("", SIGHUP));
+        assert!(!has_signal("", IGNORED, SIGHUP));
     }
 }

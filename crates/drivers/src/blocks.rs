@@ -122,12 +122,6 @@ impl Blocks {
         Ok(())
     }
 
-    /// Adds the answer to [`QUERY_GRAPH`].
-    pub(crate) fn add_graph_value(&mut self, graph: Value) -> Result<(), ReplyError> {
-        self.below = Some(below(answer(graph)?));
-        Ok(())
-    }
-
     /// Returns the node that libvirt made for the image with this number: the
     /// one that it would export and put bitmaps on.
     pub(crate) fn libvirt_node(&self, index: u32) -> Option<&str> {

@@ -15,14 +15,20 @@
 //! and whoever claims the VM through it share one connection ([`line`]).
 
 mod address;
+mod agent;
 mod begin;
 mod claims;
 mod client;
+mod disks;
 mod end;
 mod error;
+mod files;
 mod freeze;
+mod graph;
 mod identity;
 mod iothreads;
+mod jobs;
+mod layout;
 mod line;
 mod marks;
 mod objects;
@@ -36,6 +42,7 @@ mod stop;
 mod survey;
 
 mod sweep;
+mod tpm;
 mod watch;
 mod wire;
 

@@ -33,7 +33,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use highwater_hypervisor::{
-    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, VmFacts, VmRef, WhenStarted,
+    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, RootNode, RunState, VmFacts,
+    VmRef, WhenStarted,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
@@ -150,38 +151,34 @@ pub fn backup(
         healed: Vec::new(),
         warnings: Vec::new(),
         observed_at: context.clock.now(),
+        started_vm: false,
     };
-    let (facts, history, planned) = job.prepare()?;
-    if estimate::is_below(&planned, options.threshold) {
-        return Ok(job.too_little(&planned, started));
+    let done = job.run(started);
+    job.stop_started();
+    let done = done?;
+    if matches!(done, Done::Committed(..)) {
+        job.merge_index();
+        pass(Step::IndexMerged);
     }
-    let session = job.begin(&facts, &planned)?;
-    let liars = Liars::default();
-    let done = job.copy_and_commit(&facts, &history, &planned, &session, (started, &liars));
-    let liars = liars.into_inner().unwrap_or_else(PoisonError::into_inner);
-    let (manifest, copied) = match done {
-        Ok(done) => done,
-        Err(error) => {
-            let outcome = error.outcome();
-            job.finish_session(&session, outcome);
-            job.distrust(&liars, &history, &planned);
-            return Err(error);
-        }
-    };
-    job.finish_session(&session, Outcome::Committed);
-    pass(Step::SessionEnded);
-    job.distrust(&liars, &history, &planned);
-    job.give_up_superseded_marks(&history, &manifest, &planned);
-    job.merge_index();
-    pass(Step::IndexMerged);
-    Ok(report::report(
-        &vm,
-        &manifest,
-        copied,
-        job.healed,
-        job.warnings,
-        started.elapsed(),
-    ))
+    Ok(match done {
+        Done::TooLittle(planned) => job.too_little(&planned, started),
+        Done::Committed(manifest, copied) => report::report(
+            &vm,
+            &manifest,
+            copied,
+            job.healed,
+            job.warnings,
+            started.elapsed(),
+        ),
+    })
+}
+
+/// What a backup came to that did not fail.
+enum Done {
+    /// Less was dirty than the user's threshold.
+    TooLittle(Vec<PlannedDisk>),
+    /// There is a point.
+    Committed(Box<Manifest>, Vec<DiskCopied>),
 }
 
 impl BackupOptions {
@@ -202,6 +199,8 @@ struct Job<'a> {
     healed: Vec<String>,
     warnings: Vec<String>,
     observed_at: Timestamp,
+    /// The VM was off, and was started for this backup.
+    started_vm: bool,
 }
 
 /// A session at the VM that has begun.
@@ -211,6 +210,32 @@ struct Begin {
 }
 
 impl Job<'_> {
+    /// Everything from the first look at the VM to the last.
+    fn run(&mut self, started: Instant) -> Result<Done, BackupError> {
+        let (facts, history, planned) = self.prepare()?;
+        if estimate::is_below(&planned, self.options.threshold) {
+            return Ok(Done::TooLittle(planned));
+        }
+        let session = self.begin(&facts, &planned)?;
+        let liars = Liars::default();
+        let done = self.copy_and_commit(&facts, &history, &planned, &session, (started, &liars));
+        let liars = liars.into_inner().unwrap_or_else(PoisonError::into_inner);
+        let (manifest, copied) = match done {
+            Ok(done) => done,
+            Err(error) => {
+                let outcome = error.outcome();
+                self.finish_session(&session, outcome);
+                self.distrust(&liars, &history, &planned);
+                return Err(error);
+            }
+        };
+        self.finish_session(&session, Outcome::Committed);
+        pass(Step::SessionEnded);
+        self.distrust(&liars, &history, &planned);
+        self.give_up_superseded_marks(&history, &manifest, &planned);
+        Ok(Done::Committed(Box::new(manifest), copied))
+    }
+
     /// Observes, tidies and plans; nothing of this run is at the VM yet.
     fn prepare(&mut self) -> Result<(VmFacts, History, Vec<PlannedDisk>), BackupError> {
         let mut facts = self.observe()?;
@@ -225,6 +250,10 @@ impl Job<'_> {
         }
         if self.sweep()? {
             pass(Step::Swept);
+            facts = self.observe()?;
+        }
+        if self.options.start_paused && facts.run_state == RunState::Off {
+            self.start_paused()?;
             facts = self.observe()?;
         }
         match gate(
@@ -354,6 +383,10 @@ impl Job<'_> {
                     vm: self.vm.name.clone(),
                     disk: disk.facts.target.clone(),
                     refusal: *refusal,
+                    because: match &disk.facts.root_node {
+                        RootNode::Unknown(because) => Some(because.clone()),
+                        RootNode::Same | RootNode::Differs { .. } => None,
+                    },
                 });
             }
             self.context.observer.event(&Event::Planned {

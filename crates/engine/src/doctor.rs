@@ -13,7 +13,7 @@ mod examine;
 mod mend;
 
 use highwater_hypervisor::{
-    HypervisorError, JobFacts, LeftDirectory, RunState, Surroundings, VmRef,
+    Foreign, HypervisorError, JobFacts, LeftDirectory, RunState, Surroundings, VmRef, Wreckage,
 };
 use highwater_model::MarkName;
 use highwater_plan::{Finding, MarkOnDisk, Refusal, Verdict};
@@ -32,6 +32,8 @@ pub struct DoctorOptions<'a> {
     pub fix: bool,
     /// Remove every mark of this repository, too.
     pub purge_marks: bool,
+    /// Remove what this program has left, too, if anything is repaired at all.
+    pub foreign: Option<Foreign>,
 }
 
 /// What was found at a VM, and what was done about it.
@@ -41,6 +43,8 @@ pub struct Checkup {
     pub vm: VmRef,
     /// Whether and how it runs.
     pub state: RunState,
+    /// Whether the bitmaps of all its disks are seen.
+    pub tells_bitmaps: bool,
     /// The living backup that holds it.
     pub held_by: Option<LockHolder>,
     /// The job that runs on it.
@@ -49,6 +53,8 @@ pub struct Checkup {
     pub surroundings: Surroundings,
     /// Directories of dead sessions.
     pub left: Vec<LeftDirectory>,
+    /// What qmpbackup has left.
+    pub wreckage: Wreckage,
     /// What is (still) to be told, the worst first.
     pub findings: Vec<Finding>,
     /// All marks of any Highwater.

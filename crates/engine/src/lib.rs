@@ -39,7 +39,7 @@ pub use verify::{Subject, VerifyJob, verify};
 
 pub use highwater_plan::{
     AuditWish, BitmapView, Finding, Level, MarkOnDisk, Problem, Refusal, Remedy, Strange, Verdict,
-    known_program,
+    Wrecks, known_program,
 };
 
 /// The repository, as far as whoever wires the jobs up needs it.

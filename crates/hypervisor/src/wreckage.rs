@@ -30,4 +30,8 @@ pub struct Wreck {
     pub name: String,
     /// Target of the disk it belongs to, if that is known.
     pub disk: Option<String>,
+    /// Whether it does harm where it is: it lies in the guest's path, takes
+    /// space, costs every write, or keeps its own program from working. What that
+    /// program would use again, as a bitmap that records, does not.
+    pub harms: bool,
 }

@@ -41,6 +41,19 @@ pub struct Scene<'a> {
     pub remains: &'a [SessionId],
     /// What is not ours.
     pub strange: &'a [Strange],
+    /// What another program's backup has left.
+    pub wrecks: Wrecks,
+}
+
+/// How much another program's backup has left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Wrecks {
+    /// Things that do harm where they are.
+    pub harmful: usize,
+    /// Things that the program would use again.
+    pub harmless: usize,
+    /// Whether the program is at work.
+    pub is_in_use: bool,
 }
 
 /// A mark as it is found.
@@ -218,6 +231,8 @@ pub enum Problem {
     OtherVm(Vec<MarkName>),
     /// Something that is not ours.
     Strange(Strange),
+    /// What another program's backup has left.
+    Wreckage(Wrecks),
 }
 
 impl Problem {
@@ -248,6 +263,7 @@ impl Problem {
             Self::UnreadablePoint(_) => "unreadable-point",
             Self::OtherRepository { .. } => "other-repository",
             Self::OtherVm(_) => "other-vm",
+            Self::Wreckage(_) => "foreign-wreckage",
             Self::Strange(strange) => match strange {
                 Strange::Checkpoint { .. } => "foreign-checkpoint",
                 Strange::Bitmap { .. } => "foreign-bitmap",
@@ -400,7 +416,10 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
             remedy
         }
     };
-    let runs = matches!(scene.state, VmState::Alive | VmState::Stuck);
+    let runs = matches!(
+        scene.state,
+        VmState::Alive | VmState::Stuck | VmState::AtRest
+    );
     match scene.job {
         JobView::Ours(session) if !scene.is_held => {
             tell(Problem::DeadSession(session), Remedy::Fix);
@@ -456,7 +475,7 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
             | Verdict::Superseded
             | Verdict::Unneeded
             | Verdict::Useless(_) => {
-                // Only a hypervisor that runs the VM can change its marks.
+                // Not in images that are another process's for now.
                 let remedy = if runs {
                     Remedy::Fix
                 } else {
@@ -483,6 +502,17 @@ pub fn diagnose(scene: &Scene<'_>, verdicts: &[Verdict]) -> Vec<Finding> {
             Remedy::Nothing
         };
         tell(Problem::Strange(strange.clone()), remedy);
+    }
+    match scene.wrecks {
+        Wrecks {
+            harmful: 0,
+            harmless: 0,
+            ..
+        } => {}
+        wrecks if wrecks.harmful > 0 && !wrecks.is_in_use => {
+            tell(Problem::Wreckage(wrecks), Remedy::Hand);
+        }
+        wrecks => tell(Problem::Wreckage(wrecks), Remedy::Nothing),
     }
     findings.sort_by_key(|finding| finding.remedy);
     findings

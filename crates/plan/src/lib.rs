@@ -21,7 +21,8 @@ mod why;
 
 pub use audit::{AuditChoice, AuditDuty, AuditView, AuditWish, MOUNTED_BYTES, choose_audit};
 pub use diagnosis::{
-    Finding, MarkOnDisk, MarkView, Problem, Remedy, Scene, Strange, Verdict, diagnose, judge_marks,
+    Finding, MarkOnDisk, MarkView, Problem, Remedy, Scene, Strange, Verdict, Wrecks, diagnose,
+    judge_marks,
 };
 pub use disk::{
     BitmapView, Counted, DiskPlan, DiskView, History, Level, MarkSupport, ParentView, Record,

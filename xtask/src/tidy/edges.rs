@@ -10,7 +10,7 @@ const ALLOWED: [(&str, &[&str]); 12] = [
     ("store", &["model"]),
     ("repo", &["model", "store"]),
     ("hypervisor", &["model"]),
-    ("drivers", &["model", "hypervisor", "nbd"]),
+    ("drivers", &["model", "hypervisor", "nbd", "formats"]),
     ("formats", &["model"]),
     (
         "engine",

@@ -9,7 +9,7 @@ use highwater_engine::{
     self as engine, BackupContext, BackupOptions, Cancel, Checkup, DoctorError, DoctorOptions,
     Event, Guard, Observer,
 };
-use highwater_hypervisor::{ErrorKind, HypervisorError};
+use highwater_hypervisor::{ErrorKind, Foreign, HypervisorError};
 use highwater_model::SystemClock;
 use serde::Serialize;
 
@@ -39,6 +39,9 @@ pub(crate) fn run(global: &Global, args: &Doctor) -> Result<u8, CliError> {
         backup: backup::options(&next_backup),
         fix: args.fix || args.purge_marks,
         purge_marks: args.purge_marks,
+        foreign: args
+            .foreign
+            .map(|args::Foreign::Qmpbackup| Foreign::Qmpbackup),
         cancel: &cancel,
     };
     if let [name] = vms.as_slice() {
@@ -112,6 +115,7 @@ struct Run<'a> {
     backup: BackupOptions,
     fix: bool,
     purge_marks: bool,
+    foreign: Option<Foreign>,
     cancel: &'a Cancel,
 }
 
@@ -178,6 +182,7 @@ impl Run<'_> {
             backup: &self.backup,
             fix: self.fix,
             purge_marks: self.purge_marks,
+            foreign: self.foreign,
         };
         let checkup = engine::doctor(&context, name, &options);
         let checkup = checkup.map_err(|error| with_names(error, name, &guard))?;

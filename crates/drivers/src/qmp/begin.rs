@@ -12,6 +12,7 @@ use highwater_model::step::{Step, pass};
 
 use super::QmpDriver;
 use super::client::Client;
+use super::disks::write_counters;
 use super::error::explain;
 use super::iothreads;
 use super::marks::{query_blocks, remove_bitmap};
@@ -91,13 +92,8 @@ impl QmpDriver {
         let before = state_of(client, &order.vm)?;
         let taken_at = self.clock.now();
         let switched = sequence.switch_all(prepared.state, &self.line);
-        let (consistency, frozen_ms) = frozen.settle(
-            switched.is_ok(),
-            prepared.state,
-            order.quiesce,
-            &order.vm,
-            &mut warnings,
-        )?;
+        let (consistency, frozen_ms) =
+            frozen.settle(order, switched.is_ok(), prepared.state, &mut warnings)?;
         paths.note_thawed();
         let stopped = switched?;
         let consistency = confirm_state(client, &order.vm, &before, consistency)?;
@@ -110,7 +106,6 @@ impl QmpDriver {
         }
         pass(Step::Started);
         let watch = Watch {
-            vm: order.vm.clone(),
             process: self.process().map(|found| found.identity),
             client: client.clone(),
             heard: client.heard().count,
@@ -407,7 +402,7 @@ fn begun_disks(
     prepared: &Prepared,
 ) -> Result<Vec<BegunDisk>, HypervisorError> {
     let failed = |error: &super::error::QmpError| explain(cannot_begin(&order.vm), error);
-    let counters = super::objects::counters(client).map_err(|error| failed(&error))?;
+    let counters = write_counters(client).map_err(|error| failed(&error))?;
     let blocks = query_blocks(client).map_err(|error| failed(&error))?;
     let granularity = |target: &str| {
         let marked = prepared.marked.iter().find(|it| it.target == target);

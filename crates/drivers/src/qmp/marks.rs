@@ -88,11 +88,5 @@ pub(super) fn remove_bitmap(client: &Client, node: &str, name: &str) -> Result<(
 pub(super) fn query_blocks(client: &Client) -> Result<Blocks, QmpError> {
     let nodes = client.run("query-named-block-nodes", json!({"flat": true}))?;
     let devices = client.run("query-block", json!({}))?;
-    let malformed = |error: crate::blocks::ReplyError| QmpError::Malformed(error.to_string());
-    let mut blocks = Blocks::from_values(nodes, devices).map_err(malformed)?;
-    // Not a stable command; without it what is below a filter stays unknown.
-    if let Ok(graph) = client.run("x-debug-query-block-graph", json!({})) {
-        blocks.add_graph_value(graph).map_err(malformed)?;
-    }
-    Ok(blocks)
+    Blocks::from_values(nodes, devices).map_err(|error| QmpError::Malformed(error.to_string()))
 }

@@ -12,7 +12,6 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
-use highwater_hypervisor::WriteCounters;
 use highwater_model::SessionId;
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
@@ -392,19 +391,6 @@ impl Ours {
     }
 }
 
-/// Asks what the guest has written to each device, by its QOM path.
-pub(super) fn counters(client: &Client) -> Result<BTreeMap<String, WriteCounters>, QmpError> {
-    let stats: Vec<WireDeviceStats> = ask(client, "query-blockstats", &json!({}))?;
-    let counted = stats.into_iter().filter_map(|it| {
-        let counters = WriteCounters {
-            bytes: it.stats.wr_bytes,
-            operations: it.stats.wr_operations,
-        };
-        Some((absolute(it.qdev?), counters))
-    });
-    Ok(counted.collect())
-}
-
 /// A device with an id is told by it alone, and a bus may have the same.
 fn absolute(qdev: String) -> String {
     if qdev.starts_with('/') {
@@ -480,18 +466,6 @@ struct WireStats {
 #[serde(rename_all = "kebab-case")]
 struct WireBelow {
     node_name: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct WireDeviceStats {
-    qdev: Option<String>,
-    stats: WireCounters,
-}
-
-#[derive(Deserialize)]
-struct WireCounters {
-    wr_bytes: u64,
-    wr_operations: u64,
 }
 
 #[derive(Deserialize)]

@@ -17,7 +17,6 @@ use crate::directories::free_bytes;
 
 /// What is watched for one session.
 pub(super) struct Watch {
-    pub(super) vm: VmRef,
     /// The QEMU it began in, if that could be told.
     pub(super) process: Option<ProcessIdentity>,
     /// The connection that hears of what happens.

@@ -35,11 +35,12 @@ pub enum BackupError {
     },
     #[error("cannot back up VM `{vm}`: no disk of it can be backed up")]
     NoDisks { vm: String },
-    #[error("cannot back up disk `{disk}` of VM `{vm}`: {}", refusal_words(*refusal))]
+    #[error("cannot back up disk `{disk}` of VM `{vm}`: {}", refusal_words(*refusal, because.as_deref()))]
     Refused {
         vm: String,
         disk: String,
         refusal: Refusal,
+        because: Option<String>,
     },
     #[error("cannot tidy VM `{vm}` before the backup")]
     Tidy { vm: String, source: HypervisorError },
@@ -129,12 +130,15 @@ const fn state_words(state: RunState) -> &'static str {
     }
 }
 
-fn refusal_words(refusal: Refusal) -> String {
+fn refusal_words(refusal: Refusal, because: Option<&str>) -> String {
     match refusal {
         Refusal::GraphChanged => {
             "its image chain was changed behind the hypervisor's back".to_owned()
         }
-        Refusal::GraphUnknown => "cannot learn which image the guest writes to".to_owned(),
+        Refusal::GraphUnknown => {
+            let because = because.map_or_else(String::new, |because| format!(" ({because})"));
+            format!("cannot learn which image the guest writes to{because}")
+        }
         Refusal::BitmapBusy => "its bitmap is in use".to_owned(),
         Refusal::NoIncrement(why) => format!("no increment is possible: {}", why.sentence()),
     }

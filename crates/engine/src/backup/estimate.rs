@@ -70,6 +70,7 @@ pub fn estimate(
         healed: Vec::new(),
         warnings: Vec::new(),
         observed_at: now,
+        started_vm: false,
     };
     let mut facts = job.observe()?;
     let mut would_heal = Vec::new();

@@ -13,7 +13,7 @@ use highwater_repo::{Manifest, MarkRecord};
 
 use super::observe::{History, PlannedDisk, bitmap_view, record_view};
 use super::{BackupError, Begin, Job};
-use crate::guard::{Guard, GuardError, Outcome, one_line};
+use crate::guard::{GuardError, Outcome, one_line};
 
 /// What is to be done about marks before a plan is made.
 pub(super) struct Tidying {
@@ -72,6 +72,47 @@ impl Job<'_> {
             self.warn(warning);
         }
         Ok(())
+    }
+
+    /// Starts a VM that is off, paused, for as long as this backup takes.
+    pub(super) fn start_paused(&mut self) -> Result<(), BackupError> {
+        // First: a start that fails in the middle may have started it.
+        self.started_vm = true;
+        let started = self.context.guard.start_paused(self.vm);
+        started.map_err(|source| BackupError::Begin {
+            vm: self.vm.name.clone(),
+            source,
+        })
+    }
+
+    /// Shuts it off again.
+    pub(super) fn stop_started(&mut self) {
+        if !self.started_vm {
+            return;
+        }
+        let guard = self.context.guard;
+        let stopped = if guard.is_gone() {
+            let another = (self.context.restart_guard)();
+            another.and_then(|guard| {
+                guard.lock(self.vm)?;
+                guard.stop_if_started(self.vm)
+            })
+        } else {
+            guard.stop_if_started(self.vm)
+        };
+        match stopped {
+            Ok(true) => {}
+            Ok(false) => self.warn(
+                "the VM was started paused for this backup, and is not shut off: somebody has \
+                 resumed it, or ended it"
+                    .to_owned(),
+            ),
+            Err(error) => self.warn(format!(
+                "cannot shut the VM off that was started paused for this backup: {}; the next \
+                 backup does",
+                one_line(&error)
+            )),
+        }
     }
 
     /// Removes what sessions left of which no job tells any more: QEMU was
@@ -225,13 +266,7 @@ impl Job<'_> {
         order: &BeginOrder,
         outcome: Outcome,
     ) -> Result<Vec<String>, GuardError> {
-        let guard: Guard = (self.context.restart_guard)()?;
-        guard.lock(self.vm)?;
-        let mut ended = guard.settle(order, outcome)?;
-        // What is left when the job had ended before.
-        let swept = guard.sweep(self.vm, &self.options.session_places())?;
-        ended.warnings.extend(swept.warnings);
-        Ok(ended.warnings)
+        (self.context.restart_guard)()?.settle_for_another(order, outcome)
     }
 
     /// Gives up the marks that no disk needs now that the manifest is durable.

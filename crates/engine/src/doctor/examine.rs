@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use highwater_hypervisor::{
-    DiskFacts, HypervisorError, MarkOrder, Redefinition, RootNode, RunState, Surroundings, VmFacts,
-    WriteErrorPolicy,
+    DiskFacts, Foreign, HypervisorError, MarkOrder, Redefinition, RootNode, RunState, Surroundings,
+    VmFacts, Wreckage, WriteErrorPolicy,
 };
 use highwater_model::{MarkName, PointId, SessionId};
-use highwater_plan::{DiskPlan, Scene, Strange, Verdict, VmGate, diagnose, gate, judge_marks};
+use highwater_plan::{
+    DiskPlan, Scene, Strange, Verdict, VmGate, Wrecks, diagnose, gate, judge_marks,
+};
 
 use super::{ChangedGraph, Checkup, DoctorError, MarkReport, NextBackup, Refused, Ward};
 use crate::backup::{Outlook, outlook, unreadable_point, words};
@@ -39,7 +41,11 @@ impl Ward<'_> {
         };
         let held_before = holder()?;
         let facts = guard.observe(self.vm).map_err(observe)?;
-        let surroundings = guard.survey(self.vm).map_err(observe)?;
+        let mut surroundings = guard.survey(self.vm).map_err(observe)?;
+        let wreckage = guard
+            .wreckage(self.vm, Foreign::Qmpbackup)
+            .map_err(observe)?;
+        without_wrecks(&mut surroundings, &wreckage);
         let places = self.options.backup.session_places();
         let left = guard.leftovers(self.vm, &places).map_err(observe)?;
         // A backup that began or ended meanwhile: what was seen may be half of
@@ -56,7 +62,13 @@ impl Ward<'_> {
         let sessions: Vec<SessionId> = sessions.into_iter().collect();
         let unreadable: BTreeSet<PointId> = outlook.unreadable.iter().map(|it| it.0).collect();
         let forgotten: BTreeSet<MarkName> = outlook.forgotten.keys().cloned().collect();
-        let strange = strange(&facts, &surroundings);
+        let is_wreck = |name: &str| wreckage.wrecks.iter().any(|wreck| wreck.name == name);
+        let strange = strange(&facts, &surroundings, &is_wreck);
+        let wrecks = Wrecks {
+            harmful: wreckage.wrecks.iter().filter(|wreck| wreck.harms).count(),
+            harmless: wreckage.wrecks.iter().filter(|wreck| !wreck.harms).count(),
+            is_in_use: wreckage.in_use.is_some(),
+        };
         let scene = Scene {
             repo: self.context.repo.id(),
             state: outlook.state,
@@ -71,6 +83,7 @@ impl Ward<'_> {
             left: &sessions,
             remains: &surroundings.remains,
             strange: &strange,
+            wrecks,
         };
         let verdicts = judge_marks(&scene);
         let findings = diagnose(&scene, &verdicts);
@@ -88,6 +101,7 @@ impl Ward<'_> {
             checkup: Checkup {
                 vm: facts.vm.clone(),
                 state: facts.run_state,
+                tells_bitmaps: facts.disks.iter().all(|disk| facts.tells_bitmaps_of(disk)),
                 held_by,
                 findings,
                 marks,
@@ -96,6 +110,7 @@ impl Ward<'_> {
                 job: facts.job,
                 surroundings,
                 left,
+                wreckage,
                 fixed: Vec::new(),
                 failed: Vec::new(),
                 warnings: outlook.unreadable.iter().map(unreadable_point).collect(),
@@ -160,6 +175,14 @@ fn next_backup(
     }
 }
 
+/// Takes out what belongs to a wreckage, which is told of as one thing.
+fn without_wrecks(around: &mut Surroundings, wreckage: &Wreckage) {
+    let is_wreck = |name: &str| wreckage.wrecks.iter().any(|wreck| wreck.name == name);
+    around.inner_jobs.retain(|job| !is_wreck(&job.id));
+    around.exports.retain(|export| !is_wreck(&export.id));
+    around.loose_nodes.retain(|node| !is_wreck(&node.node));
+}
+
 fn changed_graphs(facts: &VmFacts, around: &Surroundings) -> Vec<ChangedGraph> {
     if facts.run_state == RunState::Off {
         return Vec::new();
@@ -184,7 +207,11 @@ fn changed_graphs(facts: &VmFacts, around: &Surroundings) -> Vec<ChangedGraph> {
 
 /// Collects what is not ours. What has a name of ours is a mark, whosever it
 /// is; everything else here is told and left alone.
-fn strange(facts: &VmFacts, around: &Surroundings) -> Vec<Strange> {
+fn strange(
+    facts: &VmFacts,
+    around: &Surroundings,
+    is_wreck: &dyn Fn(&str) -> bool,
+) -> Vec<Strange> {
     let mut strange = Vec::new();
     for checkpoint in facts.checkpoints.iter().filter(|it| it.mark.is_none()) {
         strange.push(Strange::Checkpoint {
@@ -200,7 +227,7 @@ fn strange(facts: &VmFacts, around: &Surroundings) -> Vec<Strange> {
                 .iter()
                 .any(|it| it.name == bitmap.name && it.disks.contains(&disk.target));
             let is_mark = bitmap.name.parse::<MarkName>().is_ok();
-            if is_mark || has_record || !told.insert(&bitmap.name) {
+            if is_mark || has_record || is_wreck(&bitmap.name) || !told.insert(&bitmap.name) {
                 continue;
             }
             strange.push(Strange::Bitmap {

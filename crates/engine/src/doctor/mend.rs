@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, MarkOrder, RunState};
+use highwater_hypervisor::{ErrorKind, Foreign, HypervisorError, MarkOrder};
 use highwater_model::MarkName;
 use highwater_plan::{Finding, Problem, Remedy, Verdict};
 
@@ -41,6 +41,10 @@ impl Ward<'_> {
         while let Some(finding) = next_repair(&examined.checkup, &mut tried) {
             self.stop_if_cancelled()?;
             self.repair(&finding, &examined, &mut done);
+            examined = self.examine(true)?;
+        }
+        if let Some(of) = self.options.foreign {
+            self.clear_wreckage(of, &mut done);
             examined = self.examine(true)?;
         }
         if self.options.purge_marks && self.purge(&examined.checkup, &mut done)? {
@@ -145,7 +149,7 @@ impl Ward<'_> {
     /// Removes every mark of this repository and VM, whatever it is good for. Returns
     /// whether there was any. Of a VM that does not run it always fails.
     fn purge(&self, checkup: &Checkup, done: &mut Done) -> Result<bool, DoctorError> {
-        if !is_up(checkup.state) {
+        if !checkup.tells_bitmaps {
             // Records may be gone while bitmaps are in the images: to say that
             // nothing is left would cost the user his internal snapshots.
             done.failed.push(self.cannot_purge());
@@ -168,12 +172,34 @@ impl Ward<'_> {
         Ok(any)
     }
 
+    /// Removes what another program has left.
+    fn clear_wreckage(&self, of: Foreign, done: &mut Done) {
+        let Foreign::Qmpbackup = of;
+        let all = "remove the wreckage of qmpbackup".to_owned();
+        match self.context.guard.clear_wreckage(self.vm, of) {
+            Ok(cleared) => {
+                if let Some(because) = cleared.in_use {
+                    let error = HypervisorError::new(ErrorKind::Busy, format!("cannot {all}"));
+                    done.failed.push((all, error.because(because)));
+                }
+                for wreck in cleared.wrecks {
+                    let what = format!("remove {} {} of qmpbackup", wreck.kind, wreck.name);
+                    self.note(done, what, Ok(Vec::new()));
+                }
+                done.warnings.extend(cleared.warnings);
+            }
+            Err(error) => done.failed.push((all, error)),
+        }
+    }
+
     fn cannot_purge(&self) -> (String, HypervisorError) {
         let what = format!("remove the marks of VM `{}`", self.vm.name);
-        let start = format!("virsh start {} --paused", self.vm.name);
         let error = HypervisorError::new(ErrorKind::WrongState, format!("cannot {what}"))
-            .because("the VM does not run, so nobody knows which bitmaps are in its images")
-            .hint(format!("start the VM for it, paused if need be: `{start}`"));
+            .because(
+                "nobody knows which bitmaps are in its images: they are another process's for now, \
+                 or cannot be read",
+            )
+            .hint("let the VM run, or shut it off, or make its images readable");
         (what, error)
     }
 
@@ -196,14 +222,6 @@ impl Ward<'_> {
             });
         }
         Ok(())
-    }
-}
-
-/// Returns whether there is a process that tells of bitmaps and removes them.
-const fn is_up(state: RunState) -> bool {
-    match state {
-        RunState::Running | RunState::Paused | RunState::PausedOnError => true,
-        RunState::NotResumed | RunState::Off | RunState::Other => false,
     }
 }
 

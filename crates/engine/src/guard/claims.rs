@@ -263,10 +263,7 @@ fn holder_of(claim: &Claim, me: &highwater_hypervisor::Claimer) -> LockHolder {
 fn contended(vm: &VmRef) -> HypervisorError {
     HypervisorError::new(ErrorKind::Busy, format!("cannot lock VM `{}`", vm.name))
         .because("others keep claiming it, and none of them goes on")
-        .hint(format!(
-            "see who changes its metadata: `virsh dumpxml {}`",
-            vm.name
-        ))
+        .hint("see which other hosts or users back it up")
 }
 
 /// Says that another one has the VM now.

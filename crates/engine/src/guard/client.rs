@@ -12,8 +12,8 @@ use std::thread;
 use std::time::Duration;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Ended, ErrorKind, HypervisorError, LeftDirectory, MarkOrder, RunState,
-    Surroundings, Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Ended, ErrorKind, Foreign, HypervisorError, LeftDirectory, MarkOrder,
+    RunState, Surroundings, Swept, VmFacts, VmRef, Wreckage,
 };
 use highwater_model::SessionId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -264,6 +264,37 @@ impl Guard {
         }
     }
 
+    /// Reports what another program has left at a VM.
+    pub fn wreckage(&self, vm: &VmRef, of: Foreign) -> Result<Wreckage, GuardError> {
+        self.wreckage_by(Request::Wreckage { vm: vm.clone(), of })
+    }
+
+    /// Removes it, and returns what was removed; the VM's lock must have been
+    /// taken.
+    pub fn clear_wreckage(&self, vm: &VmRef, of: Foreign) -> Result<Wreckage, GuardError> {
+        self.wreckage_by(Request::ClearWreckage { vm: vm.clone(), of })
+    }
+
+    fn wreckage_by(&self, request: Request) -> Result<Wreckage, GuardError> {
+        match self.ask(request)? {
+            Reply::Wreckage(found) => Ok(found),
+            _ => Err(wrong_reply()),
+        }
+    }
+
+    /// Starts a VM that is off, paused; its lock must have been taken.
+    pub fn start_paused(&self, vm: &VmRef) -> Result<(), GuardError> {
+        self.done(Request::StartPaused { vm: vm.clone() })
+    }
+
+    /// Shuts it off again, unless somebody has resumed it; says whether.
+    pub fn stop_if_started(&self, vm: &VmRef) -> Result<bool, GuardError> {
+        match self.ask(Request::StopIfStarted { vm: vm.clone() })? {
+            Reply::Stopped(was_ours) => Ok(was_ours),
+            _ => Err(wrong_reply()),
+        }
+    }
+
     /// Reports everything about a VM.
     pub fn observe(&self, vm: &VmRef) -> Result<VmFacts, GuardError> {
         match self.ask(Request::Observe { vm: vm.clone() })? {
@@ -325,6 +356,24 @@ impl Guard {
             self.tell_ended(order);
         }
         Ok(ended)
+    }
+
+    /// Does the same from the beginning: waits for that guard if it still lives,
+    /// and clears what is left where the job had ended before. Returns what could
+    /// not be done.
+    pub fn settle_for_another(
+        &self,
+        order: &BeginOrder,
+        outcome: Outcome,
+    ) -> Result<Vec<String>, GuardError> {
+        self.lock(&order.vm)?;
+        let mut ended = self.settle(order, outcome)?;
+        let dirs = [&order.socket_dir, &order.scratch_dir];
+        let above = dirs.iter().filter_map(|dir| dir.parent());
+        let places: Vec<PathBuf> = above.map(Path::to_owned).collect();
+        let swept = self.sweep(&order.vm, &places)?;
+        ended.warnings.extend(swept.warnings);
+        Ok(ended.warnings)
     }
 
     /// Ends what a dead session left behind.

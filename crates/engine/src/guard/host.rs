@@ -269,15 +269,21 @@ impl Host {
             }
             Request::Sweep { vm, places } => {
                 // Who does not hold the lock cannot know that a session is dead.
-                if self.hold.as_ref().is_none_or(|hold| hold.vm != vm) {
-                    return Err(HypervisorError::new(
-                        ErrorKind::Other,
-                        format!("cannot tidy up after sessions of VM `{}`", vm.name),
-                    )
-                    .because("its lock was not taken"));
-                }
-                self.expect_claim(&vm)?;
+                self.expect_hold(&vm, "tidy up after sessions of")?;
                 self.driver()?.sweep(&vm, &places).map(Reply::Swept)
+            }
+            Request::Wreckage { vm, of } => self.driver()?.wreckage(&vm, of).map(Reply::Wreckage),
+            Request::ClearWreckage { vm, of } => {
+                self.expect_hold(&vm, "remove another program's wreckage from")?;
+                self.driver()?.clear_wreckage(&vm, of).map(Reply::Wreckage)
+            }
+            Request::StartPaused { vm } => {
+                self.expect_hold(&vm, "start")?;
+                self.driver()?.start_paused(&vm).map(|()| Reply::Done)
+            }
+            Request::StopIfStarted { vm } => {
+                self.expect_hold(&vm, "shut off")?;
+                self.driver()?.stop_if_started(&vm).map(Reply::Stopped)
             }
             Request::Beat => Ok(Reply::Done),
         }
@@ -290,6 +296,18 @@ impl Host {
                 "cannot use a hypervisor before connecting",
             )
         })
+    }
+
+    /// Fails unless the VM's lock was taken, and it is ours alone.
+    fn expect_hold(&mut self, vm: &VmRef, what: &str) -> Result<(), HypervisorError> {
+        if self.hold.as_ref().is_none_or(|hold| hold.vm != *vm) {
+            return Err(HypervisorError::new(
+                ErrorKind::Other,
+                format!("cannot {what} VM `{}`", vm.name),
+            )
+            .because("its lock was not taken"));
+        }
+        self.expect_claim(vm)
     }
 
     /// Fails unless the VM is ours alone.

@@ -6,8 +6,8 @@ use std::io::{self, BufRead, Write};
 use std::path::PathBuf;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Ended, HypervisorError, LeftDirectory, MarkOrder, RunState, Surroundings,
-    Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Ended, Foreign, HypervisorError, LeftDirectory, MarkOrder, RunState,
+    Surroundings, Swept, VmFacts, VmRef, Wreckage,
 };
 use highwater_model::SessionId;
 use serde::de::DeserializeOwned;
@@ -66,6 +66,14 @@ pub(super) enum Request {
     Leftovers { vm: VmRef, places: Vec<PathBuf> },
     /// Remove them. Only under the VM's lock.
     Sweep { vm: VmRef, places: Vec<PathBuf> },
+    /// Report what another program left.
+    Wreckage { vm: VmRef, of: Foreign },
+    /// Remove it. Only under the VM's lock.
+    ClearWreckage { vm: VmRef, of: Foreign },
+    /// Start a VM that is off, paused. Only under its lock.
+    StartPaused { vm: VmRef },
+    /// Shut it off again, unless somebody has resumed it. Only under its lock.
+    StopIfStarted { vm: VmRef },
     /// "I live." No reply.
     Beat,
 }
@@ -106,6 +114,8 @@ pub(super) enum Reply {
     Surroundings(Surroundings),
     Leftovers(Vec<LeftDirectory>),
     Swept(Swept),
+    Wreckage(Wreckage),
+    Stopped(bool),
 }
 
 /// Writes one message and its line end in one call.

@@ -16,7 +16,6 @@ use std::fmt::Debug;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::BeginOrder;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -136,21 +135,7 @@ impl Heir {
             Outcome::Failed
         };
         // QEMU waits for whoever does not read; a guard that died has cut nothing.
-        self.cutter.cut_while(|| {
-            let guard = start(connect)?;
-            // Held by a guard that still settles: then there is nothing left to do.
-            guard.lock(&order.vm)?;
-            let mut ended = guard.settle(order, outcome)?;
-            let swept = guard.sweep(&order.vm, &places(order))?;
-            ended.warnings.extend(swept.warnings);
-            Ok(ended.warnings)
-        })
+        self.cutter
+            .cut_while(|| start(connect)?.settle_for_another(order, outcome))
     }
-}
-
-/// Where the directories of sessions like this one are.
-fn places(order: &BeginOrder) -> Vec<PathBuf> {
-    let dirs = [&order.socket_dir, &order.scratch_dir];
-    let above = dirs.iter().filter_map(|dir| dir.parent());
-    above.map(Path::to_owned).collect()
 }

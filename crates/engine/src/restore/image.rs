@@ -250,7 +250,14 @@ pub(super) fn restore_files(
         })?;
         paths.push(write_new(&dir.join(name), &bytes)?);
     }
-    let definition = dir.join(format!("{}.xml", file_name(&point.vm.name)));
+    // libvirt's is XML; without it there are a command line, or what was known
+    // of the images.
+    let kind = match point.definition.trim_start().chars().next() {
+        Some('<') => "xml",
+        Some('{') => "json",
+        _ => "txt",
+    };
+    let definition = dir.join(format!("{}.{kind}", file_name(&point.vm.name)));
     paths.push(write_new(&definition, point.definition.as_bytes())?);
     Ok(paths)
 }

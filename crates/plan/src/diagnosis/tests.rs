@@ -66,6 +66,7 @@ struct Case {
     left: Vec<SessionId>,
     remains: Vec<SessionId>,
     strange: Vec<Strange>,
+    wrecks: Wrecks,
 }
 
 impl Case {
@@ -83,6 +84,7 @@ impl Case {
             left: Vec::new(),
             remains: Vec::new(),
             strange: Vec::new(),
+            wrecks: Wrecks::default(),
         }
     }
 
@@ -101,6 +103,7 @@ impl Case {
             left: &self.left,
             remains: &self.remains,
             strange: &self.strange,
+            wrecks: self.wrecks,
         };
         diagnose(&scene, &judge_marks(&scene))
             .iter()
@@ -224,6 +227,35 @@ fn marks_of_a_vm_that_is_off_or_held_are_left_to_the_next_backup() {
     check(&["fix: left-directories"], |it, _| {
         it.left.push(session());
         it.state = VmState::Off;
+    });
+}
+
+#[test]
+fn wreckage_of_others_is_for_a_person_only_where_it_does_harm() {
+    let left = |harmful, harmless, is_in_use| Wrecks {
+        harmful,
+        harmless,
+        is_in_use,
+    };
+    check(&[], |it, _| it.wrecks = left(0, 0, true));
+    check(&["nothing: foreign-wreckage"], |it, _| {
+        it.wrecks = left(0, 1, false);
+    });
+    check(&["nothing: foreign-wreckage"], |it, _| {
+        it.wrecks = left(3, 1, true);
+    });
+    check(&["hand: foreign-wreckage"], |it, _| {
+        it.wrecks = left(3, 1, false);
+    });
+}
+
+#[test]
+fn marks_of_a_vm_that_is_off_are_repaired_in_its_images() {
+    check(&["fix: superseded-mark"], |it, _| {
+        let old = mark(1, 2);
+        it.marks.push(view(&old));
+        it.committed.insert(old.point());
+        it.state = VmState::AtRest;
     });
 }
 

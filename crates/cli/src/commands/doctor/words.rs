@@ -4,10 +4,12 @@ use std::path::PathBuf;
 
 use highwater_engine::{
     BitmapView, ChangedGraph, Checkup, Finding, MarkOnDisk, Problem, Refusal, Refused, Remedy,
-    Strange, Verdict, known_program,
+    Strange, Verdict, Wrecks, known_program,
 };
 use highwater_hypervisor::{JobFacts, RunState};
 use highwater_model::{Clock as _, MarkName, SessionId, SystemClock, format_size};
+
+use crate::by_hand;
 
 /// A finding in words.
 pub(super) struct Said {
@@ -26,7 +28,9 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
         Problem::Stuck => (
             "the VM is paused because a write of it failed".to_owned(),
             vec![format!(
-                "see `virsh domblkerror {vm}`, make room, then `virsh resume {vm}`"
+                "see {}, make room, then {}",
+                by_hand::see_disk_errors(vm),
+                by_hand::resume(vm)
             )],
         ),
         Problem::GraphChanged { disk } => graph_changed(disk, checkup),
@@ -74,10 +78,11 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
             strange_thing(strange),
             vec![
                 "end the program that made it; or, if that is gone:".to_owned(),
-                format!(r#"virsh qemu-monitor-command {vm} '{{"execute":"nbd-server-stop"}}'"#),
+                by_hand::qmp(vm, r#"{"execute":"nbd-server-stop"}"#),
             ],
         ),
         Problem::Strange(strange) => (strange_thing(strange), Vec::new()),
+        Problem::Wreckage(wrecks) => wreckage(*wrecks, checkup),
     };
     let todo = match finding.remedy {
         Remedy::Hand | Remedy::Nothing => hand,
@@ -90,6 +95,42 @@ pub(super) fn say(finding: &Finding, checkup: &Checkup) -> Said {
         }
     };
     Said { what, todo }
+}
+
+fn wreckage(wrecks: Wrecks, checkup: &Checkup) -> (String, Vec<String>) {
+    let found = &checkup.wreckage;
+    let names: Vec<String> = found
+        .wrecks
+        .iter()
+        .map(|wreck| format!("{} {}", wreck.kind, wreck.name))
+        .collect();
+    let names = names.join(", ");
+    if let Some(because) = &found.in_use {
+        return (
+            format!("qmpbackup is at work ({because}): {names}"),
+            Vec::new(),
+        );
+    }
+    let remove = format!(
+        "highwater doctor {} --fix --foreign qmpbackup",
+        checkup.vm.name
+    );
+    if wrecks.harmful == 0 {
+        return (
+            format!("qmpbackup has been here: {names}: left alone"),
+            vec![format!(
+                "to remove it, if qmpbackup is used no more: {remove}"
+            )],
+        );
+    }
+    (
+        format!(
+            "a backup of qmpbackup was cut short and left: {names}; its filter copies what the \
+             guest overwrites into a file that grows, and qmpbackup itself fails as long as they \
+             are there"
+        ),
+        vec![remove],
+    )
 }
 
 fn dead_session(session: SessionId, checkup: &Checkup) -> String {
@@ -142,7 +183,7 @@ fn foreign_job(checkup: &Checkup) -> (String, Vec<String>) {
         ),
         vec![
             "wait for it".to_owned(),
-            format!("or, if its program is gone: virsh domjobabort {vm}"),
+            format!("or, if its program is gone: {}", by_hand::end_job(vm)),
         ],
     )
 }
@@ -169,7 +210,7 @@ fn graph_changed(disk: &str, checkup: &Checkup) -> (String, Vec<String>) {
          `{guest}`{file}, and a backup would read `{exported}`, so it is refused; do not shut the \
          VM down before this is undone: libvirt would start it without what was written since"
     );
-    let qmp = |command: &str| format!("virsh qemu-monitor-command {vm} '{command}'");
+    let qmp = |command: &str| by_hand::qmp(vm, command);
     let job = format!("merge-{disk}");
     (
         what,
