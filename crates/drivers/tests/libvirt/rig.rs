@@ -24,6 +24,12 @@ impl Rig {
         Self { driver, lab }
     }
 
+    /// A second process's driver: it knows nothing of the first one's sessions.
+    #[allow(dead_code, reason = "for the tests with a guest")]
+    pub(crate) fn stranger(&self) -> LibvirtDriver {
+        connect(&self.lab)
+    }
+
     pub(crate) fn find(&mut self, vm: &Vm) -> VmRef {
         self.driver.find(vm.name()).unwrap()
     }
