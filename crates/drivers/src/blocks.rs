@@ -122,12 +122,6 @@ impl Blocks {
         Ok(())
     }
 
-    /// Adds the answer to [`QUERY_GRAPH`].
-    pub(crate) fn add_graph_value(&mut self, graph: Value) -> Result<(), ReplyError> {
-        self.below = Some(below(answer(graph)?));
-        Ok(())
-    }
-
     /// Returns the node that libvirt made for the image with this number: the
     /// one that it would export and put bitmaps on.
     pub(crate) fn libvirt_node(&self, index: u32) -> Option<&str> {
@@ -221,7 +215,7 @@ impl Blocks {
     fn is_filter(&self, node: &str) -> bool {
         self.nodes
             .get(node)
-            .is_some_and(|node| FILTERS.contains(&node.driver.as_str()))
+            .is_some_and(|node| is_filter(&node.driver))
     }
 }
 
@@ -248,6 +242,11 @@ fn below(graph: WireGraph) -> BTreeMap<String, String> {
 /// Understands what a command returned.
 pub(crate) fn answer<T: for<'de> Deserialize<'de>>(value: Value) -> Result<T, ReplyError> {
     serde_json::from_value(value).map_err(|error| ReplyError::Malformed(error.to_string()))
+}
+
+/// Returns whether nodes of this driver pass everything on to their one child.
+pub(crate) fn is_filter(driver: &str) -> bool {
+    FILTERS.contains(&driver)
 }
 
 /// Returns what a command returned.

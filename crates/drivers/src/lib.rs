@@ -12,6 +12,7 @@ mod directories;
 mod host;
 mod label;
 pub mod libvirt;
+mod names;
 pub mod qmp;
 mod scratch_image;
 mod sys;

@@ -86,6 +86,31 @@ pub(crate) fn reserved_bytes(size_bytes: u64) -> u64 {
     Layout::of(size_bytes).map_or(u64::MAX, Layout::bytes_when_full)
 }
 
+/// A scratch file that is not reserved needs room for what the guest overwrites
+/// while the backup runs. Nobody knows how much; a sixteenth of the disks, at
+/// most 4 GiB, is refused to start with, since it would hardly ever do.
+const ROOM_DIVISOR: u64 = 16;
+const ROOM_BYTES_MAX: u64 = 4 << 30;
+/// The session is given up while this part of that room is left, so that its
+/// end comes before the files are full.
+const RESERVE_DIVISOR: u64 = 4;
+
+/// Returns how much room there must be for scratch files that grow.
+pub(crate) fn room_bytes(disks_bytes: u64) -> u64 {
+    (disks_bytes / ROOM_DIVISOR).min(ROOM_BYTES_MAX)
+}
+
+/// Returns with how much of that room left the session is given up.
+pub(crate) fn reserve_bytes(room_bytes: u64) -> u64 {
+    room_bytes / RESERVE_DIVISOR
+}
+
+/// Returns the size of a disk's scratch image: QEMU rounds the size of a raw
+/// image up to whole sectors.
+pub(crate) fn image_bytes(disk_bytes: u64) -> u64 {
+    disk_bytes.div_ceil(512).saturating_mul(512)
+}
+
 /// Whether all space a file may ever need is set aside at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Space {

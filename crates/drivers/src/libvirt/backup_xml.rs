@@ -7,6 +7,8 @@ use std::path::Path;
 use highwater_hypervisor::{DiskOrder, NewMark, ReadMode, Redefinition};
 use highwater_model::SessionId;
 
+use crate::names::export_name;
+
 /// One disk of a backup job.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct BackupDisk<'a> {
@@ -14,20 +16,6 @@ pub(crate) struct BackupDisk<'a> {
     pub(crate) scratch: &'a Path,
     /// UUID of libvirt's secret that opens the scratch file, if it is encrypted.
     pub(crate) secret: Option<&'a str>,
-}
-
-/// Returns the name under which a disk, and its bitmap, is exported. It carries
-/// the session, so that a job can be told from everybody else's.
-pub(crate) fn export_name(session: SessionId, target: &str) -> String {
-    format!("hw-{session}-{target}")
-}
-
-/// Returns the session that an export name carries, if it is one of ours.
-pub(crate) fn session_of_export(name: &str) -> Option<SessionId> {
-    let (session, _target) = name.strip_prefix("hw-")?.split_once('-')?;
-    let parsed: SessionId = session.parse().ok()?;
-    // Only the exact spelling is ours.
-    (parsed.to_string() == session).then_some(parsed)
 }
 
 /// Writes `<domainbackup>`: pull mode over a unix socket.
@@ -269,28 +257,6 @@ mod tests {
 </domaincheckpoint>
 "
         );
-    }
-
-    #[test]
-    fn an_export_name_gives_its_session_back_and_foreign_names_give_none() {
-        assert_eq!(
-            session_of_export(&export_name(session(), "vda")),
-            Some(session())
-        );
-        assert_eq!(
-            session_of_export(&export_name(session(), "sd-a-b")),
-            Some(session())
-        );
-        for foreign in [
-            "vda",
-            "hw-",
-            "hw-vda",
-            "hw-abab-vda",
-            "hw-ABABABABABABABAB-vda",
-            "",
-        ] {
-            assert_eq!(session_of_export(foreign), None, "{foreign}");
-        }
     }
 
     #[test]

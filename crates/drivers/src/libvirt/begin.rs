@@ -10,7 +10,7 @@ use highwater_hypervisor::{
 use highwater_model::Timestamp;
 use highwater_model::step::{Step, pass, patience};
 
-use super::backup_xml::{self, BackupDisk, export_name};
+use super::backup_xml::{self, BackupDisk};
 use super::connection::{LibvirtDriver, query_blocks};
 use super::disks::skip_reason;
 use super::domain_xml::{DiskXml, DomainXml};
@@ -25,6 +25,7 @@ use super::sys::handles::DomainHandle;
 use crate::blocks::Blocks;
 use crate::directories::{SessionPaths, free_bytes};
 use crate::host::{self, User};
+use crate::names::export_name;
 
 /// `VIR_DOMAIN_BACKUP_BEGIN_REUSE_EXTERNAL`: scratch files are ours.
 const REUSE_SCRATCH: u32 = 1;

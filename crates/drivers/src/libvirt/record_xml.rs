@@ -6,8 +6,8 @@ use highwater_hypervisor::CheckpointFacts;
 use highwater_model::SessionId;
 use roxmltree::Node;
 
-use super::backup_xml::session_of_export;
 use super::xml::{XmlError, child, child_text, document};
+use crate::names::session_of_export;
 
 /// A running backup job.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -15,12 +15,12 @@ use highwater_model::{ClaimId, SessionId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::backup_xml::session_of_export;
 use super::claims;
 use super::error::explain;
 use super::jobs::{backup_job, run_state};
 use super::sys::handles::DomainHandle;
 use crate::blocks::{QUERY_EXPORTS, QUERY_GRAPH, QUERY_NODES, ReplyError, jobs_on, reply};
+use crate::names::session_of_scratch;
 
 /// An export lets go of its node when its connections are closed.
 const TRIES: usize = 50;
@@ -189,13 +189,6 @@ fn find(nodes: &str, exports: &str) -> Result<Remains, ReplyError> {
     })
 }
 
-/// Returns the session whose scratch file this is. QEMU writes a file with
-/// options (encryption) as JSON that ends with its path.
-fn session_of_scratch(file: &str) -> Option<SessionId> {
-    let name = file.rsplit('/').next()?;
-    session_of_export(name).filter(|_| name.contains(".scratch"))
-}
-
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct WireNode {
@@ -227,25 +220,6 @@ mod tests {
             .collect();
         let answer = |list: Vec<Value>| json!({"return": list, "id": "x"}).to_string();
         find(&answer(nodes), &answer(exports)).unwrap()
-    }
-
-    #[test]
-    fn a_scratch_file_tells_its_session_however_qemu_writes_its_name() {
-        let session = Some(SessionId::from_bytes([1; 8]));
-        assert_eq!(session_of_scratch(SCRATCH), session);
-        let with_options =
-            format!(r#"json:{{"driver":"qcow2","file":{{"filename":"{SCRATCH}"}}}}"#);
-        assert_eq!(session_of_scratch(&with_options), session);
-        for other in [
-            "/s/vda.scratch",
-            "/s/hw-vda.scratch",
-            "/s/hw-01-vda.scratch",
-            "/s/hw-0101010101010101-vda.qcow2",
-            "/s/hw-0101010101010101-vda.scratch/vda.qcow2",
-            "",
-        ] {
-            assert_eq!(session_of_scratch(other), None, "{other}");
-        }
     }
 
     #[test]

@@ -21,16 +21,7 @@ use super::sys::CallError;
 use super::sys::handles::DomainHandle;
 use crate::directories::{SessionPaths, refuse_without_room};
 use crate::host::User;
-use crate::scratch_image::{self, Space};
-
-/// A scratch file that is not reserved needs room for what the guest overwrites
-/// while the backup runs. Nobody knows how much; a sixteenth of the disks, at
-/// most 4 GiB, is refused to start with, since it would hardly ever do.
-const ROOM_DIVISOR: u64 = 16;
-const ROOM_BYTES_MAX: u64 = 4 << 30;
-/// The session is given up while this part of that room is left, so that the
-/// abort comes before the guest is paused.
-const RESERVE_DIVISOR: u64 = 4;
+use crate::scratch_image::{self, Space, image_bytes};
 
 /// The scratch files of a session.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +55,7 @@ pub(super) fn prepare(
     let encrypted = ordered.iter().any(|one| one.disk.encrypted);
     let reserve = (space == Space::AsNeeded).then(|| ScratchReserve {
         dir: dir.to_path_buf(),
-        bytes: needed / RESERVE_DIVISOR,
+        bytes: scratch_image::reserve_bytes(needed),
     });
     if space == Space::AsNeeded && !encrypted {
         return Ok(Scratch {
@@ -84,7 +75,7 @@ pub(super) fn prepare(
             .as_ref()
             .filter(|_| one.disk.encrypted)
             .map(|secret| secret.key.as_path());
-        scratch_image::create(&one.scratch, image_bytes(one), space, key, qemu)?;
+        scratch_image::create(&one.scratch, image_bytes(one.size_bytes), space, key, qemu)?;
     }
     let secret = secret.map(Secret::remove_key).transpose()?;
     Ok(Scratch {
@@ -101,14 +92,9 @@ fn room_needed(ordered: &[Ordered<'_>], space: Space) -> u64 {
             .fold(0_u64, |sum, one| sum.saturating_add(bytes(one)))
     };
     match space {
-        Space::Reserved => sum(|one| scratch_image::reserved_bytes(image_bytes(one))),
-        Space::AsNeeded => (sum(|one| one.size_bytes) / ROOM_DIVISOR).min(ROOM_BYTES_MAX),
+        Space::Reserved => sum(|one| scratch_image::reserved_bytes(image_bytes(one.size_bytes))),
+        Space::AsNeeded => scratch_image::room_bytes(sum(|one| one.size_bytes)),
     }
-}
-
-/// QEMU rounds the size of a raw image up to whole sectors.
-fn image_bytes(one: &Ordered<'_>) -> u64 {
-    one.size_bytes.div_ceil(512).saturating_mul(512)
 }
 
 /// A key for this session alone, known to libvirt's memory and, while the files
