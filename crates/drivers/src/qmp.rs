@@ -15,12 +15,19 @@
 //! and whoever claims the VM through it share one connection ([`line`]).
 
 mod address;
+mod agent;
 mod begin;
 mod claims;
 mod client;
+mod disks;
 mod end;
 mod error;
+mod files;
+mod foreign;
+mod graph;
 mod identity;
+mod jobs;
+mod layout;
 mod line;
 mod marks;
 
@@ -31,6 +38,7 @@ mod process;
 mod survey;
 
 mod sweep;
+mod tpm;
 mod watch;
 mod wire;
 
@@ -40,8 +48,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Claimant, Driver, Ended, ErrorKind, HypervisorError, LeftDirectory,
-    MarkOrder, RunState, Surroundings, Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Claimant, Driver, Ended, Foreign, HypervisorError, LeftDirectory, MarkOrder,
+    RunState, Surroundings, Swept, VmFacts, VmRef, Wreckage,
 };
 use highwater_model::{ClaimId, Clock, SessionId};
 
@@ -149,6 +157,14 @@ impl Driver for QmpDriver {
 
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
         self.sweep_leftovers(vm, places)
+    }
+
+    fn wreckage(&mut self, vm: &VmRef, of: Foreign) -> Result<Wreckage, HypervisorError> {
+        self.find_wreckage(vm, of)
+    }
+
+    fn clear_wreckage(&mut self, vm: &VmRef, of: Foreign) -> Result<Wreckage, HypervisorError> {
+        self.remove_wreckage(vm, of)
     }
 
     fn claimant(&mut self, vm: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError> {

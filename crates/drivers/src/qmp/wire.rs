@@ -28,13 +28,18 @@ impl Splitter {
     pub(super) fn take(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, QmpError> {
         let mut whole = Vec::new();
         for byte in bytes {
+            // In no text at all: an agent's answer follows, and what came before
+            // was for somebody else.
+            if *byte == 0xff {
+                *self = Self::default();
+                whole.clear();
+                continue;
+            }
             if self.depth == 0 {
                 match byte {
                     b'{' => {}
                     // Between two messages.
                     b' ' | b'\t' | b'\r' | b'\n' => continue,
-                    // What tells an agent's answer from what it said before.
-                    0xff => continue,
                     _ => return Err(QmpError::Malformed("it is no object".to_owned())),
                 }
             }
@@ -198,7 +203,7 @@ mod tests {
         );
         assert_eq!(split(br#"{"a":"}\"}{"}{"b":[{}]}"#).len(), 2);
         assert_eq!(split(br#"{"a":"}"#), [""; 0]);
-        assert_eq!(split(b"\xff{}"), ["{}"]);
+        assert_eq!(split(b"{\"old\": \"\xff{}"), ["{}"]);
     }
 
     #[test]
