@@ -23,6 +23,7 @@ mod disks;
 mod end;
 mod error;
 mod files;
+mod foreign;
 mod freeze;
 mod graph;
 mod identity;
@@ -52,8 +53,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Claimant, Driver, Ended, ErrorKind, HypervisorError, LeftDirectory,
-    MarkOrder, RunState, Surroundings, Swept, VmFacts, VmRef,
+    BeginOrder, Begun, Claimant, Driver, Ended, Foreign, HypervisorError, LeftDirectory, MarkOrder,
+    RunState, Surroundings, Swept, VmFacts, VmRef, Wreckage,
 };
 use highwater_model::{ClaimId, Clock, SessionId};
 
@@ -161,6 +162,14 @@ impl Driver for QmpDriver {
 
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
         self.sweep_leftovers(vm, places)
+    }
+
+    fn wreckage(&mut self, vm: &VmRef, of: Foreign) -> Result<Wreckage, HypervisorError> {
+        self.find_wreckage(vm, of)
+    }
+
+    fn clear_wreckage(&mut self, vm: &VmRef, of: Foreign) -> Result<Wreckage, HypervisorError> {
+        self.remove_wreckage(vm, of)
     }
 
     fn claimant(&mut self, vm: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError> {

@@ -67,10 +67,15 @@ pub(super) struct Job {
 
 /// Returns the jobs that have not ended.
 pub(super) fn running_jobs(client: &Client) -> Result<Vec<Job>, QmpError> {
-    let answer = client.run("query-jobs", json!({}))?;
-    let mut jobs = jobs_in(&answer);
+    let mut jobs = all_jobs(client)?;
     jobs.retain(|job| job.status != "concluded" && job.status != "null");
     Ok(jobs)
+}
+
+/// Returns all jobs.
+pub(super) fn all_jobs(client: &Client) -> Result<Vec<Job>, QmpError> {
+    let answer = client.run("query-jobs", json!({}))?;
+    Ok(jobs_in(&answer))
 }
 
 fn jobs_in(answer: &Value) -> Vec<Job> {

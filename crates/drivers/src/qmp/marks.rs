@@ -9,6 +9,7 @@ use super::QmpDriver;
 use super::client::Client;
 use super::error::{QmpError, explain};
 use super::identity::run_state;
+use super::layout::{self, Layout};
 use crate::blocks::Blocks;
 
 impl QmpDriver {
@@ -61,8 +62,21 @@ impl QmpDriver {
                 Err(error) => because.push(error),
             }
         }
-        if holders()?.is_empty() {
+        let left = holders()?;
+        if left.is_empty() {
             return Ok(());
+        }
+        let layout = layout::look(&client).map_err(|error| failed(&error))?;
+        if let Some(image) = left.iter().find_map(|node| read_only_image(node, &layout)) {
+            // To open it for writing would mean to open it with other options
+            // than the ones it was opened with, which nobody can ask for.
+            return Err(HypervisorError::new(ErrorKind::Other, message)
+                .because(format!(
+                    "its bitmap is in `{image}`, which QEMU has opened for reading only"
+                ))
+                .hint(format!(
+                    "remove it when the VM is off: `qemu-img bitmap --remove {image} {name}`"
+                )));
         }
         let is_busy = because.iter().any(|error| error.kind() == ErrorKind::Busy);
         let kind = if is_busy {
@@ -76,6 +90,12 @@ impl QmpDriver {
                 explained.because(error.to_string())
             }))
     }
+}
+
+/// Returns the image of a node that QEMU opened for reading only: a backing file.
+fn read_only_image(node: &str, layout: &Layout) -> Option<String> {
+    let about = layout.nodes.get(node).filter(|node| node.is_read_only)?;
+    Some(about.file.clone())
 }
 
 /// Removes one bitmap.

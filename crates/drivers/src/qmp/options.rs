@@ -1,16 +1,15 @@
 //! What a `qmp:` URI says.
 
-use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use highwater_hypervisor::{ErrorKind, HypervisorError};
 
 use super::address::Address;
+use crate::uri::Uri;
 
 /// Everything that is said about a VM beside what QEMU tells.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Options {
-    pub(super) uri: String,
     pub(super) monitor: Address,
     /// Where the guest agent listens, if it may be asked.
     pub(super) agent: Option<Address>,
@@ -23,45 +22,33 @@ pub(super) struct Options {
 }
 
 impl Options {
-    pub(super) fn parse(uri: &str) -> Result<Self, HypervisorError> {
+    pub(super) fn parse(text: &str) -> Result<Self, HypervisorError> {
         let refused = |because: String| {
             HypervisorError::new(
                 ErrorKind::Unreachable,
-                format!("cannot use connection `{uri}`"),
+                format!("cannot use connection `{text}`"),
             )
             .because(because)
             .hint("use `qmp:/path/to.sock` or `qmp:tcp:127.0.0.1:PORT`")
         };
-        let body = uri
-            .strip_prefix("qmp:")
-            .ok_or_else(|| refused("it does not begin with `qmp:`".to_owned()))?;
-        let (body, query) = body.split_once('?').unwrap_or((body, ""));
-        let body = decoded(body).map_err(&refused)?;
-        let mut given = BTreeMap::new();
-        for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-            let (key, value) = pair.split_once('=').unwrap_or((pair, ""));
-            let value = decoded(value).map_err(&refused)?;
-            if given.insert(key.to_owned(), value).is_some() {
-                return Err(refused(format!("`{key}` is given twice")));
-            }
+        let uri = Uri::parse(text)?;
+        if uri.scheme() != "qmp" {
+            return Err(refused("it does not begin with `qmp:`".to_owned()));
         }
-        let mut take = |key: &str| given.remove(key).filter(|value| !value.is_empty());
-        let options = Self {
-            uri: uri.to_owned(),
-            monitor: Address::parse(&body).map_err(|why| refused(format!("`{body}`: {why}")))?,
-            agent: take("agent")
-                .map(|text| Address::parse(&text).map_err(|why| refused(format!("agent: {why}"))))
+        uri.expect_params(&["name", "uuid", "agent", "config"])?;
+        let body = uri.body()?;
+        let given = |key: &str| uri.params.get(key).filter(|value| !value.is_empty());
+        let address =
+            |text: &str| Address::parse(text).map_err(|why| refused(format!("`{text}`: {why}")));
+        Ok(Self {
+            monitor: address(&body)?,
+            agent: given("agent").map(|text| address(text)).transpose()?,
+            name: given("name").cloned(),
+            uuid: given("uuid")
+                .map(|text| uuid(text).ok_or_else(|| refused(format!("`{text}` is no UUID"))))
                 .transpose()?,
-            name: take("name"),
-            uuid: take("uuid")
-                .map(|text| uuid(&text).ok_or_else(|| refused(format!("`{text}` is no UUID"))))
-                .transpose()?,
-            config: take("config").map(PathBuf::from),
-        };
-        match given.keys().next() {
-            Some(unknown) => Err(refused(format!("`{unknown}` means nothing here"))),
-            None => Ok(options),
-        }
+            config: given("config").map(PathBuf::from),
+        })
     }
 }
 
@@ -87,27 +74,6 @@ pub(super) fn uuid(text: &str) -> Option<String> {
         part(16, 20),
         part(20, 32)
     ))
-}
-
-fn decoded(text: &str) -> Result<String, String> {
-    let mut bytes = Vec::with_capacity(text.len());
-    let mut rest = text.as_bytes();
-    while let Some((first, tail)) = rest.split_first() {
-        let (byte, tail) = match (first, tail) {
-            (b'%', [high, low, tail @ ..]) => {
-                let digits = [*high, *low];
-                let digits = str::from_utf8(&digits).unwrap_or_default();
-                let byte = u8::from_str_radix(digits, 16)
-                    .map_err(|_| format!("`%{digits}` is no byte"))?;
-                (byte, tail)
-            }
-            (b'%', _) => return Err("`%` at its end".to_owned()),
-            (byte, tail) => (*byte, tail),
-        };
-        bytes.push(byte);
-        rest = tail;
-    }
-    String::from_utf8(bytes).map_err(|_| "it is not UTF-8".to_owned())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use super::address::{Address, Stream};
@@ -173,6 +174,29 @@ fn processes_with(inodes: &BTreeSet<u64>) -> BTreeSet<u32> {
         .collect()
 }
 
+/// Returns the processes that listen at this path.
+pub(super) fn listeners(path: &Path) -> BTreeSet<u32> {
+    let sockets = unix_sockets(path).into_iter().filter(|it| it.is_listening);
+    processes_with(&sockets.map(|it| it.inode).collect())
+}
+
+/// Returns device and inode numbers of all files that any process has open, as
+/// far as they may be seen.
+pub(super) fn open_files() -> BTreeSet<(u64, u64)> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let numbered = processes.filter(|entry| {
+        let name = entry.file_name();
+        name.as_bytes().iter().all(u8::is_ascii_digit)
+    });
+    numbered
+        .filter_map(|entry| fs::read_dir(entry.path().join("fd")).ok())
+        .flatten()
+        .flatten()
+        .filter_map(|file| fs::metadata(file.path()).ok())
+        .map(|about| (about.dev(), about.ino()))
+        .collect()
+}
+
 /// Names who has a connection to this monitor beside us, as text that follows a
 /// sentence; empty if nobody can tell.
 pub(super) fn holders(address: &Address) -> String {
@@ -190,7 +214,6 @@ pub(super) fn holders(address: &Address) -> String {
     };
     let names: Vec<String> = pids
         .into_iter()
-        .filter(|pid| *pid != std::process::id())
         .map(|pid| {
             let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
             format!("process {pid} ({})", name.trim())

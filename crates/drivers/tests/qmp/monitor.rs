@@ -1,0 +1,88 @@
+//! Which VM is behind a monitor, and what if it is somebody else's, or gone.
+
+use highwater_hypervisor::{Driver as _, ErrorKind, RunState};
+use highwater_testkit::{BareLab, DiskSpec, MIB};
+
+use crate::rig::{connect, driver, observe, second_driver, uri_of};
+
+const UUID: &str = "6f0ab0f5-1111-2222-3333-444444444444";
+
+#[test]
+fn a_vm_is_called_what_qemu_calls_it_or_what_the_uri_does() {
+    let lab = BareLab::start().unwrap();
+    let vm = lab.vm("web01").uuid(UUID).prelaunch().start().unwrap();
+    let mut own = driver(&vm);
+    let found = own.find("web01").unwrap();
+    assert_eq!(found.uuid.as_deref(), Some(UUID));
+    assert_eq!(own.find(&UUID.to_uppercase()).unwrap(), found);
+    assert_eq!(own.list().unwrap(), [(found, RunState::Paused)]);
+    assert_eq!(own.find("web02").unwrap_err().kind, ErrorKind::NoSuchVm);
+    drop(own);
+    let mut named = connect(&format!("{}?name=other", uri_of(&vm.qmp_socket()))).unwrap();
+    assert!(named.find("other").is_ok());
+    assert!(named.find("web01").is_err());
+}
+
+#[test]
+fn a_vm_without_name_and_uuid_has_to_be_named() {
+    let lab = BareLab::start().unwrap();
+    let vm = lab.vm("nameless").nameless().prelaunch().start().unwrap();
+    let error = connect(&uri_of(&vm.qmp_socket())).unwrap().list();
+    let error = error.unwrap_err();
+    assert!(error.hint.unwrap().contains("--name"));
+    let mut named = connect(&format!("{}?name=web01", uri_of(&vm.qmp_socket()))).unwrap();
+    assert_eq!(named.find("web01").unwrap().uuid, None);
+}
+
+#[test]
+fn a_monitor_that_somebody_holds_is_busy_and_it_is_said_who() {
+    let lab = BareLab::start().unwrap();
+    let vm = lab.vm("web01").prelaunch().start().unwrap();
+    let _holder = driver(&vm);
+    let error = connect(&vm.uri()).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Busy, "{error:?}");
+    let holder = format!("process {}", std::process::id());
+    assert!(error.because[0].contains(&holder), "{error:?}");
+    assert!(connect(&uri_of(&vm.second_socket())).is_ok());
+}
+
+#[test]
+fn the_process_is_known_whichever_way_its_monitor_is_reached() {
+    let lab = BareLab::start().unwrap();
+    let vm = lab.vm("web01").tcp().prelaunch().start().unwrap();
+    for uri in [vm.uri(), vm.tcp_uri().unwrap()] {
+        let facts = observe(&mut connect(&uri).unwrap());
+        let process = facts.process.unwrap_or_else(|| panic!("unknown at {uri}"));
+        assert_eq!(process.pid, vm.pid().unwrap(), "{uri}");
+        assert!(facts.definition.contains("-name web01"), "{uri}");
+    }
+}
+
+#[test]
+fn a_qemu_that_was_restarted_is_found_again_and_is_another_one() {
+    let lab = BareLab::start().unwrap();
+    let disk = DiskSpec::qcow2("vda", 16 * MIB);
+    let vm = lab.vm("web01").disk(disk).prelaunch().start().unwrap();
+    let mut own = driver(&vm);
+    let before = observe(&mut own);
+    vm.kill().unwrap();
+    let gone = own.observe(&before.vm).unwrap_err();
+    assert_eq!(gone.kind, ErrorKind::Unreachable, "{gone:?}");
+    vm.start().unwrap();
+    let after = observe(&mut own);
+    assert_ne!(before.process, after.process);
+    assert_eq!(before.disks[0].chain[0].name, after.disks[0].chain[0].name);
+    drop(second_driver(&vm));
+}
+
+#[test]
+fn another_vm_at_the_same_socket_is_not_taken_for_the_one_that_was_there() {
+    let lab = BareLab::start().unwrap();
+    let vm = lab.vm("web01").uuid(UUID).prelaunch().start().unwrap();
+    let mut own = driver(&vm);
+    let mut other = own.find("web01").unwrap();
+    assert!(own.observe(&other).is_ok());
+    other.uuid = Some(UUID.replace('6', "7"));
+    let error = own.observe(&other).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::NoSuchVm);
+}
