@@ -38,7 +38,7 @@ use serde_json::json;
 
 pub(crate) use facts::OffDisk;
 pub(crate) use marks::change as change_mark;
-pub(crate) use session::OfflineSessions;
+pub(crate) use session::{OfflineSessions, end_stray};
 pub(crate) use sweep::{leftovers, sweep};
 
 use crate::uri::{self, Uri};

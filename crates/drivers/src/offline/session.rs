@@ -442,7 +442,7 @@ fn undo(
 
 /// Ends the exporter of a dead session, if it has outlived whoever began it. The
 /// kernel kills it with its parent, so this is for a kernel that did not.
-fn end_stray(paths: &SessionPaths, session: SessionId) -> bool {
+pub(crate) fn end_stray(paths: &SessionPaths, session: SessionId) -> bool {
     let socket = paths.socket();
     let Some(dir) = socket.parent() else {
         return false;
