@@ -51,5 +51,7 @@ mod shells;
 mod slow_disk;
 mod stress;
 mod support;
+mod tale;
 mod verify;
 mod vms;
+mod waiting;
