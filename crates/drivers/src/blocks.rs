@@ -249,11 +249,6 @@ pub(crate) fn answer<T: for<'de> Deserialize<'de>>(value: Value) -> Result<T, Re
     serde_json::from_value(value).map_err(|error| ReplyError::Malformed(error.to_string()))
 }
 
-/// Returns whether nodes of this driver pass everything on to their one child.
-pub(crate) fn is_filter(driver: &str) -> bool {
-    FILTERS.contains(&driver)
-}
-
 /// Returns what a command returned.
 pub(crate) fn reply<T: for<'de> Deserialize<'de>>(text: &str) -> Result<T, ReplyError> {
     let reply: WireReply<T> =

@@ -42,6 +42,7 @@ mod matrix_sources;
 mod output;
 mod people;
 mod processes;
+mod readme;
 mod restore;
 mod rows;
 mod saved;
