@@ -30,7 +30,7 @@ fn what_the_readme_says_of_vms_without_libvirt_works_as_it_is_written() -> Resul
     );
     // QEMU is a daemon, and nobody's child: it must not outlive a step that fails.
     let script = format!(
-        "trap 'kill $(cat qemu.pid) 2>/dev/null' EXIT\ncd {}\n{}",
+        "trap '[ ! -e qemu.pid ] || kill $(cat qemu.pid)' EXIT\ncd {}\n{}",
         lab.dir().display(),
         blocks.concat()
     );
