@@ -15,8 +15,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
+use highwater_drivers::offline::ImageDriver;
+use highwater_drivers::qmp::QmpDriver;
 use highwater_engine::{Guard, GuardError, Parting, Witness, serve};
 use highwater_hypervisor::{Driver, ErrorKind, HypervisorError};
+use highwater_model::SystemClock;
 use rustix::fd::AsFd as _;
 use rustix::process::{Pid, getppid};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
@@ -146,6 +149,13 @@ fn watch(mover: Pid, stream: &UnixStream) {
 }
 
 fn connect(uri: &str) -> Result<Box<dyn Driver>, HypervisorError> {
+    match uri.split_once(':') {
+        Some(("qmp", _)) => return Ok(Box::new(QmpDriver::connect(uri, Arc::new(SystemClock))?)),
+        Some(("image", _)) => {
+            return Ok(Box::new(ImageDriver::connect(uri, Arc::new(SystemClock))?));
+        }
+        _ => {}
+    }
     let options = LibvirtOptions {
         user_config_dir: settings::user_config_dir(),
         ..LibvirtOptions::default()

@@ -219,6 +219,11 @@ impl Blocks {
     }
 }
 
+/// Returns whether nodes of this driver pass everything on to their one child.
+pub(crate) fn is_filter(driver: &str) -> bool {
+    FILTERS.contains(&driver)
+}
+
 /// Returns the child that each node passes everything on to, if it is a filter.
 fn below(graph: WireGraph) -> BTreeMap<String, String> {
     let names: BTreeMap<u64, String> = graph
@@ -242,11 +247,6 @@ fn below(graph: WireGraph) -> BTreeMap<String, String> {
 /// Understands what a command returned.
 pub(crate) fn answer<T: for<'de> Deserialize<'de>>(value: Value) -> Result<T, ReplyError> {
     serde_json::from_value(value).map_err(|error| ReplyError::Malformed(error.to_string()))
-}
-
-/// Returns whether nodes of this driver pass everything on to their one child.
-pub(crate) fn is_filter(driver: &str) -> bool {
-    FILTERS.contains(&driver)
 }
 
 /// Returns what a command returned.

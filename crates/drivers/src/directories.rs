@@ -68,6 +68,14 @@ impl SessionPaths {
         }
     }
 
+    /// For a session of which the scratch directory is known; `None` if that is
+    /// not one, or says that it belongs to another place.
+    pub(crate) fn of_scratch_dir(session: SessionId, scratch_dir: &Path) -> Option<Self> {
+        let label = Label::read(scratch_dir, session)?;
+        (label.scratch_dir == scratch_dir)
+            .then(|| Self::of_leftover(session, &label.socket_dir, scratch_dir))
+    }
+
     pub(crate) const fn session(&self) -> SessionId {
         self.session
     }
@@ -311,17 +319,23 @@ pub(crate) fn refuse_without_room(dir: &Path, needed_bytes: u64) -> Result<(), H
         .hint("free some space, or choose another one with `--scratch-dir`"))
 }
 
-fn refuse_network_file_system(dir: &Path) -> Result<(), HypervisorError> {
-    let found = rustix::fs::statfs(dir)
-        .map_err(|error| trouble("cannot look at directory", dir).because(error.to_string()))?;
+/// Returns the kind of the file system that a file is on, if it is on another
+/// host.
+pub(crate) fn network_file_system(path: &Path) -> io::Result<Option<&'static str>> {
+    let found = rustix::fs::statfs(path)?;
     // The field is signed on some machines; the numbers fit 32 bits on all.
     let magic = u32::try_from(i128::from(found.f_type) & 0xffff_ffff).unwrap_or_default();
-    match NETWORK_FILE_SYSTEMS
-        .iter()
-        .find(|(number, _)| *number == magic)
-    {
+    let mut known = NETWORK_FILE_SYSTEMS.iter();
+    let known = known.find(|(number, _)| *number == magic);
+    Ok(known.map(|(_, name)| *name))
+}
+
+fn refuse_network_file_system(dir: &Path) -> Result<(), HypervisorError> {
+    let found = network_file_system(dir)
+        .map_err(|error| trouble("cannot look at directory", dir).because(error.to_string()))?;
+    match found {
         None => Ok(()),
-        Some((_, name)) => Err(trouble("cannot use scratch directory", dir)
+        Some(name) => Err(trouble("cannot use scratch directory", dir)
             .because(format!(
                 "it is on {name}, and a stalled server would stall the guest"
             ))

@@ -73,6 +73,17 @@ pub(crate) fn arguments(pid: u32) -> Option<Vec<String>> {
     )
 }
 
+/// Returns whether this very process still runs here. One of another boot, or
+/// that cannot be looked at, does not.
+pub(crate) fn is_alive(process: &ProcessIdentity) -> bool {
+    let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    let stat = fs::read_to_string(format!("/proc/{}/stat", process.pid)).unwrap_or_default();
+    boot_id.trim() == process.boot_id
+        && start_ticks(&stat) == Some(process.start_ticks)
+        // One that has ended waits for its parent under the same number.
+        && !stat.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with(['Z', 'X']))
+}
+
 fn runs_vm(pid: u32, uuid: &str) -> bool {
     let Ok(arguments) = fs::read(format!("/proc/{pid}/cmdline")) else {
         return false;
@@ -152,6 +163,20 @@ mod tests {
         let stat = "42 (a) b (c) S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21";
         assert_eq!(start_ticks(stat), Some(4711));
         assert_eq!(start_ticks("42 (cut"), None);
+    }
+
+    #[test]
+    fn a_process_is_alive_while_it_is_the_same_one() {
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        let stat = fs::read_to_string("/proc/self/stat").unwrap();
+        let mut me = ProcessIdentity {
+            pid: std::process::id(),
+            start_ticks: start_ticks(&stat).unwrap(),
+            boot_id: boot_id.trim().to_owned(),
+        };
+        assert!(is_alive(&me));
+        me.start_ticks += 1;
+        assert!(!is_alive(&me));
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod host;
 mod label;
 pub mod libvirt;
 mod names;
+pub mod offline;
 pub mod qmp;
 mod scratch_image;
 mod sys;

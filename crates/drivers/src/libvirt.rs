@@ -15,6 +15,7 @@
 //! the mark: all disks and the mark share one QEMU transaction, which is what
 //! makes the point in time one point.
 
+mod aliases;
 mod backup_xml;
 mod begin;
 mod claims;
@@ -29,6 +30,8 @@ mod jobs;
 mod leftovers;
 mod marks;
 mod observe;
+mod off;
+mod off_disks;
 mod quiesce;
 mod record_xml;
 mod remains;

@@ -24,17 +24,22 @@ mod end;
 mod error;
 mod files;
 mod foreign;
+mod freeze;
 mod graph;
 mod identity;
+mod iothreads;
 mod jobs;
 mod layout;
 mod line;
 mod marks;
-
+mod objects;
 mod observe;
 mod options;
 mod peers;
 mod process;
+mod sequence;
+mod servers;
+mod stop;
 mod survey;
 
 mod sweep;

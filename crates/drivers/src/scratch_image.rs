@@ -16,6 +16,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use highwater_hypervisor::{ErrorKind, HypervisorError};
+use highwater_model::Nonce;
 use rustix::fs::FallocateFlags;
 
 use crate::host::User;
@@ -159,6 +160,35 @@ pub(crate) fn create(
             .map_err(|error| failed(error.to_string()))?;
     }
     Ok(())
+}
+
+/// Draws a key for the encrypted files of one session.
+pub(crate) fn new_key() -> String {
+    format!("{}{}", Nonce::random(), Nonce::random())
+}
+
+/// Puts the key where `qemu-img` finds it while the files are made.
+pub(crate) fn write_key(path: &Path, value: &str) -> Result<(), HypervisorError> {
+    let file = OpenOptions::new()
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path);
+    file.and_then(|mut file| file.write_all(value.as_bytes()))
+        .map_err(|error| key_trouble(path, &error))
+}
+
+/// Removes it again.
+pub(crate) fn remove_key(path: &Path) -> Result<(), HypervisorError> {
+    std::fs::remove_file(path).map_err(|error| key_trouble(path, &error))
+}
+
+fn key_trouble(path: &Path, error: &io::Error) -> HypervisorError {
+    HypervisorError::new(
+        ErrorKind::Scratch,
+        format!("cannot keep a key in `{}` for a moment", path.display()),
+    )
+    .because(error.to_string())
 }
 
 /// Has `qemu-img`, which is there wherever libvirt runs QEMU, write an image

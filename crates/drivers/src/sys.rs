@@ -1,15 +1,55 @@
-//! A deadline that the kernel keeps, whatever becomes of this process.
+//! What only the kernel can promise: deadlines, children that end with us, and
+//! who has locked a file.
 //!
 //! A process that is stopped, or gets no processor, cannot look at a clock; when
 //! it goes on, it does what it was about to do, however late that is. So the
 //! kernel is asked to kill it by then: SIGKILL ends a stopped process, too, and
 //! lets no thread of it run another instruction of its own.
-#![expect(unsafe_code, reason = "the kernel's timers have no safe binding here")]
+#![expect(unsafe_code, reason = "none of these calls has a safe binding here")]
 
+use std::fs::File;
 use std::io;
 use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 use std::ptr;
 use std::time::Duration;
+
+/// Has the kernel kill the child when the thread that starts it ends, and with it
+/// the process, however that ends.
+pub(crate) fn end_with_us(command: &mut Command) {
+    let parent = rustix::process::getpid();
+    let ask = move || {
+        rustix::process::set_parent_process_death_signal(Some(rustix::process::Signal::KILL))?;
+        // It may have died before that.
+        if rustix::process::getppid() == Some(parent) {
+            Ok(())
+        } else {
+            Err(io::Error::from_raw_os_error(libc::ESRCH))
+        }
+    };
+    // SAFETY: runs in the child between fork and exec, where it makes two system
+    // calls, allocates nothing and takes no lock.
+    unsafe { command.pre_exec(ask) };
+}
+
+/// Returns whether another open file holds a lock that one for writing on these
+/// bytes would meet.
+pub(crate) fn is_locked(file: &File, start: i64, length: i64) -> io::Result<bool> {
+    // SAFETY: a `flock` of zeroes is a valid one.
+    let mut lock: libc::flock = unsafe { MaybeUninit::zeroed().assume_init() };
+    lock.l_type = libc::c_short::try_from(libc::F_WRLCK).unwrap_or_default();
+    lock.l_whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default();
+    lock.l_start = start;
+    lock.l_len = length;
+    // SAFETY: an open file and a valid lock that outlives the call.
+    let outcome = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
 
 /// Kills this process when its time has come; dropping it prevents that.
 #[derive(Debug)]

@@ -10,6 +10,8 @@
 )]
 
 #[allow(dead_code, reason = "shared with the tests that need no guest")]
+mod reading;
+#[allow(dead_code, reason = "shared with the tests that need no guest")]
 #[path = "libvirt/rig.rs"]
 mod rig;
 
@@ -21,7 +23,8 @@ use highwater_hypervisor::{
 use highwater_testkit::guest::{self, Guest};
 use highwater_testkit::{DiskSpec, MIB, Vm, compare_images, tool};
 
-use crate::rig::{Rig, SmallSpace, assert_only_marks, read_export};
+use crate::reading::{mark_name, read_export};
+use crate::rig::{Rig, SmallSpace, assert_only_marks};
 
 /// A guest with an ext4 file system on `vda` and an agent that answers.
 fn start_with_files(rig: &Rig) -> (Vm, Guest) {
@@ -165,7 +168,7 @@ fn a_guest_that_somebody_else_froze_stays_frozen() {
 fn a_begin_that_fails_leaves_the_guest_thawed() {
     let mut rig = Rig::start();
     let (vm, guest) = start_with_files(&rig);
-    let unknown = rig::mark_name();
+    let unknown = mark_name();
     let mut order = rig.order(&vm, &[("vda", Some(&unknown))]);
     order.quiesce = Quiesce::Require;
     assert_eq!(

@@ -30,7 +30,8 @@ macro_rules! steps {
         }
 
         impl Step {
-            /// All steps, in the order in which a backup passes them.
+            /// All steps, in the order in which a backup passes them. Those whose
+            /// words begin with `qmp-` are passed over QEMU's own monitor only.
             pub const ALL: &[Self] = &[$(Self::$name),*];
 
             /// Returns the word that names it in tests.
@@ -75,8 +76,33 @@ steps! {
     SecretDefined Guard "secret-defined"
     /// The scratch files are there.
     ScratchMade Guard "scratch-made"
+    /// QEMU's own NBD server runs, and serves nothing yet.
+    QmpServerStarted Guard "qmp-server-started"
+    /// The new mark's bitmaps record.
+    QmpBitmapsAdded Guard "qmp-bitmaps-added"
+    /// QEMU knows a key for encrypted scratch files.
+    QmpKeyAdded Guard "qmp-key-added"
+    /// QEMU has opened a disk's scratch file.
+    QmpFleeceAdded Guard "qmp-fleece-added"
+    /// The filter that will copy before the guest writes is there, not in its
+    /// path.
+    QmpFilterAdded Guard "qmp-filter-added"
     /// The guest's file systems are frozen; passed where there is an agent.
     Frozen Guard "frozen"
+    /// QEMU knows that the guest is about to be stopped, and by whom.
+    QmpStopNoted Guard "qmp-stop-noted"
+    /// The guest's processors are stopped.
+    QmpStopped Guard "qmp-stopped"
+    /// A disk's filter is in the guest's path: its point in time is taken.
+    QmpSwitched Guard "qmp-switched"
+    /// The guest's processors run again.
+    QmpResumed Guard "qmp-resumed"
+    /// A disk's point in time can be read.
+    QmpSnapshotAdded Guard "qmp-snapshot-added"
+    /// It is known what changed until the point in time.
+    QmpMerged Guard "qmp-merged"
+    /// A disk's point in time is exported.
+    QmpExported Guard "qmp-exported"
     /// The job runs and the new mark records; nobody has been told.
     Started Guard "started"
     /// The mover knows the exports.
@@ -99,6 +125,18 @@ steps! {
     Committed Mover "committed"
     /// It is seen that the job is the session's, and it is about to be ended.
     JobSeen Guard "job-seen"
+    /// The exports are gone, the server is there.
+    QmpExportsRemoved Guard "qmp-exports-removed"
+    /// The server is gone, the nodes are there.
+    QmpServerStopped Guard "qmp-server-stopped"
+    /// A snapshot's node is gone, the filter in the guest's path.
+    QmpSnapshotRemoved Guard "qmp-snapshot-removed"
+    /// A filter is out of the guest's path.
+    QmpSwitchedBack Guard "qmp-switched-back"
+    /// A filter is gone.
+    QmpFilterRemoved Guard "qmp-filter-removed"
+    /// QEMU has let go of a scratch file.
+    QmpFleeceRemoved Guard "qmp-fleece-removed"
     /// The session's job was told to end, and may still run.
     JobAborted Guard "job-aborted"
     /// The session's job was ended, its files are there.

@@ -528,6 +528,19 @@ impl BareVm {
         Ok(running.devices[number].clone())
     }
 
+    /// Returns the name of the node that is made of a disk's image.
+    pub fn node(&self, disk: &str) -> Result<String> {
+        let disk = &self.inner.disks[self.number(disk)];
+        let image = disk.image.to_str();
+        let nodes = self.nodes()?;
+        let mut nodes = nodes.as_array().context("QEMU lists no nodes")?.iter();
+        let is_it = |node: &&Value| node["drv"] == *disk.format && node["file"].as_str() == image;
+        let node = nodes
+            .find(is_it)
+            .and_then(|node| node["node-name"].as_str());
+        Ok(node.context("no node of the image")?.to_owned())
+    }
+
     fn number(&self, disk: &str) -> usize {
         let mut disks = self.inner.disks.iter();
         disks

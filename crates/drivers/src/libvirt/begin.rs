@@ -71,7 +71,10 @@ impl LibvirtDriver {
     pub(super) fn begin_session(&mut self, order: &BeginOrder) -> Result<Begun, HypervisorError> {
         let domain = self.domain(&order.vm)?;
         let state = run_state(&order.vm, &domain)?;
-        if matches!(state, RunState::Off | RunState::Other) {
+        if state == RunState::Off {
+            return self.begin_off(order, &domain);
+        }
+        if state == RunState::Other {
             return Err(
                 HypervisorError::new(ErrorKind::WrongState, cannot_begin(&order.vm))
                     .because(format!("the VM does not run (it is {state:?})").to_lowercase()),

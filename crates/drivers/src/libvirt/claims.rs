@@ -19,15 +19,17 @@ use super::backup_xml::escape;
 use super::connection::{Dialer, LibvirtDriver, lookup};
 use super::error::explain;
 use super::jobs::run_state;
-use super::sys::handles::{ConnectionHandle, DomainHandle};
+use super::sys::handles::{ConnectionHandle, DomainHandle, Which};
 use super::xml::{child, document};
 use crate::sys::Deadline;
 
 /// Names nothing that could be looked up: `.invalid` never resolves.
 const NAMESPACES: &str = "https://highwater.invalid/";
 /// libvirt wants a prefix for the namespace; all of ours may share one.
-const PREFIX: &str = "highwater";
+pub(super) const PREFIX: &str = "highwater";
 /// A host's name has at most 64 bytes, a boot id 36.
+/// Namespace of the sign at a VM that was started for its backup.
+pub(super) const STARTED: &str = "https://highwater.invalid/started";
 const TEXT_BYTES_MAX: usize = 255;
 
 /// Reads and writes the signs at one VM.
@@ -178,7 +180,7 @@ fn set(vm: &VmRef, domain: &DomainHandle, sign: &Sign) -> Result<(), HypervisorE
     };
     let element = element(sign);
     domain
-        .set_live_metadata(Some(&element), PREFIX, &namespace(id, kind))
+        .set_metadata(Some(&element), PREFIX, &namespace(id, kind), Which::Running)
         .map_err(|error| explain(format!("cannot claim VM `{}`", vm.name), &error))
 }
 
@@ -192,7 +194,7 @@ fn remove(
         return Ok(());
     }
     domain
-        .set_live_metadata(None, PREFIX, &namespace(id, kind))
+        .set_metadata(None, PREFIX, &namespace(id, kind), Which::Running)
         .map_err(|error| {
             let message = format!("cannot remove a claim from VM `{}`", vm.name);
             explain(message, &error)
@@ -315,7 +317,9 @@ pub(super) fn without_signs(definition: String) -> String {
     let Some(metadata) = child(document.root_element(), "metadata") else {
         return definition;
     };
-    let signs = metadata.children().filter(|it| sign_of(*it).is_some());
+    let is_started = |it: &Node<'_, '_>| it.tag_name().namespace() == Some(STARTED);
+    let is_sign = |it: &Node<'_, '_>| sign_of(*it).is_some() || is_started(it);
+    let signs = metadata.children().filter(is_sign);
     let mut kept = String::new();
     let mut from = 0;
     for sign in signs {

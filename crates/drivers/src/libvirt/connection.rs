@@ -18,6 +18,7 @@ use super::sys::events::EventListener;
 use super::sys::handles::{ConnectionHandle, DomainHandle};
 use super::sys::{Api, CallError};
 use crate::blocks::{self, Blocks, ReplyError};
+use crate::offline::OfflineSessions;
 
 /// A daemon that gives no sign of life for `KEEP_ALIVE_S * KEEP_ALIVE_COUNT`
 /// seconds counts as gone; libvirt's own tools use the same numbers.
@@ -62,6 +63,8 @@ pub struct LibvirtDriver {
     pub(super) clock: Arc<dyn Clock>,
     /// What is watched for sessions that this value began.
     pub(super) watches: BTreeMap<SessionId, Watch>,
+    /// Sessions of VMs that were off when they began.
+    pub(super) offline: OfflineSessions,
     /// The claim that all this is done for.
     pub(super) claim: Option<ClaimId>,
 }
@@ -131,6 +134,7 @@ impl LibvirtDriver {
             connection,
             clock: Arc::clone(&options.clock),
             watches: BTreeMap::new(),
+            offline: OfflineSessions::default(),
             claim: None,
         })
     }
@@ -295,7 +299,7 @@ impl Driver for LibvirtDriver {
 
     fn is_alarmed(&mut self, session: SessionId) -> bool {
         let watch = self.watches.get(&session);
-        watch.is_some_and(|watch| watch.log() != watch.heard)
+        watch.is_some_and(|watch| watch.log() != watch.heard) || self.offline.is_alarmed(session)
     }
 
     fn end(&mut self, order: &BeginOrder) -> Result<Ended, HypervisorError> {
@@ -324,6 +328,14 @@ impl Driver for LibvirtDriver {
 
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
         self.sweep_leftovers(vm, places)
+    }
+
+    fn start_paused(&mut self, vm: &VmRef) -> Result<(), HypervisorError> {
+        self.start_vm_paused(vm)
+    }
+
+    fn stop_if_started(&mut self, vm: &VmRef) -> Result<bool, HypervisorError> {
+        self.stop_vm_if_started(vm)
     }
 
     fn claimant(&mut self, vm: &VmRef) -> Result<Option<Box<dyn Claimant>>, HypervisorError> {

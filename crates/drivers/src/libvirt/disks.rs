@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
-    BitmapFacts, ChainLink, DiskFacts, DiskSource, MarkSupport, NoMarks, Place, RootNode,
-    SkipReason, WriteCounters,
+    BitmapFacts, ChainLink, DiskFacts, DiskSource, MarkSupport, NoMarks, Place, SkipReason,
+    WriteCounters,
 };
 
 use highwater_model::DATA_FILE_FORMAT;
@@ -46,21 +46,17 @@ pub(crate) fn skip_reason(disk: &DiskXml) -> Option<SkipReason> {
     disk.shareable.then_some(SkipReason::Shareable)
 }
 
-/// Reports one disk. `blocks` is `None` for a VM that is off.
+/// Reports one disk of a VM that is on.
 ///
 /// Returns `None` for a disk without an image, which [`skip_reason`] names.
 pub(crate) fn facts(
     disk: &DiskXml,
-    blocks: Option<&Blocks>,
+    blocks: &Blocks,
     queries: &impl DiskQueries,
 ) -> Option<DiskFacts> {
     let top = disk.chain.first()?;
-    let exported = blocks
-        .zip(top.index)
-        .and_then(|(blocks, index)| blocks.libvirt_node(index));
-    let node = blocks
-        .zip(exported)
-        .and_then(|(blocks, name)| blocks.nodes.get(name));
+    let exported = top.index.and_then(|index| blocks.libvirt_node(index));
+    let node = exported.and_then(|name| blocks.nodes.get(name));
     let chain: Vec<ChainLink> = disk
         .chain
         .iter()
@@ -88,13 +84,8 @@ pub(crate) fn facts(
             .unwrap_or_default(),
         file_bytes: chain.first().and_then(|link| link.file_bytes),
         marks: mark_support(top, node.and_then(|node| node.compat.as_deref()), queries),
-        bitmaps: blocks
-            .map(|blocks| bitmaps(disk, blocks))
-            .unwrap_or_default(),
-        root_node: match blocks {
-            Some(blocks) => blocks.root_node(disk.alias.as_deref(), exported),
-            None => RootNode::Unknown("the VM is off".to_owned()),
-        },
+        bitmaps: bitmaps(disk, blocks),
+        root_node: blocks.root_node(disk.alias.as_deref(), exported),
         write_errors: disk.write_errors,
         encrypted: disk.encrypted,
         counters: queries.counters(&disk.target),
@@ -110,7 +101,7 @@ fn local_path(source: &SourceXml, queries: &impl DiskQueries) -> Option<PathBuf>
     }
 }
 
-fn disk_source(source: &SourceXml, queries: &impl DiskQueries) -> Option<DiskSource> {
+pub(super) fn disk_source(source: &SourceXml, queries: &impl DiskQueries) -> Option<DiskSource> {
     Some(match source {
         SourceXml::File(path) => DiskSource::File(path.clone()),
         SourceXml::Block(path) => DiskSource::Block(path.clone()),
@@ -128,7 +119,7 @@ fn chain_link(
     source: &SourceXml,
     format: &str,
     index: Option<u32>,
-    blocks: Option<&Blocks>,
+    blocks: &Blocks,
     queries: &impl DiskQueries,
 ) -> ChainLink {
     let path = local_path(source, queries);
@@ -153,9 +144,8 @@ fn chain_link(
             | SourceXml::Volume { .. }
             | SourceXml::PassedThrough => Place::Host,
         },
-        node: blocks
-            .zip(index)
-            .and_then(|(blocks, index)| blocks.libvirt_node(index))
+        node: index
+            .and_then(|index| blocks.libvirt_node(index))
             .map(str::to_owned),
         inode: identity.map(|identity| identity.inode),
         file_bytes: identity.and_then(|identity| identity.bytes),

@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use highwater_hypervisor::{Agent, FirmwareFile, FirmwareRole, WriteErrorPolicy};
 use roxmltree::Node;
 
+use super::aliases;
 use super::xml::{CHAIN_MAX, DISKS_MAX, XmlError, child, child_text, document};
 
 /// Part of the names of files and exports.
@@ -98,7 +99,7 @@ pub(crate) fn parse(text: &str) -> Result<DomainXml, XmlError> {
     };
     let disks: Vec<DiskXml> = device_list("disk")
         .take(DISKS_MAX.saturating_add(1))
-        .filter_map(disk)
+        .filter_map(|node| disk(devices, node))
         .collect();
     check_targets(&disks)?;
     Ok(DomainXml {
@@ -181,7 +182,7 @@ fn agent(channel: Node<'_, '_>) -> Option<Agent> {
 
 /// A disk without a target name cannot be spoken of, so it is left out;
 /// libvirt never writes one.
-fn disk(node: Node<'_, '_>) -> Option<DiskXml> {
+fn disk(devices: Option<Node<'_, '_>>, node: Node<'_, '_>) -> Option<DiskXml> {
     let driver = child(node, "driver");
     Some(DiskXml {
         target: child(node, "target")?.attribute("dev")?.to_owned(),
@@ -189,7 +190,8 @@ fn disk(node: Node<'_, '_>) -> Option<DiskXml> {
         serial: child_text(node, "serial").map(str::to_owned),
         alias: child(node, "alias")
             .and_then(|alias| alias.attribute("name"))
-            .map(str::to_owned),
+            .map(str::to_owned)
+            .or_else(|| aliases::alias(devices, node)),
         write_errors: match driver.and_then(|driver| driver.attribute("error_policy")) {
             Some("report") => WriteErrorPolicy::Report,
             Some("ignore") => WriteErrorPolicy::Ignore,

@@ -25,6 +25,7 @@ use super::scratch::forget_secret;
 use super::sys::handles::DomainHandle;
 use crate::directories::{SessionPaths, free_bytes};
 use crate::host;
+use crate::offline;
 
 /// How long an aborted job may take to vanish; it has to finish requests that
 /// are under way on slow storage (31 s were seen).
@@ -37,6 +38,9 @@ impl LibvirtDriver {
         vm: &VmRef,
         session: SessionId,
     ) -> Result<(), HypervisorError> {
+        if let Some(looked) = self.offline.check(vm, session) {
+            return looked;
+        }
         let lost = |because: &str| HypervisorError::session_lost(vm, session, because);
         // Before anything is asked: what comes meanwhile is looked at next time.
         if let Some(watch) = self.watches.get_mut(&session) {
@@ -67,7 +71,11 @@ impl LibvirtDriver {
     }
 
     pub(super) fn end_session(&mut self, order: &BeginOrder) -> Result<Ended, HypervisorError> {
+        if self.offline.has(order.session) {
+            return Ok(self.offline.end(order));
+        }
         let paths = SessionPaths::of_order(order);
+        offline::end_stray(&paths, order.session);
         let domain = match self.domain(&order.vm) {
             Ok(domain) => domain,
             // A VM that is gone has no job; its files still are ours to remove.

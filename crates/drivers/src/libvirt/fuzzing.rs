@@ -69,7 +69,7 @@ pub fn replies(bytes: &[u8]) {
         for link in &mut disk.chain {
             link.source = SourceXml::Network("nbd://host/export".to_owned());
         }
-        let facts = disks::facts(&disk, Some(&blocks), &Nothing);
+        let facts = disks::facts(&disk, &blocks, &Nothing);
         for bitmap in facts.into_iter().flat_map(|facts| facts.bitmaps) {
             assert!(blocks.holders(&bitmap.name).contains(&bitmap.node));
         }

@@ -14,6 +14,7 @@ use super::jobs::backup_job;
 use super::remains;
 use crate::directories::SessionPaths;
 use crate::label::{Left, find, occupied_bytes};
+use crate::offline;
 
 impl LibvirtDriver {
     pub(super) fn find_leftovers(
@@ -62,6 +63,7 @@ impl LibvirtDriver {
         for (session, left) in found {
             let paths =
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
+            offline::end_stray(&paths, session);
             match &domain {
                 Some(domain) => {
                     let ended = self.stop_job(vm, domain, session, &paths)?;
@@ -76,6 +78,13 @@ impl LibvirtDriver {
                 swept.sessions.push(session);
             }
         }
+        if let Some(domain) = &domain
+            && self.stop_what_a_dead_run_started(vm, domain)?
+        {
+            swept.warnings.push(
+                "the VM was started paused by a backup that died, and is shut off again".to_owned(),
+            );
+        }
         Ok(swept)
     }
 
@@ -85,6 +94,7 @@ impl LibvirtDriver {
         places: &[PathBuf],
     ) -> Result<BTreeMap<SessionId, Left>, HypervisorError> {
         let mut found = find(vm, places);
+        found.retain(|session, _| !self.offline.has(*session));
         if found.is_empty() {
             return Ok(found);
         }

@@ -30,6 +30,9 @@ impl LibvirtDriver {
         vm: &VmRef,
         order: &MarkOrder,
     ) -> Result<(), HypervisorError> {
+        if self.change_mark_off(vm, order)?.is_some() {
+            return Ok(());
+        }
         match order {
             MarkOrder::Remove(name) => self.remove_mark(vm, &name.to_string()),
             MarkOrder::Distrust { name, nodes } => self.distrust_mark(vm, &name.to_string(), nodes),

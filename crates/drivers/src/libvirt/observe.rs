@@ -15,6 +15,7 @@ use super::disks::{self, DiskQueries};
 use super::domain_xml::{self, DomainXml, TpmXml};
 use super::error::{code, explain};
 use super::jobs;
+use super::off_disks;
 use super::record_xml;
 use super::sys::CallError;
 use super::sys::handles::{ConnectionHandle, DomainHandle};
@@ -49,9 +50,8 @@ impl LibvirtDriver {
             run_state = jobs::run_state_with_images(vm, &domain, blocks)?;
         }
         let queries = Queries {
-            connection: &self.connection,
-            domain: &domain,
             counters,
+            ..Queries::of(&self.connection, &domain)
         };
         let mut found = Vec::new();
         let mut skipped = Vec::new();
@@ -63,7 +63,10 @@ impl LibvirtDriver {
                 });
                 continue;
             }
-            found.extend(disks::facts(disk, blocks.as_ref(), &queries));
+            found.extend(match &blocks {
+                Some(blocks) => disks::facts(disk, blocks, &queries),
+                None => off_disks::facts(disk, &queries),
+            });
         }
         let job = if is_on {
             jobs::running_job(vm, &domain, &definition)?
@@ -178,10 +181,21 @@ fn versions(
 }
 
 /// What the connection knows about single disks.
-struct Queries<'a> {
+pub(super) struct Queries<'a> {
     connection: &'a Arc<ConnectionHandle>,
     domain: &'a DomainHandle,
     counters: BTreeMap<String, WriteCounters>,
+}
+
+impl<'a> Queries<'a> {
+    /// Without counters.
+    pub(super) fn of(connection: &'a Arc<ConnectionHandle>, domain: &'a DomainHandle) -> Self {
+        Self {
+            connection,
+            domain,
+            counters: BTreeMap::new(),
+        }
+    }
 }
 
 /// Asks what the guest has written to each disk, by target name.

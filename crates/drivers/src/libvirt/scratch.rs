@@ -5,14 +5,11 @@
 //! slowly that the guest stands still meanwhile; where a disk needs either, all
 //! files of the session are made here, before anything is frozen.
 
-use std::fs::OpenOptions;
-use std::io::{self, Write as _};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, ScratchReserve, WriteErrorPolicy};
+use highwater_hypervisor::{HypervisorError, ScratchReserve, WriteErrorPolicy};
+use highwater_model::SessionId;
 use highwater_model::step::{Step, pass};
-use highwater_model::{Nonce, SessionId};
 
 use super::backup_xml::scratch_secret;
 use super::begin::Ordered;
@@ -111,38 +108,21 @@ impl Secret {
         paths: &SessionPaths,
     ) -> Result<Self, HypervisorError> {
         let uuid = secret_uuid(session);
-        let value = format!("{}{}", Nonce::random(), Nonce::random());
+        let value = scratch_image::new_key();
         domain
             .connection()
             .define_secret(&scratch_secret(session, &uuid), value.as_bytes())
             .map_err(|error| explain("cannot give libvirt a key for scratch files", &error))?;
         pass(Step::SecretDefined);
         let key = paths.key();
-        write_key(&key, &value).map_err(|error| key_trouble(&key, &error))?;
+        scratch_image::write_key(&key, &value)?;
         Ok(Self { uuid, key })
     }
 
     fn remove_key(self) -> Result<String, HypervisorError> {
-        std::fs::remove_file(&self.key).map_err(|error| key_trouble(&self.key, &error))?;
+        scratch_image::remove_key(&self.key)?;
         Ok(self.uuid)
     }
-}
-
-fn write_key(path: &Path, value: &str) -> io::Result<()> {
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(path)?
-        .write_all(value.as_bytes())
-}
-
-fn key_trouble(path: &Path, error: &io::Error) -> HypervisorError {
-    HypervisorError::new(
-        ErrorKind::Scratch,
-        format!("cannot keep a key in `{}` for a moment", path.display()),
-    )
-    .because(error.to_string())
 }
 
 /// Has libvirt forget the session's key, if it had one. Returns a warning.

@@ -115,6 +115,9 @@ api! {
         domain_get_state = "virDomainGetState": fn(Opaque, *mut c_int, *mut c_int, c_uint) -> c_int;
         domain_is_persistent = "virDomainIsPersistent": fn(Opaque) -> c_int;
         domain_set_metadata = "virDomainSetMetadata": fn(Opaque, c_int, *const c_char, *const c_char, *const c_char, c_uint) -> c_int;
+        domain_has_managed_save = "virDomainHasManagedSaveImage": fn(Opaque, c_uint) -> c_int;
+        domain_create = "virDomainCreateWithFlags": fn(Opaque, c_uint) -> c_int;
+        domain_destroy = "virDomainDestroyFlags": fn(Opaque, c_uint) -> c_int;
         domain_resume = "virDomainResume": fn(Opaque) -> c_int;
         domain_get_block_info = "virDomainGetBlockInfo": fn(Opaque, *const c_char, *mut RawBlockInfo, c_uint) -> c_int;
         domain_block_stats = "virDomainBlockStats": fn(Opaque, *const c_char, *mut RawBlockStats, usize) -> c_int;

@@ -1,30 +1,111 @@
-//! Undoes what dead sessions left.
+//! Tidies up after dead sessions of a VM, by what QEMU still holds and by the
+//! directories that they left.
 
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 use std::path::PathBuf;
 
-use highwater_hypervisor::{HypervisorError, LeftDirectory, Swept, VmRef};
+use highwater_hypervisor::{ErrorKind, HypervisorError, LeftDirectory, Swept, VmRef};
+use highwater_model::SessionId;
 
 use super::QmpDriver;
+use super::client::Client;
+use super::end::cannot_end;
+use super::error::explain;
+use super::objects::{Seen, Which};
+use crate::directories::SessionPaths;
+use crate::label::{Left, find, occupied_bytes};
 
-#[expect(
-    clippy::unnecessary_wraps,
-    clippy::unused_self,
-    reason = "not there yet"
-)]
 impl QmpDriver {
     pub(super) fn find_leftovers(
         &mut self,
-        _vm: &VmRef,
-        _places: &[PathBuf],
+        vm: &VmRef,
+        places: &[PathBuf],
     ) -> Result<Vec<LeftDirectory>, HypervisorError> {
-        Ok(Vec::new())
+        let client = self.client_of(vm)?;
+        let mut found = find(vm, places);
+        if let (Some(client), false) = (client, found.is_empty()) {
+            let seen = Seen::read(&client).map_err(|error| explain(cannot_end(vm), &error))?;
+            for session in seen.ours(&Which::All).sessions {
+                found.remove(&session);
+            }
+        }
+        let directories = found.into_iter().flat_map(|(session, left)| {
+            left.dirs.into_iter().map(move |dir| LeftDirectory {
+                session,
+                bytes: occupied_bytes(&dir),
+                dir,
+            })
+        });
+        Ok(directories.collect())
     }
 
     pub(super) fn sweep_leftovers(
         &mut self,
-        _vm: &VmRef,
-        _places: &[PathBuf],
+        vm: &VmRef,
+        places: &[PathBuf],
     ) -> Result<Swept, HypervisorError> {
-        Ok(Swept::default())
+        let client = self.client_of(vm)?;
+        let found = find(vm, places);
+        let mut swept = Swept::default();
+        if let Some(client) = &client {
+            // After the list was made: what a successor has made is not in it.
+            self.expect_claim(vm)?;
+            let known: BTreeSet<SessionId> = found.keys().copied().collect();
+            let cleared = self.clear(vm, client, &Which::All, &known)?;
+            if cleared.was_there && cleared.sessions.is_empty() {
+                swept
+                    .warnings
+                    .push("objects of a backup were left in QEMU, and are removed".to_owned());
+            }
+            swept.in_process.extend(cleared.sessions);
+            swept.warnings.extend(cleared.warnings);
+        }
+        // Their files last: QEMU holds them open no longer.
+        self.remove_directories(vm, client.is_some(), found, &mut swept);
+        Ok(swept)
+    }
+
+    fn remove_directories(
+        &mut self,
+        vm: &VmRef,
+        runs: bool,
+        found: BTreeMap<SessionId, Left>,
+        swept: &mut Swept,
+    ) {
+        for (session, left) in found {
+            let paths =
+                SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
+            if runs && !self.is_another_qemu(&paths) {
+                swept.warnings.extend(self.thaw_after(vm, &paths));
+            } else {
+                paths.note_thawed();
+            }
+            let still_there = |dir: &&PathBuf| fs::symlink_metadata(dir).is_ok();
+            let before = left.dirs.iter().filter(still_there).count();
+            swept.warnings.extend(paths.remove());
+            if left.dirs.iter().filter(still_there).count() < before {
+                swept.sessions.push(session);
+            }
+        }
+    }
+
+    /// Returns the connection; none if the VM is gone, or another one is there.
+    fn client_of(&mut self, vm: &VmRef) -> Result<Option<Client>, HypervisorError> {
+        match self.expect_vm(vm) {
+            Ok(client) => Ok(Some(client)),
+            Err(error) if error.kind == ErrorKind::NoSuchVm => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Returns whether the VM is run by another QEMU than the session's. If
+    /// nobody can tell it counts as the same: a guest that stays frozen is the
+    /// worse mistake.
+    fn is_another_qemu(&self, paths: &SessionPaths) -> bool {
+        let (Some(then), Some(now)) = (paths.process(), self.process()) else {
+            return false;
+        };
+        now.identity != then
     }
 }

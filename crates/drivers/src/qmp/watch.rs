@@ -1,28 +1,122 @@
-//! Watches over a session.
+//! Looks whether a session still stands.
+//!
+//! A fleece that fails says nothing: QEMU gives the point in time up, so that
+//! the guest does not suffer, and refuses every later read of it, which fails
+//! the backup. What is looked for here is what no reader would notice: a guest
+//! that writes past the filter, and room that runs short.
 
-use highwater_hypervisor::{HypervisorError, VmRef};
+use highwater_hypervisor::{ErrorKind, HypervisorError, ProcessIdentity, ScratchReserve, VmRef};
 use highwater_model::SessionId;
 
 use super::QmpDriver;
+use super::client::Client;
+use super::error::explain;
+use super::objects::{Role, Seat, Seen};
+use super::sequence::Placed;
+use crate::directories::free_bytes;
 
 /// What is watched for one session.
-pub(super) struct Watch;
+pub(super) struct Watch {
+    /// The QEMU it began in, if that could be told.
+    pub(super) process: Option<ProcessIdentity>,
+    /// The connection that hears of what happens.
+    pub(super) client: Client,
+    /// Events heard when the session was last looked at.
+    pub(super) heard: u64,
+    pub(super) disks: Vec<Watched>,
+    pub(super) reserve: ScratchReserve,
+}
 
-#[expect(
-    clippy::unnecessary_wraps,
-    clippy::unused_self,
-    reason = "not there yet"
-)]
+/// What must stay as it is for one disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Watched {
+    target: String,
+    export: String,
+    filter: String,
+    seat: Seat,
+}
+
+impl Watched {
+    pub(super) fn new(session: SessionId, disk: &Placed) -> Self {
+        Self {
+            target: disk.target.clone(),
+            export: Role::Export.name(session, &disk.target),
+            filter: Role::Filter.name(session, &disk.target),
+            seat: disk.seat.clone(),
+        }
+    }
+
+    /// Returns what is wrong.
+    fn trouble(&self, seen: &Seen) -> Option<String> {
+        let target = &self.target;
+        let export = seen.exports.iter().find(|it| it.id == self.export);
+        if export.is_none_or(|export| export.is_ending) {
+            return Some(format!(
+                "the export of disk `{target}` was removed by somebody else"
+            ));
+        }
+        let is_in_path = seen
+            .seats_of(&self.filter)
+            .iter()
+            .any(|seat| match (seat, &self.seat) {
+                (Seat::Device { path }, Seat::Device { path: wanted }) => path == wanted,
+                (Seat::Below { node, .. }, Seat::Below { node: wanted, .. }) => node == wanted,
+                (Seat::Device { .. } | Seat::Below { .. } | Seat::Fixed { .. }, _) => false,
+            });
+        (!is_in_path).then(|| {
+            format!("the guest's device of disk `{target}` was given another node, or removed")
+        })
+    }
+}
+
 impl QmpDriver {
     pub(super) fn check_session(
         &mut self,
-        _vm: &VmRef,
-        _session: SessionId,
+        vm: &VmRef,
+        session: SessionId,
     ) -> Result<(), HypervisorError> {
+        let lost = |because: &str| HypervisorError::session_lost(vm, session, because);
+        let client = match self.expect_vm(vm) {
+            Ok(client) => client,
+            Err(error) if error.kind == ErrorKind::NoSuchVm => {
+                return Err(lost("another VM is behind its monitor"));
+            }
+            Err(error) if error.kind == ErrorKind::Unreachable && self.is_gone(session) => {
+                return Err(lost("QEMU ended"));
+            }
+            Err(error) => return Err(error),
+        };
+        let now = self.process().map(|found| found.identity);
+        let Some(watch) = self.watches.get_mut(&session) else {
+            return Ok(());
+        };
+        if watch.process.is_some() && now.is_some() && watch.process != now {
+            return Err(lost("another QEMU runs the VM"));
+        }
+        // Before anything is asked: what comes meanwhile is looked at next time.
+        watch.heard = client.heard_count();
+        watch.client = client;
+        let seen = Seen::read(&watch.client)
+            .map_err(|error| explain(format!("cannot look after VM `{}`", vm.name), &error))?;
+        if let Some(trouble) = watch.disks.iter().find_map(|disk| disk.trouble(&seen)) {
+            return Err(lost(&trouble));
+        }
+        let free = free_bytes(&watch.reserve.dir)?;
+        if free < watch.reserve.bytes {
+            return Err(watch.reserve.shortage(vm, session, free));
+        }
         Ok(())
     }
 
     pub(super) fn is_session_alarmed(&mut self, session: SessionId) -> bool {
-        self.watches.contains_key(&session)
+        let watch = self.watches.get(&session);
+        watch.is_some_and(|it| it.client.heard_count() != it.heard || it.client.is_closed())
+    }
+
+    /// Returns whether the QEMU that a session began in is known to have ended.
+    fn is_gone(&self, session: SessionId) -> bool {
+        let watch = self.watches.get(&session);
+        let process = watch.and_then(|watch| watch.process.as_ref());
+        process.is_some_and(|process| !crate::host::is_alive(process))
     }
 }

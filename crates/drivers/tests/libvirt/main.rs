@@ -10,6 +10,8 @@
 
 mod marks;
 mod observe;
+#[path = "../reading/mod.rs"]
+mod reading;
 mod rig;
 mod session;
 mod trouble;

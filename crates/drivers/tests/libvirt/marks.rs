@@ -3,7 +3,8 @@
 use highwater_hypervisor::{Driver as _, ErrorKind, MarkOrder, Redefinition};
 use highwater_testkit::{DiskSpec, MIB, Vm};
 
-use crate::rig::{Rig, dirty_ranges, mark_name};
+use crate::reading::{dirty_ranges, mark_name};
+use crate::rig::Rig;
 
 fn start(rig: &Rig) -> Vm {
     rig.lab
@@ -57,27 +58,6 @@ fn a_bitmap_that_qemu_never_stored_is_missing_after_its_death_and_its_mark_is_re
     vm.start().unwrap();
     assert_eq!(rig.bitmap(&vm, "vda", &mark), None);
     assert_eq!(rig.observe(&vm).checkpoints.len(), 1);
-    rig.remove(&vm, &mark);
-    assert_no_marks(&vm);
-}
-
-#[test]
-fn a_stored_bitmap_is_inconsistent_after_qemus_death_and_its_mark_is_removed() {
-    let mut rig = Rig::start();
-    let vm = start(&rig);
-    let mark = rig.leave_mark(&vm, &["vda", "vdb"]).name;
-    vm.destroy().unwrap();
-    vm.start().unwrap();
-    assert!(rig.bitmap(&vm, "vda", &mark).unwrap().recording);
-    vm.kill_qemu().unwrap();
-    vm.start().unwrap();
-    let bitmap = rig.bitmap(&vm, "vda", &mark).unwrap();
-    assert!(bitmap.inconsistent && !bitmap.recording);
-    let order = rig.order(&vm, &[("vda", Some(&mark))]);
-    assert_eq!(
-        rig.driver.begin(&order).unwrap_err().kind,
-        ErrorKind::BadMark
-    );
     rig.remove(&vm, &mark);
     assert_no_marks(&vm);
 }

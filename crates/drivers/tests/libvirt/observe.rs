@@ -7,7 +7,8 @@ use highwater_hypervisor::{
 use highwater_testkit::{DiskSpec, ErrorPolicy, Lab, MIB, tool};
 use serde_json::json;
 
-use crate::rig::{Rig, disk_facts};
+use crate::reading::disk_facts;
+use crate::rig::Rig;
 
 /// Serves a raw file over NBD for as long as the lab lives.
 fn nbd_server(lab: &Lab) -> std::path::PathBuf {
@@ -175,7 +176,7 @@ fn every_kind_of_disk_is_reported_or_left_out_with_its_reason() {
 
 #[test]
 fn a_network_disk_and_a_volume_are_read_like_any_other() {
-    use crate::rig::{dirty_ranges, read_export};
+    use crate::reading::{dirty_ranges, read_export};
     let mut rig = Rig::start();
     let lab = rig.lab.clone();
     let socket = nbd_server(&lab);

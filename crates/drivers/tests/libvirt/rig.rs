@@ -1,13 +1,14 @@
 //! A lab, a driver connected to it, and orders for it.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::reading::{disk_facts, mark_name};
 use highwater_drivers::libvirt::{LibvirtDriver, LibvirtOptions};
 use highwater_hypervisor::{
-    BeginOrder, BitmapFacts, DiskFacts, DiskOrder, Driver as _, Export, ExportAddress, MarkOrder,
-    NewMark, Quiesce, ReadMode, VmFacts, VmRef, WhenStarted,
+    BeginOrder, BitmapFacts, DiskOrder, Driver as _, MarkOrder, NewMark, Quiesce, ReadMode,
+    VmFacts, VmRef, WhenStarted,
 };
-use highwater_model::{Clock as _, MarkName, Nonce, PointId, RepoId, SessionId, SystemClock};
+use highwater_model::{MarkName, Nonce, SessionId};
 use highwater_testkit::{Lab, Leftovers, Vm, tool};
 
 /// A driver and the lab it is connected to.
@@ -24,6 +25,7 @@ impl Rig {
     }
 
     /// A second process's driver: it knows nothing of the first one's sessions.
+    #[allow(dead_code, reason = "for the tests with a guest")]
     pub(crate) fn stranger(&self) -> LibvirtDriver {
         connect(&self.lab)
     }
@@ -95,60 +97,6 @@ impl Rig {
 
 fn connect(lab: &Lab) -> LibvirtDriver {
     LibvirtDriver::connect(&lab.uri(), &LibvirtOptions::default()).unwrap()
-}
-
-pub(crate) fn mark_name() -> MarkName {
-    MarkName::new(
-        RepoId::from_bytes([0xab; 16]),
-        PointId::new(SystemClock.now()),
-    )
-}
-
-pub(crate) fn disk_facts<'a>(facts: &'a VmFacts, target: &str) -> &'a DiskFacts {
-    facts
-        .disks
-        .iter()
-        .find(|disk| disk.target == target)
-        .unwrap()
-}
-
-fn uri(export: &Export) -> String {
-    let ExportAddress::Unix(socket) = &export.address else {
-        panic!("{export:?}")
-    };
-    format!("nbd+unix:///{}?socket={}", export.name, socket.display())
-}
-
-/// Reads a whole export into a raw file.
-pub(crate) fn read_export(export: &Export, to: &Path) -> PathBuf {
-    tool("qemu-img")
-        .args(["convert", "-f", "raw", "-O", "raw", &uri(export)])
-        .arg(to)
-        .run()
-        .unwrap();
-    to.to_path_buf()
-}
-
-/// Returns the dirty ranges of an export as `(offset, length)`.
-pub(crate) fn dirty_ranges(export: &Export) -> Vec<(u64, u64)> {
-    let context = export
-        .dirty_context
-        .as_ref()
-        .expect("an incremental export");
-    let map = tool("nbdinfo")
-        .args([&format!("--map={context}"), "--json", &uri(export)])
-        .run()
-        .unwrap();
-    let map: Vec<serde_json::Value> = serde_json::from_str(&map).unwrap();
-    map.iter()
-        .filter(|extent| extent["type"] == 1)
-        .map(|extent| {
-            (
-                extent["offset"].as_u64().unwrap(),
-                extent["length"].as_u64().unwrap(),
-            )
-        })
-        .collect()
 }
 
 /// Asserts that a session left nothing but the marks named.

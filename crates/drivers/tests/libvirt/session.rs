@@ -7,59 +7,8 @@ use highwater_hypervisor::{
 };
 use highwater_testkit::{DiskSpec, ErrorPolicy, MIB, compare_images};
 
-use crate::rig::{Rig, assert_only_marks, dirty_ranges, make_luks, mark_name, read_export};
-
-#[test]
-fn a_full_and_then_a_mixed_backup_export_exactly_the_point_in_time() {
-    let mut rig = Rig::start();
-    let vm = rig
-        .lab
-        .vm("web01")
-        .disk(DiskSpec::qcow2("vda", 64 * MIB))
-        .disk(DiskSpec::qcow2("vdb", 32 * MIB))
-        .start()
-        .unwrap();
-    vm.write("vda", "write -P 0xab 10M 3M").unwrap();
-    vm.write("vdb", "write -P 0xcd 0 1M").unwrap();
-
-    let first = rig.order(&vm, &[("vda", None), ("vdb", None)]);
-    let begun = rig.driver.begin(&first).unwrap();
-    assert_eq!(begun.consistency, Consistency::Crash);
-    assert!(
-        begun.mark_created_s.is_some() && begun.warnings.is_empty(),
-        "{begun:?}"
-    );
-    for export in &begun.exports {
-        assert_eq!(export.dirty_context, None);
-        let expected = rig.lab.path("expected.raw");
-        vm.raw_copy(&export.target, &expected).unwrap();
-        // Written after the point in time: must not be seen.
-        vm.write(&export.target, "write -P 0xee 20M 1M").unwrap();
-        compare_images(&expected, &read_export(export, &rig.lab.path("read.raw"))).unwrap();
-    }
-    rig.driver.check(&first.vm, first.session).unwrap();
-    assert!(rig.driver.end(&first).unwrap().ended_job);
-    let mark = first.new_mark.as_ref().unwrap().name.clone();
-    assert_only_marks(&rig, &vm, &first, &[&mark]);
-
-    vm.write("vda", "write -P 0x11 40M 64k").unwrap();
-    let second = rig.order(&vm, &[("vdb", None), ("vda", Some(&mark))]);
-    let begun = rig.driver.begin(&second).unwrap();
-    let targets: Vec<_> = begun
-        .exports
-        .iter()
-        .map(|export| export.target.as_str())
-        .collect();
-    assert_eq!(targets, ["vdb", "vda"]);
-    assert_eq!(begun.exports[0].dirty_context, None);
-    assert_eq!(
-        dirty_ranges(&begun.exports[1]),
-        [(20 * MIB, MIB), (40 * MIB, 64 << 10)]
-    );
-    rig.driver.end(&second).unwrap();
-    let new = second.new_mark.as_ref().unwrap().name.clone();
-    assert_only_marks(&rig, &vm, &second, &[&mark, &new]);
-}
+use crate::reading::{mark_name, read_export};
+use crate::rig::{Rig, assert_only_marks, make_luks};
 
 #[test]
 fn nobody_but_the_hypervisors_group_can_enter_the_directories_of_a_session() {
@@ -222,44 +171,6 @@ fn a_foreign_job_keeps_us_out_and_is_not_touched_by_our_end() {
     assert!(!ended.ended_job);
     rig.driver.end_leftover(&order.vm, order.session).unwrap();
     assert!(vm.job_running().unwrap() && scratch.exists());
-}
-
-#[test]
-fn the_job_of_a_dead_session_is_known_as_ours_and_can_be_cleared() {
-    let mut rig = Rig::start();
-    let vm = rig
-        .lab
-        .vm("web01")
-        .disk(DiskSpec::qcow2("vda", 16 * MIB))
-        .start()
-        .unwrap();
-    let order = rig.order(&vm, &[("vda", None)]);
-    rig.driver.begin(&order).unwrap();
-
-    // A second session must neither start nor end the first one's job.
-    let mut stranger = rig.stranger();
-    let other = rig.order(&vm, &[("vda", None)]);
-    assert_eq!(stranger.begin(&other).unwrap_err().kind, ErrorKind::Busy);
-    assert!(!stranger.end(&other).unwrap().ended_job);
-    assert!(
-        !stranger
-            .end_leftover(&other.vm, other.session)
-            .unwrap()
-            .ended_job
-    );
-    rig.driver.check(&order.vm, order.session).unwrap();
-
-    let facts = stranger.observe(&order.vm).unwrap();
-    assert_eq!(facts.job, Some(JobFacts::Ours(order.session)));
-    let ended = stranger.end_leftover(&order.vm, order.session).unwrap();
-    assert!(ended.ended_job && ended.warnings.is_empty(), "{ended:?}");
-    let mark = order.new_mark.as_ref().unwrap().name.clone();
-    assert_only_marks(&rig, &vm, &order, &[&mark]);
-    assert_eq!(
-        rig.driver.check(&order.vm, order.session).unwrap_err().kind,
-        ErrorKind::SessionLost
-    );
-    assert!(!rig.driver.end(&order).unwrap().ended_job);
 }
 
 #[test]

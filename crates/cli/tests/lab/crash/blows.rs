@@ -1,21 +1,18 @@
 //! What falls on a backup, and how it is made to.
 
-use std::fs;
-use std::process::{Child, ExitStatus, Stdio};
+use std::ops::Deref;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use highwater_model::step::Step;
 use highwater_testkit::Vm;
-use tempfile::TempDir;
 
 use super::cells::End;
 use crate::processes::{guard_of, mover_of, signal};
 use crate::support::Bed;
+use crate::waiting::{self, Ended};
 
-/// How long a run may take to reach a step, and to end after a blow: libvirt is
-/// waited for up to 15 s, and the machine may be busy.
-pub(super) const PATIENCE: Duration = Duration::from_mins(1);
+pub(super) use crate::waiting::{PATIENCE, wait_until};
 
 macro_rules! blows {
     ($($(#[$doc:meta])* $name:ident)*) => {
@@ -101,12 +98,17 @@ impl Blow {
 
 /// How a struck run ended.
 pub(super) struct Struck {
-    pub(super) status: ExitStatus,
-    pub(super) said: String,
+    ended: Ended,
     /// From the blow to the end.
     pub(super) took: Duration,
-    /// Whoever still waits has to see the file `go` in it.
-    _signs: TempDir,
+}
+
+impl Deref for Struck {
+    type Target = Ended;
+
+    fn deref(&self) -> &Ended {
+        &self.ended
+    }
 }
 
 impl Struck {
@@ -127,68 +129,31 @@ impl Struck {
 }
 
 /// A backup that waits at a step.
-pub(super) struct Waiting {
-    run: Child,
-    signs: TempDir,
-}
+pub(super) struct Waiting(waiting::Waiting);
 
 impl Waiting {
     /// Starts a backup that is to be struck, and waits until it has come to the
     /// step.
     pub(super) fn at(bed: &Bed, vm: &Vm, step: Step, blow: Blow) -> Result<Self> {
-        let signs = tempfile::tempdir_in(bed.lab.dir())?;
-        let fault = format!(
-            "{}:{}:{}",
-            step.word(),
-            blow.action(),
-            signs.path().display()
+        let mut command = bed.command(&["backup", vm.name()]);
+        command.envs(
+            blow.patience()
+                .map(|seconds| ("HIGHWATER_FAULT_PATIENCE", seconds)),
         );
-        let run = bed
-            .command(&["backup", vm.name()])
-            .env("HIGHWATER_FAULT", fault)
-            .envs(
-                blow.patience()
-                    .map(|seconds| ("HIGHWATER_FAULT_PATIENCE", seconds)),
-            )
-            .stdout(Stdio::null())
-            .stderr(fs::File::create(bed.lab.path("said"))?)
-            .spawn()?;
-        let mut waiting = Self { run, signs };
-        let sign = waiting.signs.path().join(step.word());
-        let reached = wait_until(|| {
-            let is_there = fs::metadata(&sign).is_ok_and(|sign| sign.len() > 0);
-            ensure!(
-                is_there || waiting.run.try_wait()?.is_none(),
-                "nobody passed the step: {}",
-                said(bed)?
-            );
-            Ok(is_there)
-        });
-        match reached {
-            Ok(()) => Ok(waiting),
-            Err(error) => {
-                drop(waiting.run.kill());
-                drop(waiting.run.wait());
-                Err(error)
-            }
-        }
+        waiting::Waiting::at(command, &bed.lab.dir(), step, blow.action()).map(Self)
     }
 
     /// Lets the blow fall, and waits for the end.
     pub(super) fn strike(mut self, bed: &Bed, vm: &Vm, blow: Blow) -> Result<Struck> {
         let since = Instant::now();
         let fallen = self.fall(bed, vm, blow);
-        fs::File::create(self.signs.path().join("go"))?;
+        self.0.go()?;
         let back = match blow {
             Blow::MissLibvirtd => fallen.and_then(|()| bed.lab.start_libvirtd()),
             _ => fallen,
         };
-        let ended = back.and_then(|()| wait_until(|| Ok(self.run.try_wait()?.is_some())));
+        let ended = self.0.end(back)?;
         let took = since.elapsed();
-        drop(self.run.kill());
-        let status = self.run.wait()?;
-        let said = said(bed)?;
-        ended.with_context(|| format!("it did not end: {said}"))?;
         match blow {
             Blow::KillQemu => vm.start()?,
             Blow::KillLibvirtd => bed.lab.start_libvirtd()?,
@@ -203,19 +168,15 @@ impl Waiting {
             | Blow::StoreDone
             | Blow::StoreLost => {}
         }
-        Ok(Struck {
-            status,
-            said,
-            took,
-            _signs: self.signs,
-        })
+        Ok(Struck { ended, took })
     }
 
     fn fall(&mut self, bed: &Bed, vm: &Vm, blow: Blow) -> Result<()> {
+        let run = &self.0.run;
         match blow {
-            Blow::KillMover => signal("-KILL", mover_of(&self.run)?),
-            Blow::KillGuard => signal("-KILL", guard_of(&self.run)?),
-            Blow::KillAll => kill_all(&mut self.run),
+            Blow::KillMover => signal("-KILL", mover_of(run)?),
+            Blow::KillGuard => signal("-KILL", guard_of(run)?),
+            Blow::KillAll => self.0.kill_all(),
             Blow::KillQemu => vm.kill_qemu(),
             Blow::RestartLibvirtd => bed.lab.restart_libvirtd(),
             Blow::MissLibvirtd | Blow::KillLibvirtd => bed.lab.kill_libvirtd(),
@@ -226,42 +187,4 @@ impl Waiting {
             | Blow::StoreLost => Ok(()),
         }
     }
-}
-
-fn said(bed: &Bed) -> Result<String> {
-    Ok(fs::read_to_string(bed.lab.path("said"))?)
-}
-
-/// Kills a run and all that it has started. Stopped first: none may see
-/// another one die.
-fn kill_all(run: &mut Child) -> Result<()> {
-    let all = family(run.id());
-    for pid in &all {
-        signal("-STOP", *pid)?;
-    }
-    for pid in &all {
-        signal("-KILL", *pid)?;
-    }
-    run.wait()?;
-    let is_gone = |pid: &u32| !fs::exists(format!("/proc/{pid}/exe")).unwrap_or(true);
-    wait_until(|| Ok(all.iter().all(is_gone)))
-}
-
-/// Returns a process and all below it.
-fn family(pid: u32) -> Vec<u32> {
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children"));
-    let children = children.unwrap_or_default();
-    let below = children
-        .split_whitespace()
-        .filter_map(|child| child.parse().ok());
-    std::iter::once(pid).chain(below.flat_map(family)).collect()
-}
-
-pub(super) fn wait_until(mut done: impl FnMut() -> Result<bool>) -> Result<()> {
-    let end = Instant::now() + PATIENCE;
-    while !done()? {
-        ensure!(Instant::now() < end, "waited {PATIENCE:?} in vain");
-        std::thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
 }

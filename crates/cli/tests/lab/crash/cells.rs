@@ -49,15 +49,37 @@ pub(super) const fn phase(step: Step) -> Phase {
         | Step::MarkTidied
         | Step::MarkToldAgain
         | Step::Planned => Phase::Looking,
-        Step::DirectoriesMade | Step::SecretDefined | Step::ScratchMade | Step::Frozen => {
-            Phase::Starting
-        }
+        Step::DirectoriesMade
+        | Step::SecretDefined
+        | Step::ScratchMade
+        | Step::QmpServerStarted
+        | Step::QmpBitmapsAdded
+        | Step::QmpKeyAdded
+        | Step::QmpFleeceAdded
+        | Step::QmpFilterAdded
+        | Step::Frozen
+        | Step::QmpStopNoted
+        | Step::QmpStopped => Phase::Starting,
         // The first pack may be written while the last bytes are read.
-        Step::Started | Step::Begun | Step::PackWritten | Step::PackStored => Phase::Running,
+        Step::QmpSwitched
+        | Step::QmpResumed
+        | Step::QmpSnapshotAdded
+        | Step::QmpMerged
+        | Step::QmpExported
+        | Step::Started
+        | Step::Begun
+        | Step::PackWritten
+        | Step::PackStored => Phase::Running,
         Step::Copied | Step::IndexStored | Step::CommitTold => Phase::Read,
         Step::Committing | Step::ManifestWritten => Phase::Committing,
         Step::Committed
         | Step::JobSeen
+        | Step::QmpExportsRemoved
+        | Step::QmpServerStopped
+        | Step::QmpSnapshotRemoved
+        | Step::QmpSwitchedBack
+        | Step::QmpFilterRemoved
+        | Step::QmpFleeceRemoved
         | Step::JobAborted
         | Step::JobEnded
         | Step::FilesRemoved

@@ -28,6 +28,8 @@ pub(super) enum Preparation {
     Encrypted,
     /// A guest with an agent.
     Guest,
+    /// A VM without libvirt.
+    OverQmp,
 }
 
 pub(super) const fn preparation(step: Step) -> Preparation {
@@ -56,6 +58,24 @@ pub(super) const fn preparation(step: Step) -> Preparation {
         | Step::RecordDeleted
         | Step::MarkGivenUp
         | Step::IndexMerged => Preparation::None,
+        Step::QmpServerStarted
+        | Step::QmpBitmapsAdded
+        | Step::QmpKeyAdded
+        | Step::QmpFleeceAdded
+        | Step::QmpFilterAdded
+        | Step::QmpStopNoted
+        | Step::QmpStopped
+        | Step::QmpSwitched
+        | Step::QmpResumed
+        | Step::QmpSnapshotAdded
+        | Step::QmpMerged
+        | Step::QmpExported
+        | Step::QmpExportsRemoved
+        | Step::QmpServerStopped
+        | Step::QmpSnapshotRemoved
+        | Step::QmpSwitchedBack
+        | Step::QmpFilterRemoved
+        | Step::QmpFleeceRemoved => Preparation::OverQmp,
         Step::LeftoverEnded | Step::MarkTidied => Preparation::DeadSession,
         Step::Swept => Preparation::DeadStart,
         Step::MarkToldAgain => Preparation::Forgotten,
@@ -92,6 +112,7 @@ impl Life {
                 Ok(())
             }
             Preparation::Guest => anyhow::bail!("this VM has no guest"),
+            Preparation::OverQmp => anyhow::bail!("libvirt has this VM's monitor"),
         }
     }
 

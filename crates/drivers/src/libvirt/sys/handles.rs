@@ -198,6 +198,15 @@ unsafe fn own_list(list: *mut Opaque, count: c_int) -> Vec<Opaque> {
     }
 }
 
+/// Which of a domain's two definitions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// The one that runs.
+    Running,
+    /// The one that is kept.
+    Definition,
+}
+
 /// A domain (VM).
 pub(crate) struct DomainHandle {
     pub(super) connection: Arc<ConnectionHandle>,
@@ -288,17 +297,21 @@ impl DomainHandle {
     }
 
     /// Sets or, without a text, removes the element of a namespace in the
-    /// metadata of the running domain.
-    pub(crate) fn set_live_metadata(
+    /// metadata of the domain.
+    pub(crate) fn set_metadata(
         &self,
         element: Option<&str>,
         prefix: &str,
         namespace: &str,
+        which: Which,
     ) -> Result<(), CallError> {
         /// `VIR_DOMAIN_METADATA_ELEMENT`.
         const ELEMENT: c_int = 2;
-        /// `VIR_DOMAIN_AFFECT_LIVE`.
-        const LIVE: c_uint = 1;
+        // `VIR_DOMAIN_AFFECT_LIVE`, `VIR_DOMAIN_AFFECT_CONFIG`.
+        let flags = match which {
+            Which::Running => 1,
+            Which::Definition => 2,
+        };
         let element = element.map(c_text).transpose()?;
         let element = element.as_ref().map_or(ptr::null(), |text| text.as_ptr());
         let (prefix, namespace) = (c_text(prefix)?, c_text(namespace)?);
@@ -311,10 +324,38 @@ impl DomainHandle {
                 element,
                 prefix.as_ptr(),
                 namespace.as_ptr(),
-                LIVE,
+                flags,
             )
         };
         self.api().checked(outcome).map(drop)
+    }
+
+    /// Returns whether it would be started from a saved state.
+    pub(crate) fn has_saved_state(&self) -> Result<bool, CallError> {
+        // SAFETY: a live domain.
+        let outcome = unsafe { (self.api().domain_has_managed_save)(self.raw, 0) };
+        Ok(self.api().checked(outcome)? == 1)
+    }
+
+    /// Starts it; its guest does not run.
+    pub(crate) fn start_paused(&self) -> Result<(), CallError> {
+        /// `VIR_DOMAIN_START_PAUSED`.
+        const PAUSED: c_uint = 1;
+        // SAFETY: a live domain.
+        self.api()
+            .checked(unsafe { (self.api().domain_create)(self.raw, PAUSED) })
+            .map(drop)
+    }
+
+    /// Has QEMU end in order, so that it writes its bitmaps; the guest is not
+    /// asked. QEMU is not killed if it does not.
+    pub(crate) fn shut_off(&self) -> Result<(), CallError> {
+        /// `VIR_DOMAIN_DESTROY_GRACEFUL`.
+        const GRACEFUL: c_uint = 1;
+        // SAFETY: a live domain.
+        self.api()
+            .checked(unsafe { (self.api().domain_destroy)(self.raw, GRACEFUL) })
+            .map(drop)
     }
 
     /// Lets a paused guest run.

@@ -1,0 +1,452 @@
+//! Sessions of VMs that are off.
+//!
+//! ```text
+//! keep      no other session of ours has these images; nobody has them open for writing
+//! mark      the new bitmap is added to each image          (QEMU's tool takes the image's lock)
+//! stamp     size, times and inode of every file            <- the point in time
+//! export    a child shows the images, read-only
+//! look      is everything as it was?  Also after the last byte, and before the commit
+//! ```
+//!
+//! From the stamp on nothing may be written; that nothing was is proven by looking
+//! again, and not by keeping others out: a VM may start at any moment (`yield`),
+//! and then the session is lost. Its marks are not: the new one is in the images
+//! since before the point, and records what the VM writes.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use highwater_hypervisor::{
+    BeginOrder, Begun, BegunDisk, Consistency, Ended, ErrorKind, Export, ExportAddress,
+    HypervisorError, NewMark, Quiesce, ReadMode, VmRef, WhenStarted,
+};
+use highwater_model::step::{Step, pass};
+use highwater_model::{Clock, SessionId};
+
+use super::exporter::{self, Exporter, Shown};
+use super::facts::{OffDisk, why_not};
+use super::image::Chain;
+use super::witness::{Seen, Witness};
+use super::{holders, tools};
+use crate::directories::SessionPaths;
+
+/// The sessions that this process has begun.
+#[derive(Debug, Default)]
+pub(crate) struct OfflineSessions {
+    live: BTreeMap<SessionId, OfflineSession>,
+}
+
+#[derive(Debug)]
+struct OfflineSession {
+    exporter: Exporter,
+    witness: Witness,
+    /// Why it was lost, once it is: what was seen then may not be seen again.
+    lost: Option<HypervisorError>,
+}
+
+/// What an order is about.
+struct Ordered<'a> {
+    target: &'a str,
+    chain: Chain,
+    since: Option<String>,
+    export: String,
+    marked: bool,
+}
+
+impl OfflineSessions {
+    /// Whether this process has begun the session.
+    pub(crate) fn has(&self, session: SessionId) -> bool {
+        self.live.contains_key(&session)
+    }
+
+    /// Takes the point in time of a VM with these disks. Its consistency is what
+    /// the caller knows of how the VM came to be off.
+    pub(crate) fn begin(
+        &mut self,
+        order: &BeginOrder,
+        disks: &[OffDisk],
+        clock: &dyn Clock,
+        consistency: Consistency,
+    ) -> Result<Begun, HypervisorError> {
+        if order.quiesce == Quiesce::Require {
+            return Err(
+                HypervisorError::new(ErrorKind::CannotFreeze, cannot_begin(&order.vm))
+                    .because("the VM is off: there is no guest to freeze"),
+            );
+        }
+        let ordered = match_disks(order, disks)?;
+        let paths = SessionPaths::of_order(order);
+        let chains = || ordered.iter().map(|one| &one.chain);
+        let mut witness = Witness::open(chains()).map_err(|why| other(&order.vm, why))?;
+        keep(&order.vm, &witness)?;
+        expect_no_writer(&order.vm, &witness)?;
+        let mut warnings = Vec::new();
+        let when_started = match (order.when_started, witness.blind_spot()) {
+            (WhenStarted::Yield, Some(why)) => {
+                warnings.push(format!(
+                    "the VM cannot be started before its backup has ended: {why}, where a write \
+                     leaves no trace"
+                ));
+                WhenStarted::Hold
+            }
+            (chosen, _) => chosen,
+        };
+        paths.create(&order.vm, None)?;
+        pass(Step::DirectoriesMade);
+        let mut marked = Vec::new();
+        let begun = begin_prepared(
+            order,
+            &ordered,
+            &paths,
+            &mut witness,
+            when_started,
+            &mut marked,
+            clock,
+        );
+        let (exporter, mut begun) = match begun {
+            Ok(begun) => begun,
+            Err(error) => return Err(undo(order, &paths, &marked, error)),
+        };
+        begun.consistency = consistency;
+        begun.warnings = warnings;
+        let session = OfflineSession {
+            exporter,
+            witness,
+            lost: None,
+        };
+        self.live.insert(order.session, session);
+        pass(Step::Started);
+        Ok(begun)
+    }
+
+    /// Looks whether the session stands; `None` if it is none of these.
+    pub(crate) fn check(
+        &mut self,
+        vm: &VmRef,
+        session: SessionId,
+    ) -> Option<Result<(), HypervisorError>> {
+        let known = self.live.get_mut(&session)?;
+        if known.lost.is_none()
+            && let Some(because) = known.trouble()
+        {
+            // At once: in hold mode, and with what it has cached, it is in the way.
+            known.exporter.stop();
+            known.lost = Some(HypervisorError::session_lost(vm, session, because));
+        }
+        Some(known.lost.clone().map_or(Ok(()), Err))
+    }
+
+    /// Whether a look at the session is urgent.
+    pub(crate) fn is_alarmed(&mut self, session: SessionId) -> bool {
+        let known = self.live.get_mut(&session);
+        known.is_some_and(|known| known.lost.is_none() && known.trouble().is_some())
+    }
+
+    /// Ends the exporter, gives the images back and removes the directories.
+    pub(crate) fn end(&mut self, order: &BeginOrder) -> Ended {
+        let paths = SessionPaths::of_order(order);
+        self.end_at(order.session, &paths)
+    }
+
+    /// As [`end`](Self::end), of a session that is known by its directories, too.
+    pub(crate) fn end_at(&mut self, session: SessionId, paths: &SessionPaths) -> Ended {
+        let known = self.live.remove(&session);
+        let mut ended_job = known.is_some();
+        // Stops it, and gives up the images.
+        drop(known);
+        if !ended_job {
+            ended_job = end_stray(paths, session);
+        }
+        pass(Step::JobEnded);
+        // No process of the VM's can be frozen: it has none.
+        paths.note_thawed();
+        let warnings = paths.remove();
+        pass(Step::FilesRemoved);
+        Ended {
+            ended_job,
+            warnings,
+        }
+    }
+}
+
+impl OfflineSession {
+    /// Says what is wrong, if something is.
+    fn trouble(&mut self) -> Option<String> {
+        match self.witness.look() {
+            Seen::Untouched => self.exporter.ended(),
+            Seen::Open(image) => Some(format!(
+                "the VM was started, or another program writes: `{}` is open for writing{}",
+                image.display(),
+                holders::of(&image)
+            )),
+            Seen::Written(image) => Some(format!(
+                "the VM was started meanwhile, or another program has written: `{}` is not as it was",
+                image.display()
+            )),
+            Seen::Unknown(image, why) => Some(format!(
+                "nobody can tell whether `{}` is as it was: {why}",
+                image.display()
+            )),
+        }
+    }
+}
+
+fn cannot_begin(vm: &VmRef) -> String {
+    format!("cannot begin a backup of VM `{}`", vm.name)
+}
+
+fn other(vm: &VmRef, because: impl Into<String>) -> HypervisorError {
+    HypervisorError::new(ErrorKind::Other, cannot_begin(vm)).because(because)
+}
+
+fn match_disks<'a>(
+    order: &'a BeginOrder,
+    disks: &[OffDisk],
+) -> Result<Vec<Ordered<'a>>, HypervisorError> {
+    let refused = |kind, because: String| {
+        HypervisorError::new(kind, cannot_begin(&order.vm)).because(because)
+    };
+    if order.disks.is_empty() {
+        return Err(refused(
+            ErrorKind::NoSuchDisk,
+            "no disk is ordered".to_owned(),
+        ));
+    }
+    let marks: &[String] = order.new_mark.as_ref().map_or(&[], |mark| &mark.disks);
+    let mut ordered: Vec<Ordered<'a>> = Vec::with_capacity(order.disks.len());
+    for wanted in &order.disks {
+        let target = wanted.target.as_str();
+        if ordered.iter().any(|known| known.target == target) {
+            return Err(refused(
+                ErrorKind::Other,
+                format!("disk `{target}` is ordered twice"),
+            ));
+        }
+        let disk = disks.iter().find(|disk| disk.target == target);
+        let disk = disk
+            .ok_or_else(|| refused(ErrorKind::NoSuchDisk, format!("it has no disk `{target}`")))?;
+        let chain = disk.chain();
+        if let Some(why) = why_not(disk, &chain) {
+            return Err(refused(ErrorKind::Other, format!("disk `{target}`: {why}")));
+        }
+        let since = match &wanted.mode {
+            ReadMode::All => None,
+            ReadMode::Since(mark) => Some(mark.to_string()),
+        };
+        if let Some(mark) = &since {
+            // In the image that the guest writes to: elsewhere alone it has missed
+            // what was written since.
+            let found = chain.top().and_then(|top| top.bitmap(mark));
+            let is_good = |it: &highwater_hypervisor::BitmapFacts| it.recording && !it.inconsistent;
+            if !found.is_some_and(is_good) {
+                let because = format!("bitmap `{mark}` of disk `{target}` is missing or broken");
+                return Err(refused(ErrorKind::BadMark, because));
+            }
+        }
+        ordered.push(Ordered {
+            target,
+            chain,
+            since,
+            export: crate::names::export_name(order.session, target),
+            marked: marks.iter().any(|marked| marked == target),
+        });
+    }
+    if let Some(stranger) = marks
+        .iter()
+        .find(|target| !ordered.iter().any(|one| one.target == target.as_str()))
+    {
+        return Err(refused(
+            ErrorKind::NoSuchDisk,
+            format!("disk `{stranger}` is to be marked, and is not ordered"),
+        ));
+    }
+    Ok(ordered)
+}
+
+fn keep(vm: &VmRef, witness: &Witness) -> Result<(), HypervisorError> {
+    match witness.keep() {
+        Ok(None) => Ok(()),
+        Ok(Some(image)) => Err(
+            HypervisorError::new(ErrorKind::Busy, cannot_begin(vm)).because(format!(
+                "another program keeps `{}`: another backup of it runs",
+                image.display()
+            )),
+        ),
+        Err(why) => Err(other(vm, why)),
+    }
+}
+
+fn expect_no_writer(vm: &VmRef, witness: &Witness) -> Result<(), HypervisorError> {
+    match witness.writer() {
+        Ok(None) => Ok(()),
+        Ok(Some(image)) => Err(
+            HypervisorError::new(ErrorKind::WrongState, cannot_begin(vm))
+                .because(format!(
+                    "`{}` is in use by a running VM{}",
+                    image.display(),
+                    holders::of(image)
+                ))
+                .hint("back it up while it runs, over libvirt or its QMP socket (`-c qmp:SOCKET`)"),
+        ),
+        Err(why) => Err(other(vm, why)),
+    }
+}
+
+/// Everything after the directories were made; what fails here is undone by the
+/// caller. `marked` are the images that have the new mark.
+fn begin_prepared<'a>(
+    order: &BeginOrder,
+    ordered: &'a [Ordered<'_>],
+    paths: &SessionPaths,
+    witness: &mut Witness,
+    when_started: WhenStarted,
+    marked: &mut Vec<&'a Path>,
+    clock: &dyn Clock,
+) -> Result<(Exporter, Begun), HypervisorError> {
+    if let Some(mark) = &order.new_mark {
+        add_marks(mark, ordered, marked)?;
+    }
+    let stamped = witness.stamp().map_err(|why| other(&order.vm, why));
+    // Not later than the point: what a clock says of it must not lie ahead.
+    let taken_at = clock.now();
+    stamped?;
+    let shown: Vec<Shown<'_>> = ordered
+        .iter()
+        .map(|one| Shown {
+            chain: &one.chain,
+            export: &one.export,
+            since: one.since.as_deref(),
+        })
+        .collect();
+    let socket = paths.socket();
+    let exporter = Exporter::start(&socket, order.session, &shown, when_started)
+        .map_err(|error| under(&order.vm, error))?;
+    // It may have read while somebody wrote.
+    let begun_disks = ordered
+        .iter()
+        .map(|one| begun_disk(order, one))
+        .collect::<Result<Vec<_>, _>>()?;
+    match witness.look() {
+        Seen::Untouched => {}
+        Seen::Open(image) | Seen::Written(image) => {
+            let because = format!("`{}` is being written: the VM starts", image.display());
+            return Err(
+                HypervisorError::new(ErrorKind::WrongState, cannot_begin(&order.vm))
+                    .because(because),
+            );
+        }
+        Seen::Unknown(image, why) => {
+            return Err(other(&order.vm, format!("`{}`: {why}", image.display())));
+        }
+    }
+    let exports = ordered.iter().map(|one| Export {
+        target: one.target.to_owned(),
+        address: ExportAddress::Unix(socket.clone()),
+        dirty_context: one
+            .since
+            .as_ref()
+            .map(|_| format!("qemu:dirty-bitmap:{}", one.export)),
+        name: one.export.clone(),
+    });
+    let begun = Begun {
+        exports: exports.collect(),
+        consistency: Consistency::Offline,
+        taken_at,
+        frozen_ms: None,
+        stopped_us: None,
+        mark_created_s: order
+            .new_mark
+            .as_ref()
+            .map(|_| taken_at.unix_ms().div_euclid(1000)),
+        disks: begun_disks,
+        warnings: Vec::new(),
+        reserve: None,
+    };
+    Ok((exporter, begun))
+}
+
+fn add_marks<'a>(
+    mark: &NewMark,
+    ordered: &'a [Ordered<'_>],
+    marked: &mut Vec<&'a Path>,
+) -> Result<(), HypervisorError> {
+    let name = mark.name.to_string();
+    for one in ordered.iter().filter(|one| one.marked) {
+        let Some(top) = one.chain.top() else { continue };
+        // Before it is tried: a tool that is killed may have done it.
+        marked.push(&top.path);
+        tools::add_bitmap(&top.path, &name)?;
+    }
+    Ok(())
+}
+
+/// Makes sure that the new bitmap is there, and records.
+fn begun_disk(order: &BeginOrder, one: &Ordered<'_>) -> Result<BegunDisk, HypervisorError> {
+    let mut begun = BegunDisk {
+        target: one.target.to_owned(),
+        granularity: None,
+        counters: None,
+    };
+    let (Some(mark), Some(top)) = (
+        order.new_mark.as_ref().filter(|_| one.marked),
+        one.chain.top(),
+    ) else {
+        return Ok(begun);
+    };
+    let now = Chain::discover(&top.path, Some(top.format_name()));
+    let bitmap = now.top().and_then(|top| top.bitmap(&mark.name.to_string()));
+    match bitmap {
+        Some(bitmap) if bitmap.recording && !bitmap.inconsistent => {
+            begun.granularity = Some(bitmap.granularity);
+            Ok(begun)
+        }
+        Some(_) | None => Err(
+            HypervisorError::new(ErrorKind::BadMark, cannot_begin(&order.vm)).because(format!(
+                "the new bitmap of disk `{}` does not record",
+                one.target
+            )),
+        ),
+    }
+}
+
+/// Puts an error of a part under the message of the whole.
+fn under(vm: &VmRef, error: HypervisorError) -> HypervisorError {
+    let mut whole = HypervisorError::new(error.kind, cannot_begin(vm)).because(error.message);
+    whole.because.extend(error.because);
+    whole.hint = error.hint;
+    whole
+}
+
+/// Takes back what a failed start has done so far.
+fn undo(
+    order: &BeginOrder,
+    paths: &SessionPaths,
+    marked: &[&Path],
+    error: HypervisorError,
+) -> HypervisorError {
+    let mut left = Vec::new();
+    if let Some(mark) = &order.new_mark {
+        let name = mark.name.to_string();
+        for image in marked {
+            match tools::remove_bitmap(image, &name) {
+                Ok(_) => {}
+                // The VM runs, or another tool has it. The bitmap does no harm, and
+                // is removed when nobody has the image open.
+                Err(kept) => left.push(kept.to_string()),
+            }
+        }
+    }
+    left.extend(paths.remove());
+    left.into_iter().fold(error, HypervisorError::leaving)
+}
+
+/// Ends the exporter of a dead session, if it has outlived whoever began it. The
+/// kernel kills it with its parent, so this is for a kernel that did not.
+pub(crate) fn end_stray(paths: &SessionPaths, session: SessionId) -> bool {
+    let socket = paths.socket();
+    let Some(dir) = socket.parent() else {
+        return false;
+    };
+    let note = exporter::note(dir, session);
+    holders::end_process_of_note(&note)
+}

@@ -1,0 +1,51 @@
+//! What sessions of a VM that was off left behind: directories, and perhaps an
+//! exporter that the kernel did not end.
+
+use std::fs;
+use std::path::PathBuf;
+
+use highwater_hypervisor::{LeftDirectory, Swept, VmRef};
+
+use super::session::OfflineSessions;
+use crate::directories::SessionPaths;
+use crate::label::{find, occupied_bytes};
+
+/// Lists the directories of sessions that this process has not begun.
+pub(crate) fn leftovers(
+    vm: &VmRef,
+    places: &[PathBuf],
+    sessions: &OfflineSessions,
+) -> Vec<LeftDirectory> {
+    find(vm, places)
+        .into_iter()
+        .filter(|(session, _)| !sessions.has(*session))
+        .flat_map(|(session, left)| {
+            left.dirs.into_iter().map(move |dir| LeftDirectory {
+                session,
+                bytes: occupied_bytes(&dir),
+                dir,
+            })
+        })
+        .collect()
+}
+
+/// Removes them.
+pub(crate) fn sweep(vm: &VmRef, places: &[PathBuf], sessions: &mut OfflineSessions) -> Swept {
+    let mut swept = Swept::default();
+    for (session, left) in find(vm, places) {
+        if sessions.has(session) {
+            continue;
+        }
+        let paths =
+            SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
+        let still_there = |dir: &&PathBuf| fs::symlink_metadata(dir).is_ok();
+        let before = left.dirs.iter().filter(still_there).count();
+        swept
+            .warnings
+            .extend(sessions.end_at(session, &paths).warnings);
+        if left.dirs.iter().filter(still_there).count() < before {
+            swept.sessions.push(session);
+        }
+    }
+    swept
+}

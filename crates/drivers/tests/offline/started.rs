@@ -1,0 +1,97 @@
+//! A VM that is started while it is backed up.
+
+use std::fs;
+
+use highwater_hypervisor::{Driver as _, ErrorKind, MarkOrder, RootNode, RunState, WhenStarted};
+
+use crate::rig::{Rig, assert_lost, new_mark};
+
+#[test]
+fn a_vm_starts_at_once_and_its_session_is_lost_but_no_write() {
+    let mut rig = Rig::new(&["vda", "vdb"]);
+    let order = rig.order(&[("vda", None), ("vdb", None)]);
+    rig.driver.begin(&order).unwrap();
+    rig.check(&order).unwrap();
+    rig.machine.start().unwrap();
+    assert!(rig.driver.is_alarmed(order.session));
+    assert_lost(rig.check(&order), "open for writing");
+    rig.machine.write("vda", "write -P 9 2M 64k").unwrap();
+    // Lost once is lost, whatever is seen later.
+    rig.machine.quit().unwrap();
+    assert_lost(rig.check(&order), "open for writing");
+    rig.end(&order);
+    let bitmap = rig.bitmap("vda", &new_mark(&order)).unwrap();
+    assert_eq!((bitmap.recording, bitmap.dirty_bytes), (true, 64 << 10));
+}
+
+#[test]
+fn a_vm_that_ran_between_two_looks_is_seen() {
+    let mut rig = Rig::new(&["vda"]);
+    let order = rig.order(&[("vda", None)]);
+    rig.driver.begin(&order).unwrap();
+    rig.check(&order).unwrap();
+    rig.machine.start().unwrap();
+    rig.machine.write("vda", "write -P 9 2M 64k").unwrap();
+    rig.machine.quit().unwrap();
+    assert_lost(rig.check(&order), "not as it was");
+    rig.end(&order);
+}
+
+#[test]
+fn with_hold_no_vm_starts_before_the_session_has_ended() {
+    let mut rig = Rig::new(&["vda"]);
+    let mut order = rig.order(&[("vda", None)]);
+    order.when_started = WhenStarted::Hold;
+    rig.driver.begin(&order).unwrap();
+    let refused = format!("{:#}", rig.machine.start().unwrap_err());
+    assert!(refused.contains("lock"), "{refused}");
+    rig.check(&order).unwrap();
+    rig.end(&order);
+    rig.machine.start().unwrap();
+}
+
+#[test]
+fn images_of_a_running_vm_are_neither_read_nor_marked() {
+    let mut rig = Rig::new(&["vda"]);
+    let mark = rig.leave_mark(&["vda"]);
+    rig.machine.start().unwrap();
+    let vm = rig.vm();
+    let facts = rig.driver.observe(&vm).unwrap();
+    assert_eq!(facts.run_state, RunState::Other);
+    let RootNode::Unknown(why) = &facts.disks[0].root_node else {
+        panic!("{facts:?}")
+    };
+    let process = format!("process {}", rig.machine.pid().unwrap());
+    assert!(why.contains(&process), "{why}");
+    let order = rig.order(&[("vda", None)]);
+    let error = rig.driver.begin(&order).unwrap_err();
+    assert_eq!(error.kind, ErrorKind::WrongState, "{error:?}");
+    assert!(error.because[0].contains(&process), "{error:?}");
+    let error = rig
+        .driver
+        .mark(&vm, &MarkOrder::Remove(mark.clone()))
+        .unwrap_err();
+    assert_eq!(error.kind, ErrorKind::Busy, "{error:?}");
+    rig.machine.quit().unwrap();
+    assert!(rig.bitmap("vda", &mark).unwrap().recording);
+    assert_eq!(rig.bitmap("vda", &new_mark(&order)), None);
+    rig.driver
+        .mark(&vm, &MarkOrder::Remove(mark.clone()))
+        .unwrap();
+    rig.driver
+        .mark(&vm, &MarkOrder::Remove(mark.clone()))
+        .unwrap();
+    assert_eq!(rig.bitmap("vda", &mark), None);
+}
+
+#[test]
+fn an_image_that_is_moved_away_ends_the_session() {
+    let mut rig = Rig::new(&["vda"]);
+    let order = rig.order(&[("vda", None)]);
+    rig.driver.begin(&order).unwrap();
+    let image = rig.machine.image("vda");
+    fs::rename(&image, rig.lab.path("elsewhere")).unwrap();
+    assert_lost(rig.check(&order), "not as it was");
+    fs::rename(rig.lab.path("elsewhere"), &image).unwrap();
+    rig.end(&order);
+}
