@@ -9,6 +9,7 @@
     reason = "what a helper of a test cannot do fails the test, with the error and the line"
 )]
 
+mod foreign;
 mod gaps;
 mod hook;
 mod kills;
@@ -16,3 +17,6 @@ mod kills;
 mod reading;
 mod rig;
 mod shapes;
+mod space;
+mod states;
+mod trouble;
