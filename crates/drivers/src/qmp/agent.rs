@@ -266,10 +266,10 @@ impl Watchdog {
 /// Thaws a guest that a dead session froze. Returns whether it was frozen.
 pub(super) fn thaw_after(address: &Address) -> Result<bool, String> {
     let mut connection = Connection::open(address).map_err(AgentError::text)?;
-    match connection.is_frozen().map_err(AgentError::text)? {
-        false => Ok(false),
-        true => thaw_until_sure(Some(&mut connection), address).map(|()| true),
+    if !connection.is_frozen().map_err(AgentError::text)? {
+        return Ok(false);
     }
+    thaw_until_sure(Some(&mut connection), address).map(|()| true)
 }
 
 /// Thaws until the agent says that nothing is frozen, or the VM is gone.
@@ -417,5 +417,186 @@ impl Connection {
                 return serde_json::from_slice(last).map_err(|error| failed(&error.to_string()));
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead as _, BufReader};
+    use std::os::unix::net::{UnixListener, UnixStream};
+    use std::path::Path;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicBool, Ordering};
+
+    use super::*;
+
+    fn vm() -> VmRef {
+        VmRef {
+            name: "web01".to_owned(),
+            uuid: None,
+        }
+    }
+
+    /// An agent that serves one client after the other. `answer` returns what it
+    /// says to a command.
+    fn agent(
+        path: &Path,
+        answer: impl Fn(&str) -> Option<String> + Send + Sync + 'static,
+    ) -> Address {
+        let listener = UnixListener::bind(path).unwrap();
+        std::thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                serve(&stream, &answer);
+            }
+        });
+        Address::Unix(path.to_path_buf())
+    }
+
+    fn serve(stream: &UnixStream, answer: &impl Fn(&str) -> Option<String>) {
+        // What an earlier client did not read, the last of it in part.
+        let mut writing = stream;
+        let _gone = writing.write_all(b"{\"return\": 5}\n{\"return\": \"thaw");
+        for line in BufReader::new(stream).split(b'\n') {
+            let Ok(line) = line else { return };
+            let text = line.strip_prefix(&[0xff]).unwrap_or(&line);
+            let command: Value = serde_json::from_slice(text).unwrap();
+            let name = command["execute"].as_str().unwrap();
+            let said = if name == "guest-sync-delimited" {
+                let number = &command["arguments"]["id"];
+                let _gone = writing.write_all(&[0xff]);
+                Some(format!("{{\"return\": {number}}}"))
+            } else {
+                answer(name)
+            };
+            if let Some(said) = said {
+                let _gone = writing.write_all(format!("{said}\n").as_bytes());
+            }
+        }
+    }
+
+    fn freeze_it(address: &Address, wish: Quiesce) -> Result<Outcome, HypervisorError> {
+        freeze(&vm(), Some(address), wish, &[], &|| Ok(()))
+    }
+
+    #[test]
+    fn what_an_earlier_client_did_not_read_is_no_answer() {
+        let dir = tempfile::tempdir().unwrap();
+        let address = agent(&dir.path().join("a"), |command| {
+            (command == STATUS).then(|| "{\"return\": \"frozen\"}".to_owned())
+        });
+        let mut connection = Connection::open(&address).unwrap();
+        assert_eq!(connection.is_frozen(), Ok(true));
+        drop(connection);
+        assert_eq!(state(Some(&address)), Agent::Connected);
+        assert_eq!(state(None), Agent::Missing);
+    }
+
+    #[test]
+    fn an_agent_that_can_freeze_nothing_is_thawed_and_the_guest_counts_as_not_frozen() {
+        let dir = tempfile::tempdir().unwrap();
+        let thawed = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&thawed);
+        let address = agent(&dir.path().join("a"), move |command| {
+            told.fetch_or(command == THAW, Ordering::Relaxed);
+            Some(match command {
+                STATUS => "{\"return\": \"thawed\"}".to_owned(),
+                FREEZE => "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}}".to_owned(),
+                _ => "{\"return\": 0}".to_owned(),
+            })
+        });
+        let Outcome::Not(Some(because)) = freeze_it(&address, Quiesce::Try).unwrap() else {
+            panic!("it is not frozen");
+        };
+        assert!(because.contains("no"), "{because}");
+        assert!(thawed.load(Ordering::Relaxed));
+        let Err(error) = freeze_it(&address, Quiesce::Require) else {
+            panic!("it cannot be frozen");
+        };
+        assert_eq!(error.kind, ErrorKind::CannotFreeze);
+    }
+
+    #[test]
+    fn a_guest_that_somebody_else_froze_stays_frozen() {
+        let dir = tempfile::tempdir().unwrap();
+        let thawed = Arc::new(AtomicBool::new(false));
+        let told = Arc::clone(&thawed);
+        let address = agent(&dir.path().join("a"), move |command| {
+            told.fetch_or(command == THAW, Ordering::Relaxed);
+            Some("{\"return\": \"frozen\"}".to_owned())
+        });
+        let Outcome::Frozen(mut frozen) = freeze_it(&address, Quiesce::Try).unwrap() else {
+            panic!("it is frozen");
+        };
+        assert!(frozen.holds());
+        frozen.thaw().unwrap();
+        assert!(!thawed.load(Ordering::Relaxed));
+    }
+
+    #[test]
+    fn without_an_agent_it_is_said_how_to_name_one() {
+        let Outcome::Not(Some(because)) =
+            freeze(&vm(), None, Quiesce::Try, &[], &|| Ok(())).unwrap()
+        else {
+            panic!("nobody froze it");
+        };
+        assert!(because.contains("agent="));
+        let dir = tempfile::tempdir().unwrap();
+        let nobody = Address::Unix(dir.path().join("none"));
+        assert_eq!(state(Some(&nobody)), Agent::Silent);
+        assert!(freeze_it(&nobody, Quiesce::Require).is_err());
+        // A VM that has ended is not frozen.
+        assert_eq!(thaw_until_sure(None, &nobody), Ok(()));
+    }
+}
+
+#[cfg(test)]
+mod with_a_real_guest {
+    use highwater_testkit::{BareLab, DiskSpec, MIB, guest};
+
+    use super::*;
+
+    /// The one that froze it does nothing, as if its QEMU hung.
+    #[test]
+    fn a_guest_is_thawed_after_five_seconds_whatever_the_first_connection_waits_for_over_qmp() {
+        let lab = BareLab::start().unwrap();
+        guest::make_ext4(&lab.path("files.raw"), 16 * MIB).unwrap();
+        let files = DiskSpec::existing("vda", &lab.path("files.raw"), "raw");
+        let vm = lab.vm("web01").disk(files).guest().start().unwrap();
+        let inside = vm.guest().unwrap();
+        inside.wait_for_agent().unwrap();
+        let address = Address::Unix(vm.agent_socket());
+        let name = VmRef {
+            name: "web01".to_owned(),
+            uuid: None,
+        };
+        let freeze = || freeze(&name, Some(&address), Quiesce::Require, &[], &|| Ok(()));
+        let Outcome::Frozen(mut frozen) = freeze().unwrap() else {
+            panic!("not frozen")
+        };
+        assert!(frozen.holds());
+        assert!(frozen.thaw().unwrap() < FREEZE_DEADLINE);
+        assert_eq!(thaw_after(&address), Ok(false));
+
+        let Outcome::Frozen(mut frozen) = freeze().unwrap() else {
+            panic!("not frozen")
+        };
+        // Until the watchdog cuts the connection and has thawed the guest.
+        while frozen.holds() {
+            assert!(frozen.since.elapsed() < FREEZE_DEADLINE * 2);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let elapsed = frozen.thaw().unwrap();
+        assert!(
+            elapsed > FREEZE_DEADLINE && elapsed < FREEZE_DEADLINE * 2,
+            "{elapsed:?}"
+        );
+
+        // One that died left it frozen.
+        let Outcome::Frozen(frozen) = freeze().unwrap() else {
+            panic!("not frozen")
+        };
+        frozen.connection.stream.shut_down();
+        assert_eq!(thaw_after(&address), Ok(true));
+        assert_eq!(thaw_after(&address), Ok(false));
     }
 }

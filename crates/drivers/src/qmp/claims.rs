@@ -177,9 +177,10 @@ fn set(vm: &VmRef, client: &Client, sign: &Sign) -> Result<(), HypervisorError> 
     // It is there: one text takes the place of the other, at once.
     let path = format!("/objects/{name}");
     let replace = json!({"path": path, "property": "identity", "value": text});
-    let replaced = match first.is_refusal() {
-        true => client.run("qom-set", replace).map(drop),
-        false => Err(first.clone()),
+    let replaced = if first.is_refusal() {
+        client.run("qom-set", replace).map(drop)
+    } else {
+        Err(first.clone())
     };
     // What the first one said is why it cannot be there.
     replaced.map_err(|error| {

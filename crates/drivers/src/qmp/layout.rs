@@ -17,16 +17,45 @@ use super::error::QmpError;
 use super::graph::Graph;
 use crate::blocks::{Blocks, ReplyError, answer, is_filter};
 
-/// Drivers of nodes that are neither a filter nor an image: what the guest sees
-/// may be another thing than what is below, and is not for long what it is.
-const STRANGE: [&str; 7] = [
-    "blkreplay",
-    "blkverify",
-    "commit_top",
-    "mirror_top",
-    "quorum",
-    "replication",
-    "snapshot-access",
+/// Drivers of nodes that are an image, or where one is kept. Below anything else
+/// that is no filter may be another thing than what the guest sees (`quorum`,
+/// `replication`), or it is there for as long as a job only (`mirror_top`).
+const IMAGES: [&str; 35] = [
+    "bochs",
+    "cloop",
+    "dmg",
+    "file",
+    "ftp",
+    "ftps",
+    "gluster",
+    "host_cdrom",
+    "host_device",
+    "http",
+    "https",
+    "io_uring",
+    "iscsi",
+    "iser",
+    "luks",
+    "nbd",
+    "nfs",
+    "null-aio",
+    "null-co",
+    "nvme",
+    "nvme-io_uring",
+    "parallels",
+    "qcow",
+    "qcow2",
+    "qed",
+    "raw",
+    "rbd",
+    "ssh",
+    "vdi",
+    "vhdx",
+    "virtio-blk-vfio-pci",
+    "virtio-blk-vhost-user",
+    "virtio-blk-vhost-vdpa",
+    "vmdk",
+    "vpc",
 ];
 /// No sane stack of filters is higher.
 const FILTERS_MAX: usize = 32;
@@ -185,27 +214,24 @@ impl Layout {
             self.is_transient(node.as_deref()?)
                 .then_some(SkipReason::Transient)
         });
-        match (reason, node) {
-            (Some(reason), _) => self.skipped.push(SkippedDisk { target, reason }),
-            (None, None) => {
-                let reason = SkipReason::Empty;
-                self.skipped.push(SkippedDisk { target, reason });
-            }
-            (None, Some(root)) => {
-                let (filters, node) = self.descend(&root);
-                self.disks.push(GuestDisk {
-                    target,
-                    device: own.unwrap_or_else(|| qdev.clone()),
-                    path,
-                    serial: about.serial.filter(|serial| !is_made_up(serial)),
-                    write_errors: write_errors(about.write_errors.as_deref()),
-                    backend,
-                    root,
-                    filters,
-                    node,
-                });
-            }
-        }
+        // Without a node there is a reason.
+        let (None, Some(root)) = (reason, node) else {
+            let reason = reason.unwrap_or(SkipReason::Empty);
+            self.skipped.push(SkippedDisk { target, reason });
+            return;
+        };
+        let (filters, node) = self.descend(&root);
+        self.disks.push(GuestDisk {
+            target,
+            device: own.unwrap_or_else(|| qdev.clone()),
+            path,
+            serial: about.serial.filter(|serial| !is_made_up(serial)),
+            write_errors: write_errors(about.write_errors.as_deref()),
+            backend,
+            root,
+            filters,
+            node,
+        });
     }
 
     /// Follows filters down to the node that is none.
@@ -214,22 +240,19 @@ impl Layout {
         let mut name = root;
         for _ in 0..FILTERS_MAX {
             let driver = self.nodes.get(name).map_or("", |node| node.driver.as_str());
-            if driver.is_empty() || STRANGE.contains(&driver) {
+            if IMAGES.contains(&driver) {
+                return (filters, Ok(name.to_owned()));
+            }
+            if !is_filter(driver) {
                 let why = format!("a node `{name}` of kind `{driver}` is in the guest's path");
                 return (filters, Err(why));
             }
-            if !is_filter(driver) {
-                return (filters, Ok(name.to_owned()));
-            }
             filters.push(name.to_owned());
-            let below = self.graph.child(name, "file");
-            match below {
-                Some(below) => name = below,
-                None => {
-                    let why = format!("QEMU does not tell what is below the filter `{name}`");
-                    return (filters, Err(why));
-                }
-            }
+            let Some(below) = self.graph.child(name, "file") else {
+                let why = format!("QEMU does not tell what is below the filter `{name}`");
+                return (filters, Err(why));
+            };
+            name = below;
         }
         (filters, Err("there is no end of filters".to_owned()))
     }
@@ -396,4 +419,103 @@ struct WireInserted {
     node_name: Option<String>,
     #[serde(default)]
     ro: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layout(devices: &Value, nodes: &[(&str, &str)], edges: &[(&str, &str)]) -> Layout {
+        let node = |(name, driver): &(&str, &str)| {
+            json!({"node-name": name, "drv": driver, "ro": false,
+            "image": {"virtual-size": 64}})
+        };
+        let number = |name: &str| nodes.iter().position(|it| it.0 == name);
+        let graph = json!({
+            "nodes": nodes.iter().enumerate()
+                .map(|(id, it)| json!({"id": id, "type": "block-driver", "name": it.0}))
+                .collect::<Vec<_>>(),
+            "edges": edges.iter()
+                .map(|it| json!({"parent": number(it.0), "child": number(it.1), "name": "file"}))
+                .collect::<Vec<_>>(),
+        });
+        let about = |_: &str| About::default();
+        let nodes: Vec<Value> = nodes.iter().map(node).collect();
+        let graph = Graph::parse(graph).unwrap();
+        Layout::put_together(json!(nodes), devices.clone(), graph, &about).unwrap()
+    }
+
+    fn device(backend: &str, qdev: &str, node: &str) -> Value {
+        json!({"device": backend, "qdev": qdev, "inserted": {"node-name": node, "ro": false}})
+    }
+
+    #[test]
+    fn disks_are_called_alike_after_every_start_and_each_by_another_name() {
+        let anonymous = "/machine/peripheral-anon/device[3]";
+        let devices = json!([
+            device("virtio0", &format!("{anonymous}/virtio-backend"), "#block1"),
+            device("", "/machine/peripheral/data/virtio-backend", "#block2"),
+            device("", "data", "n"),
+            device("", anonymous, "node"),
+            device("", &format!("{anonymous}/scsi.0/legacy[0]"), "#block3"),
+            device("a/../b", anonymous, "#block4"),
+            device(".hidden", anonymous, "#block5"),
+        ]);
+        let found = layout(&devices, &[], &[]);
+        let names: Vec<_> = found
+            .disks
+            .iter()
+            .map(|disk| disk.target.as_str())
+            .collect();
+        assert_eq!(
+            names,
+            [
+                "virtio0",
+                "data",
+                "data-2",
+                "node",
+                "device3-scsi.0-legacy0",
+                "a-..-b",
+                "disk.hidden"
+            ]
+        );
+    }
+
+    #[test]
+    fn the_node_is_below_known_filters_and_nowhere_else() {
+        let nodes = [
+            ("cbw", "copy-before-write"),
+            ("th", "throttle"),
+            ("top", "qcow2"),
+            ("odd", "what-comes-later"),
+            ("job", "mirror_top"),
+            ("loop", "throttle"),
+        ];
+        let edges = [
+            ("cbw", "th"),
+            ("th", "top"),
+            ("odd", "top"),
+            ("job", "top"),
+            ("loop", "loop"),
+        ];
+        for (root, node) in [
+            ("cbw", Some("top")),
+            ("top", Some("top")),
+            ("odd", None),
+            ("job", None),
+            ("loop", None),
+            ("gone", None),
+        ] {
+            let found = layout(&json!([device("a", "d", root)]), &nodes, &edges);
+            let disk = found.disk("a").unwrap();
+            assert_eq!(disk.node.as_deref().ok(), node, "{root}");
+        }
+    }
+
+    #[test]
+    fn a_serial_number_that_qemu_made_up_is_none() {
+        assert!(is_made_up("QM00005"));
+        assert!(!is_made_up("QM0005"));
+        assert!(!is_made_up("SER00005"));
+    }
 }

@@ -106,7 +106,7 @@ fn unix_row(line: &[u8]) -> Option<(UnixSocket, &[u8])> {
     /// `__SO_ACCEPTCON`.
     const LISTENS: u32 = 0x1_0000;
     let mut rest = line;
-    let mut fields = [&line[..0]; 7];
+    let mut fields: [&[u8]; 7] = [&[]; 7];
     for field in &mut fields {
         rest = rest.trim_ascii_start();
         let end = rest.iter().position(|byte| *byte == b' ')?;

@@ -21,7 +21,7 @@ pub(crate) fn disk_facts<'a>(facts: &'a VmFacts, target: &str) -> &'a DiskFacts 
         .unwrap_or_else(|| panic!("no disk {target} in {facts:?}"))
 }
 
-fn uri(export: &Export) -> String {
+pub(crate) fn uri(export: &Export) -> String {
     let ExportAddress::Unix(socket) = &export.address else {
         panic!("{export:?}")
     };
