@@ -25,6 +25,8 @@ mod error;
 mod files;
 mod foreign;
 mod freeze;
+#[doc(hidden)]
+pub mod fuzzing;
 mod graph;
 mod identity;
 mod iothreads;

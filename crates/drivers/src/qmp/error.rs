@@ -44,11 +44,6 @@ impl QmpError {
         }
     }
 
-    /// Returns whether this QEMU does not know the command.
-    pub(crate) fn is_unknown_command(&self) -> bool {
-        matches!(self, Self::Refused { class, .. } if class == "CommandNotFound")
-    }
-
     /// Returns what callers branch on.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {

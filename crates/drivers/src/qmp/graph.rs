@@ -2,7 +2,7 @@
 //!
 //! One query tells it all (`x-debug-query-block-graph`, since QEMU 4.0), and it
 //! is not a stable one. Where it is missing, the statistics of nodes tell what
-//! stands on what, but for jobs and for the raw data files of qcow2 images.
+//! stands on what, but for the raw data files of qcow2 images.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,13 +14,11 @@ use crate::blocks::{ReplyError, answer};
 /// No sane stack of nodes is higher.
 const DEPTH_MAX: usize = 512;
 
-/// The edges between nodes, and who else holds them.
+/// The edges between nodes.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Graph {
     /// Children by their parent's name: what each is to it, and its name.
     children: BTreeMap<String, Vec<(String, String)>>,
-    /// Jobs that hold nodes.
-    jobs: Vec<(String, String)>,
     /// Whether that is all there is.
     pub(super) is_whole: bool,
 }
@@ -39,15 +37,10 @@ impl Graph {
             else {
                 continue;
             };
-            match parent.kind.as_str() {
-                "block-driver" => graph
-                    .children
-                    .entry(parent.name.clone())
-                    .or_default()
-                    .push((edge.name, child.name.clone())),
-                "block-job" => graph.jobs.push((parent.name.clone(), child.name.clone())),
-                // What guests' devices are attached to is told elsewhere.
-                _ => {}
+            // What jobs and guests' devices hold is told elsewhere.
+            if parent.kind == "block-driver" {
+                let children = graph.children.entry(parent.name.clone()).or_default();
+                children.push((edge.name, child.name.clone()));
             }
         }
         Ok(graph)
@@ -83,12 +76,6 @@ impl Graph {
         };
         let parents = self.children.iter().filter(stands_on);
         parents.map(|(name, _)| name.as_str())
-    }
-
-    /// Returns the jobs that use one of these nodes.
-    pub(super) fn jobs_on(&self, nodes: &BTreeSet<String>) -> BTreeSet<String> {
-        let on = self.jobs.iter().filter(|(_, node)| nodes.contains(node));
-        on.map(|(job, _)| job.clone()).collect()
     }
 
     /// Returns a node and all that is below it.
@@ -167,9 +154,5 @@ mod tests {
         assert_eq!(graph.child("a", "root"), None);
         assert_eq!(graph.parents("b").collect::<Vec<_>>(), ["a"]);
         assert_eq!(graph.below("a").len(), 2);
-        assert_eq!(
-            graph.jobs_on(&["b".to_owned()].into()),
-            ["j".to_owned()].into()
-        );
     }
 }

@@ -274,11 +274,6 @@ impl Layout {
         let node = self.nodes.get(node);
         node.is_some_and(|node| is_filter(&node.driver))
     }
-
-    /// Returns the disk of this name.
-    pub(super) fn disk(&self, target: &str) -> Option<&GuestDisk> {
-        self.disks.iter().find(|disk| disk.target == target)
-    }
 }
 
 fn skip_reason(about: &About, node: Option<&str>, is_read_only: bool) -> Option<SkipReason> {
@@ -507,7 +502,7 @@ mod tests {
             ("gone", None),
         ] {
             let found = layout(&json!([device("a", "d", root)]), &nodes, &edges);
-            let disk = found.disk("a").unwrap();
+            let disk = &found.disks[0];
             assert_eq!(disk.node.as_deref().ok(), node, "{root}");
         }
     }

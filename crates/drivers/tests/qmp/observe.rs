@@ -1,10 +1,10 @@
 //! What is reported of a VM, however it was started.
 
 use highwater_hypervisor::{
-    DiskSource, Driver as _, FirmwareRole, JobFacts, MarkSupport, NoMarks, RootNode, RunState,
-    SkipReason, WriteErrorPolicy,
+    DiskSource, Driver as _, FirmwareRole, JobFacts, MarkSupport, NoMarks, Place, RootNode,
+    RunState, SkipReason, WriteErrorPolicy,
 };
-use highwater_testkit::{Attach, BareLab, DiskSpec, MIB, Qemu};
+use highwater_testkit::{Attach, BareLab, DiskSpec, MIB, Qemu, tool};
 use serde_json::json;
 
 use crate::rig::{add_bitmap, connect, disk, driver, node, observe};
@@ -255,4 +255,52 @@ fn a_file_that_was_named_is_kept_as_the_definition() {
     ))
     .unwrap();
     assert!(own.observe(&facts.vm).is_err());
+}
+
+#[test]
+fn images_that_are_relative_encrypted_or_nowhere_are_told_as_what_they_are() {
+    let lab = BareLab::start().unwrap();
+    let secret = ["--object", "secret,id=s0,data=x"];
+    let options = "encrypt.format=luks,encrypt.key-secret=s0,encrypt.iter-time=10";
+    let create = tool("qemu-img").args(["create", "-q", "-f", "qcow2"]);
+    let create = create.args(secret).args(["-o", options]);
+    create.arg(lab.path("luks.qcow2")).arg("1M").run().unwrap();
+    let plain = tool("qemu-img").args(["create", "-q", "-f", "qcow2"]);
+    plain.arg(lab.path("plain.qcow2")).arg("1M").run().unwrap();
+    // From the directory that tests run in.
+    let here = std::env::current_dir().unwrap();
+    let up = "../".repeat(here.components().count() - 1);
+    let relative = format!(
+        "{up}{}",
+        &lab.path("plain.qcow2").display().to_string()[1..]
+    );
+    let vm = lab
+        .vm("web01")
+        .args(["-object", "secret,id=s0,data=x", "-drive"])
+        .args([
+            format!("if=virtio,file={}", lab.path("luks.qcow2").display())
+                + ",encrypt.key-secret=s0,encrypt.format=luks",
+        ])
+        .args(["-drive", &format!("if=virtio,file={relative}")])
+        .args(["-blockdev", "driver=null-co,size=1048576,node-name=nowhere"])
+        .args(["-device", "virtio-blk-pci,drive=nowhere,id=far"])
+        .prelaunch()
+        .start()
+        .unwrap();
+    let facts = observe(&mut driver(&vm));
+    let luks = disk(&facts, "virtio0");
+    assert!(luks.encrypted);
+    assert_eq!(luks.source, DiskSource::File(lab.path("luks.qcow2")));
+    let plain = disk(&facts, "virtio1");
+    assert!(!plain.encrypted);
+    assert_eq!(
+        plain.chain[0].name,
+        here.join(relative).display().to_string()
+    );
+    assert!(plain.chain[0].inode.is_some());
+    let far = disk(&facts, "far");
+    assert_eq!(far.chain[0].place, Place::Network);
+    assert_eq!(far.format, "raw");
+    assert_eq!(far.marks, MarkSupport::WhileRunning(NoMarks::NotQcow2));
+    assert_eq!(far.root_node, RootNode::Same);
 }
