@@ -455,7 +455,7 @@ mod tests {
     fn serve(stream: &UnixStream, answer: &impl Fn(&str) -> Option<String>) {
         // What an earlier client did not read, the last of it in part.
         let mut writing = stream;
-        let _gone = writing.write_all(b"{\"return\": 5}\n{\"return\": \"thaw");
+        let _gone = writing.write_all(b"\xff{\"return\": 5}\n{\"return\": \"thaw");
         for line in BufReader::new(stream).split(b'\n') {
             let Ok(line) = line else { return };
             let text = line.strip_prefix(&[0xff]).unwrap_or(&line);
