@@ -492,6 +492,22 @@ mod tests {
     }
 
     #[test]
+    fn an_answer_to_somebody_elses_number_is_no_sign_of_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let listener = UnixListener::bind(&path).unwrap();
+        let thread = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            BufReader::new(&stream)
+                .read_until(b'\n', &mut Vec::new())
+                .unwrap();
+            (&stream).write_all(b"\xff{\"return\": 5}\n").unwrap();
+        });
+        assert_eq!(state(Some(&Address::Unix(path))), Agent::Silent);
+        thread.join().unwrap();
+    }
+
+    #[test]
     fn an_agent_that_can_freeze_nothing_is_thawed_and_the_guest_counts_as_not_frozen() {
         let dir = tempfile::tempdir().unwrap();
         let thawed = Arc::new(AtomicBool::new(false));
