@@ -1,6 +1,7 @@
 //! The files that a QEMU has open, seen from here.
 //!
-//! Their names are QEMU's: relative to its working directory, and valid in its
+//! Their names are QEMU's: relative to the working directory that it had when it
+//! opened them (one that became a daemon has another now), and valid in its
 //! mount namespace, where the same path may be another file than here. What is
 //! said of a file is said of the one that QEMU holds open, or of none.
 
@@ -20,6 +21,8 @@ pub(super) struct Files {
     root: Option<PathBuf>,
     /// Device and inode numbers of what it has open, if that may be seen.
     held: Option<BTreeSet<(u64, u64)>>,
+    /// What these are called now.
+    names: BTreeSet<PathBuf>,
 }
 
 /// Where the bytes of a node are.
@@ -38,16 +41,19 @@ impl Files {
             return Self::default();
         };
         let base = PathBuf::from(format!("/proc/{}", process.identity.pid));
-        let held = fs::read_dir(base.join("fd")).ok().map(|entries| {
-            let about = entries
-                .flatten()
-                .filter_map(|entry| fs::metadata(entry.path()).ok());
+        let open: Option<Vec<PathBuf>> = fs::read_dir(base.join("fd"))
+            .ok()
+            .map(|entries| entries.flatten().map(|entry| entry.path()).collect());
+        let held = open.as_ref().map(|open| {
+            let about = open.iter().filter_map(|entry| fs::metadata(entry).ok());
             about.map(|about| (about.dev(), about.ino())).collect()
         });
+        let names = open.iter().flatten();
         Self {
             working_dir: fs::read_link(base.join("cwd")).ok(),
             root: Some(base.join("root")),
             held,
+            names: names.filter_map(|open| fs::read_link(open).ok()).collect(),
         }
     }
 
@@ -67,16 +73,24 @@ impl Files {
         }
     }
 
-    /// Makes a path of QEMU's absolute, if its working directory is known.
+    /// Makes a path of QEMU's absolute: the file of that name that it holds open,
+    /// if there is one and no other, else what its working directory makes of it.
     pub(super) fn absolute(&self, path: &str) -> PathBuf {
-        let path = Path::new(path);
-        match &self.working_dir {
-            Some(dir) if path.is_relative() => dir
-                .join(path)
-                .components()
-                .filter(|part| *part != Component::CurDir)
-                .collect(),
-            _ => path.to_path_buf(),
+        let path: PathBuf = Path::new(path)
+            .components()
+            .filter(|part| *part != Component::CurDir)
+            .collect();
+        if !path.is_relative() {
+            return path;
+        }
+        let here = self.working_dir.as_ref().map(|dir| dir.join(&path));
+        if let Some(here) = here.as_ref().filter(|here| self.names.contains(*here)) {
+            return here.clone();
+        }
+        let mut named = self.names.iter().filter(|name| name.ends_with(&path));
+        match (named.next(), named.next()) {
+            (Some(only), None) => only.clone(),
+            _ => here.unwrap_or(path),
         }
     }
 
@@ -139,6 +153,26 @@ mod tests {
         ] {
             assert_eq!(files.location(driver, spelt), location, "{spelt}");
         }
+    }
+
+    #[test]
+    fn a_relative_name_is_that_of_a_file_which_qemu_holds() {
+        let of = |cwd: &str, names: &[&str], name: &str| {
+            let files = Files {
+                working_dir: Some(cwd.into()),
+                names: names.iter().map(PathBuf::from).collect(),
+                ..Files::default()
+            };
+            files.absolute(name).display().to_string()
+        };
+        // A daemon's directory is `/`.
+        assert_eq!(of("/", &["/vm/a", "/vm/b"], "a"), "/vm/a");
+        assert_eq!(of("/", &["/vm/x/a"], "./x/a"), "/vm/x/a");
+        assert_eq!(of("/vm", &["/vm/a", "/other/a"], "a"), "/vm/a");
+        // Two of that name: nobody knows which.
+        assert_eq!(of("/", &["/vm/a", "/other/a"], "a"), "/a");
+        assert_eq!(of("/vm", &[], "a"), "/vm/a");
+        assert_eq!(of("/vm", &["/other/a"], "/vm/a"), "/vm/a");
     }
 
     #[test]

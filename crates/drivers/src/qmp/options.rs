@@ -95,7 +95,6 @@ mod tests {
         assert!(options.agent.is_some());
         for bad in [
             "qmp:",
-            "qmp:rel",
             "qmp:/s?nam=x",
             "qmp:/s?name=a&name=b",
             "qmp:/s?uuid=00000000-0000-0000-0000-000000000000",

@@ -10,6 +10,7 @@
 
 mod marks;
 mod observe;
+mod off;
 #[path = "../reading/mod.rs"]
 mod reading;
 mod rig;

@@ -338,7 +338,7 @@ fn a_vm_that_is_off_is_reported_without_its_qemu() {
         facts.disks[1].marks,
         MarkSupport::No(NoMarks::Qcow2Version2)
     );
-    assert!(matches!(facts.disks[0].root_node, RootNode::Unknown(_)));
+    assert_eq!(facts.disks[0].root_node, RootNode::Same);
     assert_eq!(facts.process, None);
 }
 

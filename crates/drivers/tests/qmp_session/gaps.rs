@@ -21,6 +21,10 @@ const CLUSTER: u64 = 64 << 10;
 /// What a guest writes at once.
 const BLOCK: u64 = 4 << 10;
 
+fn place(bytes: u64) -> usize {
+    usize::try_from(bytes).unwrap()
+}
+
 /// The guest: what it writes next, and what its disks hold.
 struct Guest {
     vm: BareVm,
@@ -44,12 +48,13 @@ impl Guest {
 
     /// Writes, zeroes or discards something somewhere.
     fn write(&mut self) {
-        let disk = self.below(self.targets.len() as u64) as usize;
+        let targets = u64::try_from(self.targets.len()).unwrap();
+        let disk = place(self.below(targets));
         let kind = self.below(5);
         let unit = if kind == 4 { CLUSTER } else { BLOCK };
         let length = (1 + self.below(40 * BLOCK / unit)) * unit;
         let offset = self.below((SIZE - length) / unit) * unit;
-        let byte = 1 + self.below(255) as u8;
+        let byte = u8::try_from(1 + self.below(255)).unwrap();
         let (command, byte) = match kind {
             0 | 1 => (format!("write -P {byte}"), byte),
             2 => ("write -z".to_owned(), 0),
@@ -58,7 +63,7 @@ impl Guest {
         };
         let command = format!("{command} {offset} {length}");
         self.vm.write(self.targets[disk], &command).unwrap();
-        self.disks[disk][offset as usize..(offset + length) as usize].fill(byte);
+        self.disks[disk][place(offset)..place(offset + length)].fill(byte);
         self.written += 1;
     }
 
@@ -87,7 +92,7 @@ fn read_whole(rig: &Rig, begun: &Begun) -> Chain {
 fn copy_dirty(begun: &Begun, whole: &Chain, chain: &mut Chain) {
     for (index, export) in begun.exports.iter().enumerate() {
         for (offset, length) in dirty_ranges(export) {
-            let range = offset as usize..(offset + length) as usize;
+            let range = place(offset)..place(offset + length);
             chain[index][range.clone()].copy_from_slice(&whole[index][range]);
         }
     }
@@ -122,7 +127,7 @@ fn lives(targets: &[&'static str], seed: u64, rounds: usize) {
     let guest = Rc::new(RefCell::new(Guest {
         vm: rig.vm.clone(),
         targets: targets.to_vec(),
-        disks: vec![vec![0; SIZE as usize]; targets.len()],
+        disks: vec![vec![0; place(SIZE)]; targets.len()],
         point: None,
         random: seed,
         written: 0,

@@ -5,6 +5,7 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
+use std::thread;
 
 use highwater_drivers::qmp::QmpDriver;
 use highwater_hypervisor::{BeginOrder, Driver as _, JobFacts, MarkOrder, RunState};
@@ -38,11 +39,12 @@ impl Errand {
         let Some(file) = std::env::var_os(CHILD) else {
             return false;
         };
+        let told = Path::new(&file).with_extension("step");
         let errand: Self = serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
         let mut left = errand.steps;
         at_each_step(move |step| {
             if left == 0 {
-                eprintln!("dies at {}", step.word());
+                std::fs::write(&told, step.word()).unwrap();
                 let me = rustix::process::getpid();
                 rustix::process::kill_process(me, rustix::process::Signal::KILL).unwrap();
             }
@@ -59,22 +61,22 @@ impl Errand {
         true
     }
 
-    /// Has a child do it. Returns where it died; `None` if it did all of it.
-    fn run(&self, test: &str, dir: &Path) -> Option<String> {
+    /// Has a child run the same test, and do it. Returns where it died; `None` if it did all of it.
+    fn run(&self, dir: &Path) -> Option<String> {
         let file = dir.join("errand.json");
         std::fs::write(&file, serde_json::to_vec(self).unwrap()).unwrap();
         let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture"])
-            .env(CHILD, file)
+            .args(["--exact", thread::current().name().unwrap()])
+            .env(CHILD, &file)
             .stdin(Stdio::null())
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = String::from_utf8_lossy(&output.stderr);
         if output.status.success() {
             return None;
         }
         assert_eq!(output.status.signal(), Some(KILL), "{said}");
-        said.lines().last().map(str::to_owned)
+        Some(std::fs::read_to_string(file.with_extension("step")).unwrap())
     }
 }
 
@@ -126,7 +128,6 @@ impl Scene {
     /// Has a child do something, with nobody else at the monitor.
     fn child(
         mut self,
-        test: &str,
         is_session: bool,
         order: &BeginOrder,
         steps: usize,
@@ -139,7 +140,7 @@ impl Scene {
         };
         let Rig { driver, vm, found } = self.rig;
         drop(driver);
-        let died = errand.run(test, &vm.lab().dir());
+        let died = errand.run(&vm.lab().dir());
         self.rig = Rig {
             driver: crate::rig::connect(&vm),
             vm,
@@ -200,17 +201,15 @@ fn a_session_killed_after_any_command_is_undone_by_whoever_finds_it() {
     if Errand::run_in_child() {
         return;
     }
-    const NAME: &str = "kills::a_session_killed_after_any_command_is_undone_by_whoever_finds_it";
     let mut scene = Scene::start();
     for steps in 0.. {
         let order = scene.order();
         let died;
-        (scene, died) = scene.child(NAME, true, &order, steps);
+        (scene, died) = scene.child(true, &order, steps);
         let Some(what) = died else {
             assert!(steps > 25, "only {steps} steps were cut");
             break;
         };
-        eprintln!("{what}");
         if steps % 4 == 3 {
             // Only QEMU itself still knows of it.
             for place in scene.rig.places() {
@@ -230,13 +229,12 @@ fn a_sweep_killed_after_any_command_is_done_by_the_next() {
     if Errand::run_in_child() {
         return;
     }
-    const NAME: &str = "kills::a_sweep_killed_after_any_command_is_done_by_the_next";
     let mut scene = Scene::start();
     for steps in 0.. {
         let order = scene.order();
         scene.rig.driver.begin(&order).unwrap();
         let died;
-        (scene, died) = scene.child(NAME, false, &order, steps);
+        (scene, died) = scene.child(false, &order, steps);
         let what = died.clone().unwrap_or_default();
         scene.heals(&order, &what, false);
         scene.rig.assert_no_files();
@@ -252,13 +250,12 @@ fn a_guest_that_a_dead_session_stopped_runs_again_and_one_that_somebody_else_sto
     if Errand::run_in_child() {
         return;
     }
-    const NAME: &str = "kills::a_guest_that_a_dead_session_stopped_runs_again_and_one_that_somebody_else_stopped_does_not";
     let mut scene = Scene::start();
     let mut stopped = 0;
     for steps in 0.. {
         let order = scene.order();
         let died;
-        (scene, died) = scene.child(NAME, true, &order, steps);
+        (scene, died) = scene.child(true, &order, steps);
         let Some(what) = died else { break };
         let was_stopped = scene.rig.vm.state().unwrap() != "running";
         stopped += usize::from(was_stopped);
