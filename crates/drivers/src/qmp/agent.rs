@@ -455,7 +455,7 @@ mod tests {
     fn serve(stream: &UnixStream, answer: &impl Fn(&str) -> Option<String>) {
         // What an earlier client did not read, the last of it in part.
         let mut writing = stream;
-        let _gone = writing.write_all(b"{\"return\": 5}\n{\"return\": \"thaw");
+        let _gone = writing.write_all(b"\xff{\"return\": 5}\n{\"return\": \"thaw");
         for line in BufReader::new(stream).split(b'\n') {
             let Ok(line) = line else { return };
             let text = line.strip_prefix(&[0xff]).unwrap_or(&line);
@@ -489,6 +489,22 @@ mod tests {
         drop(connection);
         assert_eq!(state(Some(&address)), Agent::Connected);
         assert_eq!(state(None), Agent::Missing);
+    }
+
+    #[test]
+    fn an_answer_to_somebody_elses_number_is_no_sign_of_life() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a");
+        let listener = UnixListener::bind(&path).unwrap();
+        let thread = std::thread::spawn(move || {
+            let (stream, _) = listener.accept().unwrap();
+            BufReader::new(&stream)
+                .read_until(b'\n', &mut Vec::new())
+                .unwrap();
+            (&stream).write_all(b"\xff{\"return\": 5}\n").unwrap();
+        });
+        assert_eq!(state(Some(&Address::Unix(path))), Agent::Silent);
+        thread.join().unwrap();
     }
 
     #[test]

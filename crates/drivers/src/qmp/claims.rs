@@ -337,3 +337,58 @@ mod tests {
         }
     }
 }
+
+#[cfg(test)]
+mod with_a_real_qemu {
+    use std::sync::Arc;
+
+    use highwater_hypervisor::Driver as _;
+    use highwater_model::SystemClock;
+    use highwater_testkit::BareLab;
+
+    use super::*;
+
+    fn connect(socket: &std::path::Path) -> QmpDriver {
+        let uri = format!("qmp:{}", socket.display());
+        QmpDriver::connect(&uri, Arc::new(SystemClock)).unwrap()
+    }
+
+    #[test]
+    fn who_acts_says_so_meanwhile_and_only_acts_while_its_claim_stands() {
+        let lab = BareLab::start().unwrap();
+        let running = lab.vm("web01").prelaunch().start().unwrap();
+        let mut one = connect(&running.qmp_socket());
+        let mut other = connect(&running.second_socket());
+        let vm = one.find("web01").unwrap();
+        let mut watching = other.claimant(&vm).unwrap().unwrap();
+        let client = one.client().unwrap();
+        let id = ClaimId::from_bytes([7; 8]);
+        let mut claimant = one.claimant(&vm).unwrap().unwrap();
+        one.act_for(Some(id));
+
+        let mut has_acted = false;
+        let acted = one.act(&vm, &client, || {
+            has_acted = true;
+            Ok(())
+        });
+        assert_eq!(acted.unwrap_err().kind, ErrorKind::Busy);
+        assert!(!has_acted, "it has no claim");
+
+        let claim = Claim {
+            id,
+            stance: Stance::Stands,
+            claimer: Claimer {
+                host: "h".to_owned(),
+                boot_id: "b".to_owned(),
+                pid_namespace: None,
+                process: 1,
+                start_ticks: None,
+                since: Timestamp::from_unix_ms(1),
+            },
+        };
+        claimant.set(&Sign::Claim(claim)).unwrap();
+        let seen = one.act(&vm, &client, || watching.signs()).unwrap();
+        assert!(seen.acting.contains(&id));
+        assert!(watching.signs().unwrap().acting.is_empty());
+    }
+}

@@ -97,21 +97,28 @@ impl Files {
         }
     }
 
+    /// Returns whether this path leads to a file that QEMU has open, seen from
+    /// here and not from where QEMU is.
+    pub(super) fn is_held_here(&self, path: &Path) -> bool {
+        let held = |identity: FileIdentity| {
+            let held = self.held.as_ref();
+            held.is_none_or(|held| held.contains(&identity.inode))
+        };
+        path.is_absolute() && host::file_identity(path).is_some_and(held)
+    }
+
     /// Looks at a file that QEMU has open; `None` if it cannot be seen.
     pub(super) fn identity(&self, path: &Path) -> Option<FileIdentity> {
         if path.is_relative() {
             return None;
         }
-        let found = |path: &Path| {
-            let identity = host::file_identity(path)?;
-            let held = self.held.as_ref();
-            held.is_none_or(|held| held.contains(&identity.inode))
-                .then_some(identity)
-        };
-        found(path).or_else(|| {
-            let inside = self.root.as_ref()?.join(path.strip_prefix("/").ok()?);
-            found(&inside)
-        })
+        let inside = self.root.as_ref().zip(path.strip_prefix("/").ok());
+        let inside = inside.map(|(root, path)| root.join(path));
+        [Some(path.to_path_buf()), inside]
+            .into_iter()
+            .flatten()
+            .find(|path| self.is_held_here(path))
+            .and_then(|path| host::file_identity(&path))
     }
 }
 

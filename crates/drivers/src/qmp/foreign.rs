@@ -274,7 +274,8 @@ fn temporary_file(node: &str, layout: &Layout, files: &Files) -> Option<PathBuf>
     };
     let name = path.file_name()?.to_str()?;
     let is_temporary = is_fleece(name) || name.ends_with(".partial");
-    (is_temporary && path.is_absolute()).then_some(path)
+    // Removed is what QEMU has there, not what a path of another namespace leads to.
+    (is_temporary && files.is_held_here(&path)).then_some(path)
 }
 
 /// Finds fleeces beside the disks that no process has open: their QEMU is gone.
@@ -301,7 +302,9 @@ fn stray_fleeces(layout: &Layout, files: &Files) -> Vec<PathBuf> {
         return found;
     }
     // Another VM's disks may lie in the same directory.
-    let open = process::open_files();
+    let Some(open) = process::open_files() else {
+        return Vec::new();
+    };
     found
         .into_iter()
         .filter(|path| {

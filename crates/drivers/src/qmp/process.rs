@@ -180,21 +180,28 @@ pub(super) fn listeners(path: &Path) -> BTreeSet<u32> {
     processes_with(&sockets.map(|it| it.inode).collect())
 }
 
-/// Returns device and inode numbers of all files that any process has open, as
-/// far as they may be seen.
-pub(super) fn open_files() -> BTreeSet<(u64, u64)> {
-    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
-    let numbered = processes.filter(|entry| {
-        let name = entry.file_name();
-        name.as_bytes().iter().all(u8::is_ascii_digit)
-    });
-    numbered
-        .filter_map(|entry| fs::read_dir(entry.path().join("fd")).ok())
-        .flatten()
-        .flatten()
-        .filter_map(|file| fs::metadata(file.path()).ok())
-        .map(|about| (about.dev(), about.ino()))
-        .collect()
+/// Returns device and inode numbers of all files that any process has open;
+/// `None` if not all of them may be seen.
+pub(super) fn open_files() -> Option<BTreeSet<(u64, u64)>> {
+    let mut open = BTreeSet::new();
+    for entry in fs::read_dir("/proc").ok()?.flatten() {
+        if !entry.file_name().as_bytes().iter().all(u8::is_ascii_digit) {
+            continue;
+        }
+        match fs::read_dir(entry.path().join("fd")) {
+            Ok(files) => open.extend(
+                files
+                    .flatten()
+                    .filter_map(|file| fs::metadata(file.path()).ok())
+                    .map(|about| (about.dev(), about.ino())),
+            ),
+            // It has ended.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            Err(_) => return None,
+        }
+    }
+    Some(open)
 }
 
 /// Names who has a connection to this monitor beside us, as text that follows a

@@ -4,7 +4,7 @@ use highwater_hypervisor::{
     Claim, Claimer, Driver as _, ErrorKind, Sign, SignKind, Signs, Stance, VmRef,
 };
 use highwater_model::{ClaimId, Timestamp};
-use highwater_testkit::{BareLab, BareVm};
+use highwater_testkit::{BareLab, BareVm, Qemu};
 
 use crate::rig::{driver, second_driver};
 
@@ -23,8 +23,8 @@ fn claim(number: u8, stance: Stance) -> Claim {
     }
 }
 
-fn vm(lab: &BareLab) -> (BareVm, VmRef) {
-    let vm = lab.vm("web01").prelaunch().start().unwrap();
+fn vm(lab: &BareLab, qemu: Qemu) -> (BareVm, VmRef) {
+    let vm = lab.vm("web01").qemu(qemu).prelaunch().start().unwrap();
     let name = VmRef {
         name: "web01".to_owned(),
         uuid: None,
@@ -34,8 +34,17 @@ fn vm(lab: &BareLab) -> (BareVm, VmRef) {
 
 #[test]
 fn what_one_sets_through_one_monitor_the_other_sees_through_another() {
+    see_each_other(Qemu::default());
+}
+
+#[test]
+fn what_one_sets_in_qemu_7_2_the_other_sees() {
+    see_each_other(Qemu::V7_2);
+}
+
+fn see_each_other(qemu: Qemu) {
     let lab = BareLab::start().unwrap();
-    let (vm, name) = vm(&lab);
+    let (vm, name) = vm(&lab, qemu);
     let (mut one, mut other) = (driver(&vm), second_driver(&vm));
     let mut here = one.claimant(&name).unwrap().unwrap();
     let mut there = other.claimant(&name).unwrap().unwrap();
@@ -69,7 +78,7 @@ fn what_one_sets_through_one_monitor_the_other_sees_through_another() {
 #[test]
 fn claims_go_with_the_process_and_whoever_acts_for_one_notices() {
     let lab = BareLab::start().unwrap();
-    let (vm, name) = vm(&lab);
+    let (vm, name) = vm(&lab, Qemu::default());
     let mut own = driver(&vm);
     let mine = claim(1, Stance::Stands);
     let mut claimant = own.claimant(&name).unwrap().unwrap();
@@ -88,7 +97,7 @@ fn claims_go_with_the_process_and_whoever_acts_for_one_notices() {
 #[test]
 fn a_claim_is_removed_by_hand_as_a_person_is_told_to() {
     let lab = BareLab::start().unwrap();
-    let (vm, name) = vm(&lab);
+    let (vm, name) = vm(&lab, Qemu::default());
     let mine = claim(1, Stance::Stands);
     let mut claimant = driver(&vm).claimant(&name).unwrap().unwrap();
     claimant.set(&Sign::Claim(mine.clone())).unwrap();

@@ -149,3 +149,59 @@ fn a_fleece_whose_qemu_is_gone_is_removed_unless_another_one_has_it_open() {
     // What somebody may want to look at stays.
     assert!(partial.exists());
 }
+
+/// What a living one looks like to others: an interpreter that runs it.
+struct Living(std::process::Child);
+
+impl Living {
+    fn start(lab: &BareLab, socket: &std::path::Path) -> Self {
+        let program = lab.path("qmpbackup");
+        std::fs::write(&program, "read forever\n").unwrap();
+        let mut command = std::process::Command::new("sh");
+        command.arg(program).arg("--socket").arg(socket);
+        command.stdin(std::process::Stdio::piped());
+        Self(command.spawn().unwrap())
+    }
+}
+
+impl Drop for Living {
+    fn drop(&mut self) {
+        // Its input ends, and so does it.
+        drop(self.0.stdin.take());
+        let _ended = self.0.wait();
+    }
+}
+
+#[test]
+fn a_qmpbackup_that_is_at_work_on_this_vm_is_left_alone() {
+    let lab = BareLab::start().unwrap();
+    let start = |name: &str| lab.vm(name).disk(DiskSpec::qcow2("vda", 16 * MIB)).start();
+    let (vm, other) = (start("web01").unwrap(), start("web02").unwrap());
+    vm.write("vda", "write -P 7 0 8M").unwrap();
+    wreck(&lab, &vm, "virtio0");
+    let living = Living::start(&lab, &vm.second_socket());
+    let mut own = driver(&vm);
+    let name = own.find("web01").unwrap();
+    let before = vm.graph().unwrap();
+    let cleared = own.clear_wreckage(&name, Foreign::Qmpbackup).unwrap();
+    assert!(cleared.in_use.is_some_and(|why| why.contains("is running")));
+    assert_eq!(cleared.wrecks, []);
+    assert_eq!(vm.graph().unwrap(), before);
+    let mut elsewhere = driver(&other);
+    let name = elsewhere.find("web02").unwrap();
+    assert_eq!(
+        elsewhere
+            .wreckage(&name, Foreign::Qmpbackup)
+            .unwrap()
+            .in_use,
+        None
+    );
+    drop(living);
+    let name = own.find("web01").unwrap();
+    assert_eq!(
+        own.clear_wreckage(&name, Foreign::Qmpbackup)
+            .unwrap()
+            .in_use,
+        None
+    );
+}
