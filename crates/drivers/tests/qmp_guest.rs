@@ -8,8 +8,10 @@
     reason = "what a helper of a test cannot do fails the test, with the error and the line"
 )]
 
+#[expect(dead_code, reason = "some of it is for other tests")]
 #[path = "qmp_session/hook.rs"]
 mod hook;
+#[expect(dead_code, reason = "some of it is for other tests")]
 #[path = "reading/mod.rs"]
 mod reading;
 
