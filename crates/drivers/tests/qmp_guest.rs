@@ -28,7 +28,8 @@ use highwater_hypervisor::{
 use highwater_model::step::Step;
 use highwater_model::{Clock as _, MarkName, Nonce, SessionId, SystemClock};
 use highwater_testkit::{
-    BareLab, BareVm, DiskSpec, Guest, LatencyWriter, MIB, NumberedWriter, Numbering, guest,
+    BareBuilder, BareLab, BareVm, DiskSpec, Guest, LatencyWriter, MIB, NumberedWriter, Numbering,
+    guest,
 };
 
 use hook::at_each_step;
@@ -47,7 +48,7 @@ fn connect(vm: &BareVm) -> QmpDriver {
 
 fn booted(lab: &BareLab, disks: Vec<DiskSpec>) -> (BareVm, Guest) {
     let vm = lab.vm("web01").guest();
-    let vm = disks.into_iter().fold(vm, |vm, disk| vm.disk(disk));
+    let vm = disks.into_iter().fold(vm, BareBuilder::disk);
     let vm = vm.start().unwrap();
     let inside = vm.guest().unwrap();
     inside.wait_for_agent().unwrap();
