@@ -25,6 +25,11 @@ use crate::sys;
 /// images.
 const WRITER_START: i64 = 101;
 const WRITER_BYTES: i64 = 3;
+/// QEMU: `RAW_LOCK_SHARED_BASE` and the same permissions: who holds one of these
+/// has nobody write. QEMU looks at them after it has taken its own, and does not
+/// start.
+const NO_WRITER_START: i64 = 201;
+const NO_WRITER_BYTES: i64 = 3;
 
 /// The kernel takes times from a clock that ticks with 100 Hz at least: a write
 /// within the same tick would leave the same stamp.
@@ -155,6 +160,19 @@ impl Witness {
             }
         }
         Ok(None)
+    }
+
+    /// Keeps everybody from writing to the images, as QEMU would, from before a
+    /// look at who writes: of two that come at the same time one sees the other.
+    ///
+    /// The exporter would do so for a qcow2 only, as a raw image passes on what
+    /// its user allows, and an export allows everything.
+    pub(crate) fn hold(&self) -> Result<(), String> {
+        for watched in &self.files {
+            sys::lock_shared(&watched.file, NO_WRITER_START, NO_WRITER_BYTES)
+                .map_err(|error| format!("`{}`: {error}", watched.path.display()))?;
+        }
+        Ok(())
     }
 
     /// Returns why the stamps of some file would prove nothing, if that is so:
