@@ -211,7 +211,7 @@ impl Witness {
             let failed = |error: io::Error| format!("`{}`: {error}", watched.path.display());
             loop {
                 watched.stamp = Stamp::of(&watched.file).map_err(failed)?;
-                let is_settled = watched.is_device || !may_come_again(&watched.stamp);
+                let is_settled = watched.is_device || !may_come_again(&watched.stamp, now());
                 if is_settled || since.elapsed() > SETTLE_MAX {
                     break;
                 }
@@ -261,10 +261,16 @@ impl Watched {
     }
 }
 
-/// Returns whether a write right now could leave these times as they are.
-fn may_come_again(stamp: &Stamp) -> bool {
+/// The clock that file systems take their times from.
+fn now() -> i128 {
     let now = rustix::time::clock_gettime(ClockId::RealtimeCoarse);
-    let now = nanoseconds((now.tv_sec, now.tv_nsec));
+    nanoseconds((now.tv_sec, now.tv_nsec))
+}
+
+/// Returns whether a write right now could leave these times as they are. Kernels
+/// since 6.13 give a write after a look another time on many file systems, and
+/// nobody can tell on which.
+fn may_come_again(stamp: &Stamp, now: i128) -> bool {
     [stamp.modified, stamp.changed].into_iter().any(|time| {
         let is_coarse = time.1 == 0;
         let tick = if is_coarse { COARSE_TICK } else { TICK };
@@ -320,6 +326,46 @@ mod tests {
         assert_eq!(witness.look(), Seen::Written(path.clone()));
         fs::remove_file(&path).unwrap();
         assert_eq!(witness.look(), Seen::Written(path));
+    }
+
+    #[test]
+    fn an_image_that_is_reached_no_more_is_not_the_one_that_the_vm_will_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let (place, other) = (dir.path().join("images"), dir.path().join("others"));
+        for dir in [&place, &other] {
+            fs::create_dir(dir).unwrap();
+            let mut file = File::create(dir.join("a.raw")).unwrap();
+            file.write_all(&[1; 512]).unwrap();
+        }
+        let path = place.join("a.raw");
+        let witness = watch(&path);
+        // The file itself stays as it was.
+        rustix::fs::rename(&place, dir.path().join("elsewhere")).unwrap();
+        assert_eq!(witness.look(), Seen::Written(path.clone()));
+        rustix::fs::rename(&other, &place).unwrap();
+        assert_eq!(witness.look(), Seen::Written(path));
+    }
+
+    #[test]
+    fn a_stamp_counts_only_when_the_clock_has_ticked_since() {
+        const SECOND: i128 = 1_000_000_000;
+        let stamp = |modified, changed| Stamp {
+            inode: (1, 2),
+            bytes: 3,
+            modified,
+            changed,
+        };
+        let fine = stamp((100, 1), (100, 1));
+        assert!(may_come_again(&fine, 100 * SECOND + 1));
+        assert!(may_come_again(&fine, 100 * SECOND + 10_000_000));
+        assert!(!may_come_again(&fine, 100 * SECOND + 50_000_000));
+        // A clock that was set back comes by again.
+        assert!(!may_come_again(&fine, 50 * SECOND));
+        assert!(may_come_again(&stamp((10, 1), (100, 1)), 100 * SECOND + 2));
+        // Whole seconds: the file system knows no parts of them.
+        let coarse = stamp((100, 0), (100, 0));
+        assert!(may_come_again(&coarse, 101 * SECOND));
+        assert!(!may_come_again(&coarse, 103 * SECOND));
     }
 
     #[test]
