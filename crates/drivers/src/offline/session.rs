@@ -352,6 +352,7 @@ fn begin_prepared<'a>(
             .as_ref()
             .map(|_| format!("qemu:dirty-bitmap:{}", one.export)),
         name: one.export.clone(),
+        exact_within: None,
     });
     let begun = Begun {
         exports: exports.collect(),
