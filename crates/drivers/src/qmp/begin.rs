@@ -381,9 +381,9 @@ fn microseconds(time: Duration) -> u64 {
 ///
 /// Where a read begins in what was copied to the fleece and ends beyond it, QEMU
 /// 7.2 takes all of it from the disk, with what the guest has written since the
-/// point; and so does what it says of zeroes (seen with 7.2.22; 10.0 is right).
-/// Between them nobody tells the versions apart but by what came with 9.0. Right
-/// in any case is what lies in one cluster of the filter.
+/// point; and so does what it says of zeroes (seen with 7.2.22; put right in 8.0,
+/// `hbitmap_status`). Nothing tells 8.0 from 7.2 as surely as what came with 9.0
+/// tells that. Right in any case is what lies in one cluster of the filter.
 fn exact_within(client: &Client) -> Option<u64> {
     (!iothreads::is_safe(client)).then_some(scratch_image::CLUSTER_BYTES)
 }

@@ -11,7 +11,7 @@ use highwater_model::SessionId;
 use super::QmpDriver;
 use super::client::Client;
 use super::error::explain;
-use super::objects::{Role, Seat, Seen};
+use super::objects::{Role, Seat, Seen, Which};
 use super::sequence::Placed;
 use crate::directories::free_bytes;
 
@@ -87,17 +87,23 @@ impl QmpDriver {
             Err(error) => return Err(error),
         };
         let now = self.process().map(|found| found.identity);
+        let looked = client.heard_count();
+        let seen = Seen::read(&client)
+            .map_err(|error| explain(format!("cannot look after VM `{}`", vm.name), &error))?;
         let Some(watch) = self.watches.get_mut(&session) else {
-            return Err(lost("it was ended, or begun by another process"));
+            // Somebody else's, who may know more: it stands if it is there.
+            let is_there = seen.ours(&Which::All).sessions.contains(&session);
+            return is_there
+                .then_some(())
+                .ok_or_else(|| lost("it is not there"));
         };
         if watch.process.is_some() && now.is_some() && watch.process != now {
             return Err(lost("another QEMU runs the VM"));
         }
-        // Before anything is asked: what comes meanwhile is looked at next time.
-        watch.heard = client.heard_count();
+        // As it was before anything was asked: what came meanwhile is looked at
+        // next time.
+        watch.heard = looked;
         watch.client = client;
-        let seen = Seen::read(&watch.client)
-            .map_err(|error| explain(format!("cannot look after VM `{}`", vm.name), &error))?;
         if let Some(trouble) = watch.disks.iter().find_map(|disk| disk.trouble(&seen)) {
             return Err(lost(&trouble));
         }

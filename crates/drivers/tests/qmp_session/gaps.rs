@@ -10,7 +10,7 @@ use std::rc::Rc;
 use highwater_hypervisor::{Begun, Driver as _, MarkOrder};
 use highwater_model::MarkName;
 use highwater_model::step::Step;
-use highwater_testkit::{Attach, BareLab, BareVm, DiskSpec, MIB};
+use highwater_testkit::{Attach, BareLab, BareVm, DiskSpec, MIB, Qemu};
 
 use crate::hook::{at_each_step, at_no_step};
 use crate::reading::{dirty_ranges, read_export};
@@ -112,9 +112,9 @@ fn assert_equal(what: &str, found: &Chain, wanted: &Chain) {
 }
 
 /// A life of several points, some of them given up half-way.
-fn lives(targets: &[&'static str], seed: u64, rounds: usize) {
+fn lives(qemu: Qemu, targets: &[&'static str], seed: u64, rounds: usize) {
     let lab = BareLab::start().unwrap();
-    let mut vm = lab.vm("web01");
+    let mut vm = lab.vm("web01").qemu(qemu);
     for target in targets {
         let attach = Attach::drive().options(",discard=unmap");
         vm = vm.disk_as(DiskSpec::qcow2(target, SIZE), attach);
@@ -185,13 +185,19 @@ fn lives(targets: &[&'static str], seed: u64, rounds: usize) {
 #[test]
 fn what_the_guest_writes_between_any_two_commands_is_in_the_next_increment() {
     for seed in 1..=6 {
-        lives(&["vda"], seed, 8);
+        lives(Qemu::System, &["vda"], seed, 8);
     }
 }
 
 #[test]
 fn several_disks_have_one_point_whatever_the_guest_writes_between_any_two_commands() {
     for seed in 11..=14 {
-        lives(&["vda", "vdb", "vdc"], seed, 8);
+        lives(Qemu::System, &["vda", "vdb", "vdc"], seed, 8);
     }
+}
+
+#[test]
+fn so_it_is_with_qemu_7_2() {
+    lives(Qemu::V7_2, &["vda"], 21, 8);
+    lives(Qemu::V7_2, &["vda", "vdb", "vdc"], 22, 8);
 }
