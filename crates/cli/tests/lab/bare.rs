@@ -1,11 +1,13 @@
 //! VMs without libvirt, over QEMU's own monitor.
 
 use anyhow::{Result, ensure};
+use highwater_model::step::Step;
 use highwater_testkit::{Attach, BareVm, DiskSpec, KIB, MIB, Qemu, Workload, guest, raw_hash};
 use serde_json::json;
 
 use crate::support::{disk, mode, point};
 use crate::tale::{BareBed, Tale};
+use crate::waiting::Waiting;
 
 /// A VM as most launchers make it, with two disks.
 pub(crate) fn two_disks(bed: &BareBed) -> Result<Tale> {
@@ -426,4 +428,46 @@ fn a_guest_with_an_agent_is_frozen_for_the_point() -> Result<()> {
         ensure!(rounds.trim_end().ends_with(&round.to_string()), "{rounds}");
     }
     Ok(())
+}
+
+/// QEMU 7.2 answers a request that begins in what was copied for the point, and
+/// ends beyond it, with what the guest has written since.
+#[test]
+fn what_qemu_7_2_shows_of_a_point_is_right_while_the_guest_writes() -> Result<()> {
+    let bed = BareBed::start()?;
+    let disk = DiskSpec::qcow2("vda", 16 * MIB);
+    let vm = bed.lab.vm("kvm0").qemu(Qemu::V7_2);
+    let vm = vm.disk_as(disk, Attach::drive().id("vda")).start()?;
+    let mut tale = Tale::of(&bed, &vm, &["vda"]);
+    for round in 1..4 {
+        let all: Vec<_> = (0..16)
+            .map(|at| format!("write -P {} {at}M 1M", round * 16 + at))
+            .collect();
+        vm.write_all("vda", &all)?;
+        let moment = tale.moment()?;
+        let command = bed.command(&vm.uri(), &["backup", "kvm0", "--audit", "100%"]);
+        let waiting = Waiting::at(command, &bed.lab.dir(), Step::Begun, "wait")?;
+        let one_in_two = (0..64).map(|at| format!("write -z {}k 128k", at * 256));
+        vm.write_all("vda", &one_in_two.collect::<Vec<_>>())?;
+        waiting.go()?;
+        let ended = waiting.end(Ok(()))?;
+        ensure!(ended.status.success(), "{}", ended.said);
+        tale.keeps_newest_as(moment)?;
+    }
+    // A chunk has to be read by one request.
+    let other = bed.lab.path("other");
+    let other = other.to_str().unwrap_or_default();
+    let init = [
+        "init",
+        "-r",
+        other,
+        "--encryption",
+        "none",
+        "--chunk-size",
+        "1MiB",
+    ];
+    bed.run(&vm.uri(), &init)?;
+    let refused = bed.fail(&vm.uri(), &["backup", "kvm0", "-r", other], 1)?;
+    ensure!(refused.contains("use QEMU 9.0 or newer"), "{refused}");
+    tale.ends_well()
 }

@@ -44,6 +44,7 @@ mod off;
 mod output;
 mod people;
 mod processes;
+mod readme;
 mod restore;
 mod rows;
 mod saved;

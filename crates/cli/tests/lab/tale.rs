@@ -117,6 +117,9 @@ pub(crate) struct Tale {
     pub(crate) bed: BareBed,
 }
 
+/// What disks hold at one time, as hashes.
+pub(crate) struct Moment(Vec<String>);
+
 /// A point and, as hashes, what its disks were.
 struct Known {
     point: String,
@@ -157,7 +160,11 @@ impl Tale {
 
     /// Remembers a point, which must hold the disks as they are.
     pub(crate) fn keeps(&mut self, point: &str) -> Result<()> {
-        let disks = self.now()?;
+        let moment = self.moment()?;
+        self.keeps_as(point, moment)
+    }
+
+    fn keeps_as(&mut self, point: &str, Moment(disks): Moment) -> Result<()> {
         let point = point.to_owned();
         self.points.push(Known { point, disks });
         self.is_right(self.points.len() - 1)
@@ -165,23 +172,30 @@ impl Tale {
 
     /// Remembers the newest point, which must hold the disks as they are.
     pub(crate) fn keeps_newest(&mut self) -> Result<()> {
+        let moment = self.moment()?;
+        self.keeps_newest_as(moment)
+    }
+
+    /// Remembers the newest point, which must hold the disks as they were.
+    pub(crate) fn keeps_newest_as(&mut self, moment: Moment) -> Result<()> {
         let list = ["list", self.vm.name(), "--json"];
         let listed: Value = serde_json::from_str(&self.bed.run("image:/none", &list)?)?;
         let ids = listed["points"].as_array().into_iter().flatten();
         let newest = ids.filter_map(|it| it["point"].as_str()).max();
-        self.keeps(&format!("id:{}", newest.context("a point")?))
+        let newest = newest.context("a point")?;
+        self.keeps_as(&format!("id:{newest}"), moment)
     }
 
-    /// Returns the disks as the guest sees them, as hashes.
-    fn now(&self) -> Result<Vec<String>> {
+    /// Returns the disks as the guest sees them now.
+    pub(crate) fn moment(&self) -> Result<Moment> {
         let copy = self.bed.lab.path("now.raw");
         let hash = |disk: &&str| {
             self.vm.raw_copy(disk, &copy)?;
             raw_hash(&copy)
         };
-        let hashes = self.disks.iter().map(hash).collect();
+        let hashes: Result<Vec<_>> = self.disks.iter().map(hash).collect();
         drop(std::fs::remove_file(&copy));
-        hashes
+        hashes.map(Moment)
     }
 
     fn is_right(&self, number: usize) -> Result<()> {

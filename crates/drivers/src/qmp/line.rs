@@ -51,6 +51,14 @@ impl Line {
         self.connected().ok()?.process
     }
 
+    /// Returns whether the QEMU that was last at the other end is known to have
+    /// ended.
+    pub(super) fn is_over(&self) -> bool {
+        let current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let process = current.process.as_ref();
+        process.is_some_and(|process| !crate::host::is_alive(&process.identity))
+    }
+
     fn connected(&self) -> Result<Connected, HypervisorError> {
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         if current.client.is_closed() {

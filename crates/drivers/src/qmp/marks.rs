@@ -18,6 +18,16 @@ impl QmpDriver {
         vm: &VmRef,
         order: &MarkOrder,
     ) -> Result<(), HypervisorError> {
+        if let Err(error) = self.client() {
+            // It is off, and may stay so: nobody has to wait until it is back.
+            return Err(match error.kind {
+                ErrorKind::Unreachable if self.line.is_over() => HypervisorError {
+                    kind: ErrorKind::WrongState,
+                    ..error
+                },
+                _ => error,
+            });
+        }
         match order {
             MarkOrder::Remove(name) => {
                 let message = format!("cannot remove mark `{name}` of VM `{}`", vm.name);
