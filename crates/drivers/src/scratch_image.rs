@@ -21,7 +21,7 @@ use rustix::fs::FallocateFlags;
 
 use crate::host::User;
 
-const CLUSTER_BYTES: u64 = 64 << 10;
+pub(crate) const CLUSTER_BYTES: u64 = 64 << 10;
 /// Bits of the cluster size, as the header wants it.
 const CLUSTER_BITS: u32 = 16;
 /// An entry of the L1, L2 and refcount tables has eight bytes.

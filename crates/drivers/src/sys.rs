@@ -37,18 +37,35 @@ pub(crate) fn end_with_us(command: &mut Command) {
 /// Returns whether another open file holds a lock that one for writing on these
 /// bytes would meet.
 pub(crate) fn is_locked(file: &File, start: i64, length: i64) -> io::Result<bool> {
-    // SAFETY: a `flock` of zeroes is a valid one.
-    let mut lock: libc::flock = unsafe { MaybeUninit::zeroed().assume_init() };
-    lock.l_type = libc::c_short::try_from(libc::F_WRLCK).unwrap_or_default();
-    lock.l_whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default();
-    lock.l_start = start;
-    lock.l_len = length;
+    let mut lock = range_lock(libc::F_WRLCK, start, length);
     // SAFETY: an open file and a valid lock that outlives the call.
     let outcome = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_GETLK, &raw mut lock) };
     if outcome != 0 {
         return Err(io::Error::last_os_error());
     }
     Ok(i32::from(lock.l_type) != libc::F_UNLCK)
+}
+
+/// Takes a shared lock on these bytes, until the file is closed; fails if another
+/// open file has one for writing.
+pub(crate) fn lock_shared(file: &File, start: i64, length: i64) -> io::Result<()> {
+    let lock = range_lock(libc::F_RDLCK, start, length);
+    // SAFETY: an open file and a valid lock that outlives the call.
+    let outcome = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const lock) };
+    if outcome != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+fn range_lock(kind: libc::c_int, start: i64, length: i64) -> libc::flock {
+    // SAFETY: a `flock` of zeroes is a valid one.
+    let mut lock: libc::flock = unsafe { MaybeUninit::zeroed().assume_init() };
+    lock.l_type = libc::c_short::try_from(kind).unwrap_or_default();
+    lock.l_whence = libc::c_short::try_from(libc::SEEK_SET).unwrap_or_default();
+    lock.l_start = start;
+    lock.l_len = length;
+    lock
 }
 
 /// Kills this process when its time has come; dropping it prevents that.

@@ -430,7 +430,7 @@ impl Job<'_> {
                 })
                 .collect(),
             new_mark,
-            quiesce: quiesce(self.options.quiesce, facts.agent),
+            quiesce: quiesce(self.options.quiesce, facts),
             freeze_mountpoints: self.options.freeze_mountpoints.clone(),
             socket_dir: self.options.socket_dir.join(session.to_string()),
             scratch_dir: self.options.scratch_dir.join(session.to_string()),
@@ -636,9 +636,11 @@ impl Job<'_> {
 }
 
 /// A VM without an agent's channel is not warned about at every backup: its
-/// points say `crash`, and there is nothing to repair.
-fn quiesce(wanted: Quiesce, agent: Agent) -> Quiesce {
-    if wanted == Quiesce::Try && agent == Agent::Missing {
+/// points say `crash`, and there is nothing to repair. One that is off has no
+/// guest to freeze, and nobody writes.
+fn quiesce(wanted: Quiesce, facts: &VmFacts) -> Quiesce {
+    let cannot_be = wanted == Quiesce::Try && facts.agent == Agent::Missing;
+    if cannot_be || facts.run_state == RunState::Off {
         Quiesce::Off
     } else {
         wanted

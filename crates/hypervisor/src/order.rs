@@ -153,6 +153,9 @@ pub struct Export {
     /// Full meta context of the exported bitmap
     /// (`qemu:dirty-bitmap:…`), if one was ordered.
     pub dirty_context: Option<String>,
+    /// Reads are right only within one aligned piece of so many bytes, and what
+    /// the server says of zeroes is not to be believed. `None`: all is right.
+    pub exact_within: Option<u64>,
 }
 
 /// Address of an NBD server.

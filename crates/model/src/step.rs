@@ -31,7 +31,8 @@ macro_rules! steps {
 
         impl Step {
             /// All steps, in the order in which a backup passes them. Those whose
-            /// words begin with `qmp-` are passed over QEMU's own monitor only.
+            /// words begin with `qmp-` are passed over QEMU's own monitor only, those with
+            /// `off-` while the VM is off only.
             pub const ALL: &[Self] = &[$(Self::$name),*];
 
             /// Returns the word that names it in tests.
@@ -103,6 +104,11 @@ steps! {
     QmpMerged Guard "qmp-merged"
     /// A disk's point in time is exported.
     QmpExported Guard "qmp-exported"
+    /// The new mark is on one more image of a VM that is off.
+    OffMarkAdded Guard "off-mark-added"
+    /// The images of a VM that is off can be read; nobody has looked whether they
+    /// are as they were.
+    OffExported Guard "off-exported"
     /// The job runs and the new mark records; nobody has been told.
     Started Guard "started"
     /// The mover knows the exports.

@@ -163,6 +163,15 @@ impl Tale {
         self.is_right(self.points.len() - 1)
     }
 
+    /// Remembers the newest point, which must hold the disks as they are.
+    pub(crate) fn keeps_newest(&mut self) -> Result<()> {
+        let list = ["list", self.vm.name(), "--json"];
+        let listed: Value = serde_json::from_str(&self.bed.run("image:/none", &list)?)?;
+        let ids = listed["points"].as_array().into_iter().flatten();
+        let newest = ids.filter_map(|it| it["point"].as_str()).max();
+        self.keeps(&format!("id:{}", newest.context("a point")?))
+    }
+
     /// Returns the disks as the guest sees them, as hashes.
     fn now(&self) -> Result<Vec<String>> {
         let copy = self.bed.lab.path("now.raw");
@@ -180,7 +189,11 @@ impl Tale {
         let dir = self.bed.restore(&known.point, "restored")?;
         for (disk, hash) in self.disks.iter().zip(&known.disks) {
             let restored = raw_hash(&dir.join(format!("{disk}.raw")))?;
-            ensure!(restored == *hash, "{disk} of point {number} is wrong");
+            ensure!(
+                restored == *hash,
+                "{disk} of point {number} ({}) is wrong",
+                known.point
+            );
         }
         Ok(std::fs::remove_dir_all(dir)?)
     }

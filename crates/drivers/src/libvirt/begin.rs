@@ -433,6 +433,7 @@ fn report(
                         ReadMode::Since(_) => Some(format!("qemu:dirty-bitmap:{name}")),
                     },
                     name,
+                    exact_within: None,
                 }
             })
             .collect(),

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, WhenStarted};
+use highwater_hypervisor::{ErrorKind, HypervisorError};
 use highwater_model::SessionId;
 use highwater_model::step::patience;
 use rustix::event::{PollFd, PollFlags, poll};
@@ -58,10 +58,9 @@ impl Exporter {
         socket: &Path,
         session: SessionId,
         disks: &[Shown<'_>],
-        when_started: WhenStarted,
     ) -> Result<Self, HypervisorError> {
         let mut exporter = Self::spawn(socket, session)?;
-        let prepared = exporter.prepare(socket, disks, when_started);
+        let prepared = exporter.prepare(socket, disks);
         match prepared {
             Ok(()) => Ok(exporter),
             Err(Trouble { kind, because }) => {
@@ -123,12 +122,7 @@ impl Exporter {
         }
     }
 
-    fn prepare(
-        &mut self,
-        socket: &Path,
-        disks: &[Shown<'_>],
-        when_started: WhenStarted,
-    ) -> Result<(), Trouble> {
+    fn prepare(&mut self, socket: &Path, disks: &[Shown<'_>]) -> Result<(), Trouble> {
         self.monitor.greeting()?;
         self.monitor.run("qmp_capabilities", &json!({}))?;
         let address = json!({ "type": "unix", "data": { "path": socket } });
@@ -136,7 +130,7 @@ impl Exporter {
         self.monitor.run("nbd-server-start", &server)?;
         for (number, disk) in disks.iter().enumerate() {
             let node = |place: usize| format!("hw-{number}-{place}");
-            let graph = graph(&disk.chain.images, when_started, &node);
+            let graph = graph(&disk.chain.images, &node);
             let graph = graph.ok_or_else(|| Trouble::other("a disk has no image"))?;
             self.monitor.run("blockdev-add", &graph)?;
             let bitmaps = match disk.since {
@@ -241,24 +235,16 @@ fn words(log: &Path) -> Option<String> {
 }
 
 /// Describes the nodes of a disk: each file by name, so that nothing depends on
-/// what the images say of each other.
-fn graph(
-    images: &[Image],
-    when_started: WhenStarted,
-    node: &impl Fn(usize) -> String,
-) -> Option<Value> {
-    // Others may do with the files what they like: a VM starts at once.
-    let shared = match when_started {
-        WhenStarted::Yield => true,
-        WhenStarted::Hold => false,
-    };
+/// what the images say of each other. All are shared: others may do with the files
+/// what they like, and a VM starts at once.
+fn graph(images: &[Image], node: &impl Fn(usize) -> String) -> Option<Value> {
     let file = |path: &Path, is_device: bool| {
         let driver = if is_device { "host_device" } else { "file" };
         json!({
             "driver": driver,
             "filename": path,
             "read-only": true,
-            "force-share": shared,
+            "force-share": true,
         })
     };
     let mut below: Option<Value> = None;
@@ -267,7 +253,7 @@ fn graph(
             "driver": image.format_name(),
             "node-name": node(place),
             "read-only": true,
-            "force-share": shared,
+            "force-share": true,
             "file": file(&image.path, image.is_device),
         });
         if let (Format::Qcow2(_), Some(fields)) = (&image.format, described.as_object_mut()) {

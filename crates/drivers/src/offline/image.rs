@@ -98,11 +98,14 @@ impl Chain {
             }
             if let Format::Qcow2(header) = &image.format {
                 let leads_on = header.backing.is_some() || image.data_file.is_some();
-                if leads_on && format.is_none() && !is_called_qcow2(&path) {
-                    // A guest could have written the header of such an image into
-                    // its raw disk, to be given any file of the host.
+                let matters = leads_on || self.images.is_empty();
+                if matters && format.is_none() && !is_called_qcow2(&path) {
+                    // A guest could have written the header of an image into its
+                    // raw disk: to be given any file of the host, or because it
+                    // keeps an image there.
                     return Err(format!(
-                        "`{name}` names further files, and nothing else says that it is a qcow2"
+                        "`{name}` begins like a qcow2, as the raw disk of a guest may, too: say \
+                         which it is with `?format=qcow2` or `?format=raw`"
                     ));
                 }
                 if let Some((data, _)) = &image.data_file {

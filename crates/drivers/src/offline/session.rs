@@ -129,7 +129,7 @@ impl OfflineSessions {
         if known.lost.is_none()
             && let Some(because) = known.trouble()
         {
-            // At once: in hold mode, and with what it has cached, it is in the way.
+            // At once: nobody has any use for what it shows.
             known.exporter.stop();
             known.lost = Some(HypervisorError::session_lost(vm, session, because));
         }
@@ -306,6 +306,10 @@ fn begin_prepared<'a>(
     if let Some(mark) = &order.new_mark {
         add_marks(mark, ordered, marked)?;
     }
+    if when_started == WhenStarted::Hold {
+        // Not earlier: it would keep QEMU's tool from adding the mark.
+        witness.hold().map_err(|why| other(&order.vm, why))?;
+    }
     let stamped = witness.stamp().map_err(|why| other(&order.vm, why));
     // Not later than the point: what a clock says of it must not lie ahead.
     let taken_at = clock.now();
@@ -319,8 +323,9 @@ fn begin_prepared<'a>(
         })
         .collect();
     let socket = paths.socket();
-    let exporter = Exporter::start(&socket, order.session, &shown, when_started)
-        .map_err(|error| under(&order.vm, error))?;
+    let exporter =
+        Exporter::start(&socket, order.session, &shown).map_err(|error| under(&order.vm, error))?;
+    pass(Step::OffExported);
     // It may have read while somebody wrote.
     let begun_disks = ordered
         .iter()
@@ -347,6 +352,7 @@ fn begin_prepared<'a>(
             .as_ref()
             .map(|_| format!("qemu:dirty-bitmap:{}", one.export)),
         name: one.export.clone(),
+        exact_within: None,
     });
     let begun = Begun {
         exports: exports.collect(),
@@ -376,6 +382,7 @@ fn add_marks<'a>(
         // Before it is tried: a tool that is killed may have done it.
         marked.push(&top.path);
         tools::add_bitmap(&top.path, &name)?;
+        pass(Step::OffMarkAdded);
     }
     Ok(())
 }

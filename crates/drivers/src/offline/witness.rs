@@ -25,6 +25,11 @@ use crate::sys;
 /// images.
 const WRITER_START: i64 = 101;
 const WRITER_BYTES: i64 = 3;
+/// QEMU: `RAW_LOCK_SHARED_BASE` and the same permissions: who holds one of these
+/// has nobody write. QEMU looks at them after it has taken its own, and does not
+/// start.
+const NO_WRITER_START: i64 = 201;
+const NO_WRITER_BYTES: i64 = 3;
 
 /// The kernel takes times from a clock that ticks with 100 Hz at least: a write
 /// within the same tick would leave the same stamp.
@@ -157,6 +162,19 @@ impl Witness {
         Ok(None)
     }
 
+    /// Keeps everybody from writing to the images, as QEMU would, from before a
+    /// look at who writes: of two that come at the same time one sees the other.
+    ///
+    /// The exporter would do so for a qcow2 only, as a raw image passes on what
+    /// its user allows, and an export allows everything.
+    pub(crate) fn hold(&self) -> Result<(), String> {
+        for watched in &self.files {
+            sys::lock_shared(&watched.file, NO_WRITER_START, NO_WRITER_BYTES)
+                .map_err(|error| format!("`{}`: {error}", watched.path.display()))?;
+        }
+        Ok(())
+    }
+
     /// Returns why the stamps of some file would prove nothing, if that is so:
     /// a write to a block device changes none, and those of a network file system
     /// come from caches and from another host's clock.
@@ -193,7 +211,7 @@ impl Witness {
             let failed = |error: io::Error| format!("`{}`: {error}", watched.path.display());
             loop {
                 watched.stamp = Stamp::of(&watched.file).map_err(failed)?;
-                let is_settled = watched.is_device || !may_come_again(&watched.stamp);
+                let is_settled = watched.is_device || !may_come_again(&watched.stamp, now());
                 if is_settled || since.elapsed() > SETTLE_MAX {
                     break;
                 }
@@ -243,10 +261,16 @@ impl Watched {
     }
 }
 
-/// Returns whether a write right now could leave these times as they are.
-fn may_come_again(stamp: &Stamp) -> bool {
+/// The clock that file systems take their times from.
+fn now() -> i128 {
     let now = rustix::time::clock_gettime(ClockId::RealtimeCoarse);
-    let now = nanoseconds((now.tv_sec, now.tv_nsec));
+    nanoseconds((now.tv_sec, now.tv_nsec))
+}
+
+/// Returns whether a write right now could leave these times as they are. Kernels
+/// since 6.13 give a write after a look another time on many file systems, and
+/// nobody can tell on which.
+fn may_come_again(stamp: &Stamp, now: i128) -> bool {
     [stamp.modified, stamp.changed].into_iter().any(|time| {
         let is_coarse = time.1 == 0;
         let tick = if is_coarse { COARSE_TICK } else { TICK };
@@ -302,6 +326,46 @@ mod tests {
         assert_eq!(witness.look(), Seen::Written(path.clone()));
         fs::remove_file(&path).unwrap();
         assert_eq!(witness.look(), Seen::Written(path));
+    }
+
+    #[test]
+    fn an_image_that_is_reached_no_more_is_not_the_one_that_the_vm_will_use() {
+        let dir = tempfile::tempdir().unwrap();
+        let (place, other) = (dir.path().join("images"), dir.path().join("others"));
+        for dir in [&place, &other] {
+            fs::create_dir(dir).unwrap();
+            let mut file = File::create(dir.join("a.raw")).unwrap();
+            file.write_all(&[1; 512]).unwrap();
+        }
+        let path = place.join("a.raw");
+        let witness = watch(&path);
+        // The file itself stays as it was.
+        rustix::fs::rename(&place, dir.path().join("elsewhere")).unwrap();
+        assert_eq!(witness.look(), Seen::Written(path.clone()));
+        rustix::fs::rename(&other, &place).unwrap();
+        assert_eq!(witness.look(), Seen::Written(path));
+    }
+
+    #[test]
+    fn a_stamp_counts_only_when_the_clock_has_ticked_since() {
+        const SECOND: i128 = 1_000_000_000;
+        let stamp = |modified, changed| Stamp {
+            inode: (1, 2),
+            bytes: 3,
+            modified,
+            changed,
+        };
+        let fine = stamp((100, 1), (100, 1));
+        assert!(may_come_again(&fine, 100 * SECOND + 1));
+        assert!(may_come_again(&fine, 100 * SECOND + 10_000_000));
+        assert!(!may_come_again(&fine, 100 * SECOND + 50_000_000));
+        // A clock that was set back comes by again.
+        assert!(!may_come_again(&fine, 50 * SECOND));
+        assert!(may_come_again(&stamp((10, 1), (100, 1)), 100 * SECOND + 2));
+        // Whole seconds: the file system knows no parts of them.
+        let coarse = stamp((100, 0), (100, 0));
+        assert!(may_come_again(&coarse, 101 * SECOND));
+        assert!(!may_come_again(&coarse, 103 * SECOND));
     }
 
     #[test]

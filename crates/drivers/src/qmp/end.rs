@@ -117,8 +117,8 @@ impl QmpDriver {
         }
     }
 
-    /// Takes out of QEMU what is ours. Sessions whose sockets may be told by
-    /// their names alone are `known`.
+    /// Takes out of QEMU what is ours, and the server if it is of one of these
+    /// sessions or of one whose fleece is found.
     pub(super) fn clear(
         &self,
         vm: &VmRef,
@@ -132,7 +132,7 @@ impl QmpDriver {
         loop {
             let seen = Seen::read(client).map_err(|error| failed(&error))?;
             let ours = seen.ours(which);
-            let served = self.our_server(which, &ours, known);
+            let served = self.our_server(&ours, known);
             if ours.is_nothing() && served.is_empty() {
                 break;
             }
@@ -187,18 +187,11 @@ impl QmpDriver {
     }
 
     /// Returns whose server QEMU runs, if it is one of those that are meant.
-    fn our_server(
-        &self,
-        which: &Which,
-        ours: &Ours,
-        known: &BTreeSet<SessionId>,
-    ) -> BTreeSet<SessionId> {
+    fn our_server(&self, ours: &Ours, known: &BTreeSet<SessionId>) -> BTreeSet<SessionId> {
         let known: BTreeSet<SessionId> = known.union(&ours.sessions).copied().collect();
         let process = self.process().map(|found| found.identity.pid);
         let mut found = listening(process, &known);
-        if let Which::Hashes(_) = which {
-            found.retain(|session| known.contains(session));
-        }
+        found.retain(|session| known.contains(session));
         found
     }
 }

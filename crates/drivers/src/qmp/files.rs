@@ -84,8 +84,11 @@ impl Files {
             return path;
         }
         let here = self.working_dir.as_ref().map(|dir| dir.join(&path));
-        if let Some(here) = here.as_ref().filter(|here| self.names.contains(*here)) {
-            return here.clone();
+        let real = here
+            .as_ref()
+            .map(|here| here.canonicalize().unwrap_or_else(|_| here.clone()));
+        if let Some(real) = real.filter(|real| self.names.contains(real)) {
+            return real;
         }
         let mut named = self.names.iter().filter(|name| name.ends_with(&path));
         match (named.next(), named.next()) {

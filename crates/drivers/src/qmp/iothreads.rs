@@ -38,7 +38,7 @@ pub(super) fn refuse_where_exports_kill(
         .hint("use QEMU 9.0 or newer, or run this VM's disks without an iothread"))
 }
 
-fn is_safe(client: &Client) -> bool {
+pub(super) fn is_safe(client: &Client) -> bool {
     let listed = client.run(
         "device-list-properties",
         json!({"typename": "virtio-blk-device"}),

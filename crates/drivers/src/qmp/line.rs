@@ -1,6 +1,7 @@
 //! The one connection that all in this process share, made anew when it ends.
 
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use highwater_hypervisor::HypervisorError;
 
@@ -9,6 +10,12 @@ use super::client::{Client, GREETING_LIMIT};
 use super::error::{QmpError, explain};
 use super::process;
 use crate::host::QemuProcess;
+
+/// What a process of ours is called that has a monitor.
+const GUARD: &str = "highwater-guard";
+/// How long it is waited for: it may be tidying up after a backup that was
+/// killed, for as long as its VM's lock is waited for otherwise.
+const GUARD_PATIENCE: Duration = Duration::from_secs(25);
 
 /// Whoever wants to ask QEMU something asks for its [`Client`] each time.
 #[derive(Debug)]
@@ -54,13 +61,22 @@ impl Line {
 }
 
 fn dial(address: &Address) -> Result<Connected, HypervisorError> {
-    let client = Client::connect(address, GREETING_LIMIT).map_err(|error| {
-        let error = match error {
-            QmpError::Taken(_) => QmpError::Taken(process::holders(address)),
-            error => error,
+    let since = Instant::now();
+    let client = loop {
+        let error = match Client::connect(address, GREETING_LIMIT) {
+            Ok(client) => break client,
+            Err(QmpError::Taken(_)) => {
+                let holders = process::holders(address);
+                if holders.contains(GUARD) && since.elapsed() < GUARD_PATIENCE {
+                    continue;
+                }
+                QmpError::Taken(holders)
+            }
+            Err(error) => error,
         };
-        explain(format!("cannot connect to QEMU at `{address}`"), &error)
-    })?;
+        let message = format!("cannot connect to QEMU at `{address}`");
+        return Err(explain(message, &error));
+    };
     let process = process::behind(address, client.stream());
     Ok(Connected { client, process })
 }

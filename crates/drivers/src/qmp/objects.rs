@@ -379,6 +379,16 @@ pub(super) struct Ours {
 impl Ours {
     /// Returns whether there is nothing.
     pub(super) fn is_nothing(&self) -> bool {
+        self.names().next().is_none()
+    }
+
+    /// Returns the hashes in all names.
+    pub(super) fn hashes(&self) -> BTreeSet<String> {
+        let hashes = self.names().filter_map(|name| Role::of(name));
+        hashes.map(|(_, hash)| hash.to_owned()).collect()
+    }
+
+    fn names(&self) -> impl Iterator<Item = &String> {
         let lists = [
             &self.exports,
             &self.snapshots,
@@ -387,7 +397,7 @@ impl Ours {
             &self.keys,
             &self.stops,
         ];
-        lists.into_iter().all(Vec::is_empty)
+        lists.into_iter().flatten()
     }
 }
 

@@ -221,16 +221,22 @@ pub(super) fn holders(address: &Address) -> String {
     };
     let names: Vec<String> = pids
         .into_iter()
-        .map(|pid| {
-            let name = fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-            format!("process {pid} ({})", name.trim())
-        })
+        .map(|pid| format!("process {pid} ({})", called(pid)))
         .collect();
     if names.is_empty() {
         String::new()
     } else {
         format!(": {}", names.join(", "))
     }
+}
+
+/// Returns under which name a process was started, without its directory; what
+/// the kernel calls it is that of a file, which for a guard of ours is `exe`.
+fn called(pid: u32) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    let first = line.split(|byte| *byte == 0).next().unwrap_or_default();
+    let name = String::from_utf8_lossy(first);
+    name.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
 /// Returns the sockets that are connected to a TCP address.

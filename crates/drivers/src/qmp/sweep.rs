@@ -13,6 +13,7 @@ use super::client::Client;
 use super::end::cannot_end;
 use super::error::explain;
 use super::objects::{Seen, Which};
+use super::servers::listening;
 use crate::directories::SessionPaths;
 use crate::label::{Left, find, occupied_bytes};
 
@@ -49,10 +50,14 @@ impl QmpDriver {
         let found = find(vm, places);
         let mut swept = Swept::default();
         if let Some(client) = &client {
+            let mut known: BTreeSet<SessionId> = found.keys().copied().collect();
+            let seen = Seen::read(client).map_err(|error| explain(cannot_end(vm), &error))?;
+            let process = self.process().map(|found| found.identity.pid);
+            known.extend(listening(process, &known));
+            let listed = Which::Hashes(seen.ours(&Which::All).hashes());
             // After the list was made: what a successor has made is not in it.
             self.expect_claim(vm)?;
-            let known: BTreeSet<SessionId> = found.keys().copied().collect();
-            let cleared = self.clear(vm, client, &Which::All, &known)?;
+            let cleared = self.clear(vm, client, &listed, &known)?;
             if cleared.was_there && cleared.sessions.is_empty() {
                 swept
                     .warnings

@@ -88,7 +88,7 @@ impl QmpDriver {
         };
         let now = self.process().map(|found| found.identity);
         let Some(watch) = self.watches.get_mut(&session) else {
-            return Ok(());
+            return Err(lost("it was ended, or begun by another process"));
         };
         if watch.process.is_some() && now.is_some() && watch.process != now {
             return Err(lost("another QEMU runs the VM"));

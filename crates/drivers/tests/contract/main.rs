@@ -10,7 +10,9 @@
 )]
 
 mod bench;
+mod bench_bare;
 mod bench_libvirt;
+mod bench_off;
 mod marks;
 #[path = "../reading/mod.rs"]
 mod reading;
@@ -52,3 +54,13 @@ macro_rules! contract {
 }
 
 contract!(libvirt_running, crate::bench_libvirt::Running);
+contract!(
+    qmp_running,
+    crate::bench_bare::Bare<crate::bench_bare::Named>
+);
+contract!(
+    qmp_running_in_qemu_7_2,
+    crate::bench_bare::Bare<crate::bench_bare::Oldest>
+);
+contract!(images, crate::bench_off::Images);
+contract!(libvirt_shut_off, crate::bench_off::ShutOff);

@@ -47,7 +47,7 @@ impl Rig {
 
     pub(crate) fn vm(&self) -> VmRef {
         VmRef {
-            name: "web01".to_owned(),
+            name: self.machine.name().to_owned(),
             uuid: None,
         }
     }

@@ -4,6 +4,8 @@ use std::fs;
 
 use highwater_hypervisor::{Driver as _, ErrorKind, MarkOrder, RootNode, RunState, WhenStarted};
 
+use highwater_testkit::{DiskSpec, MIB};
+
 use crate::rig::{Rig, assert_lost, new_mark};
 
 #[test]
@@ -39,15 +41,18 @@ fn a_vm_that_ran_between_two_looks_is_seen() {
 
 #[test]
 fn with_hold_no_vm_starts_before_the_session_has_ended() {
-    let mut rig = Rig::new(&["vda"]);
-    let mut order = rig.order(&[("vda", None)]);
-    order.when_started = WhenStarted::Hold;
-    rig.driver.begin(&order).unwrap();
-    let refused = format!("{:#}", rig.machine.start().unwrap_err());
-    assert!(refused.contains("lock"), "{refused}");
-    rig.check(&order).unwrap();
-    rig.end(&order);
-    rig.machine.start().unwrap();
+    for disk in [DiskSpec::qcow2("vda", MIB), DiskSpec::raw("vda", MIB)] {
+        let mut rig = Rig::with(vec![disk]);
+        let mut order = rig.order(&[("vda", None)]);
+        order.new_mark = None;
+        order.when_started = WhenStarted::Hold;
+        rig.driver.begin(&order).unwrap();
+        let refused = format!("{:#}", rig.machine.start().unwrap_err());
+        assert!(refused.contains("lock"), "{refused}");
+        rig.check(&order).unwrap();
+        rig.end(&order);
+        rig.machine.start().unwrap();
+    }
 }
 
 #[test]

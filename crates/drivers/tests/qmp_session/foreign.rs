@@ -1,9 +1,17 @@
 //! What others have in QEMU stays as it is.
 
-use highwater_hypervisor::{Driver as _, ErrorKind};
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use highwater_drivers::qmp::QmpDriver;
+use highwater_hypervisor::{Claim, Claimer, Driver as _, ErrorKind, Sign, SignKind, Stance, VmRef};
+use highwater_model::step::Step;
+use highwater_model::{ClaimId, Clock as _, SystemClock};
 use highwater_testkit::{Attach, BareLab, DiskSpec, MIB, tool};
 use serde_json::{Value, json};
 
+use crate::hook::{at_each_step, at_no_step};
 use crate::rig::{Rig, mark_of};
 
 /// A VM in which somebody else has nodes, bitmaps, objects, and names that look
@@ -97,4 +105,64 @@ fn a_server_that_somebody_else_has_begun_to_use_outlives_the_session() {
     assert_eq!(after.exports, ["theirs"]);
     after.exports.clear();
     assert_eq!(after, before);
+}
+
+/// Claims the VM over this driver, and acts for the claim.
+fn claim(driver: &mut QmpDriver, vm: &VmRef) -> ClaimId {
+    let id = ClaimId::random();
+    let claimer = Claimer {
+        host: "kvm1".to_owned(),
+        boot_id: "b".to_owned(),
+        pid_namespace: None,
+        process: std::process::id(),
+        start_ticks: None,
+        since: SystemClock.now(),
+    };
+    let claim = Claim {
+        id,
+        stance: Stance::Stands,
+        claimer,
+    };
+    let mut claimant = driver.claimant(vm).unwrap().unwrap();
+    claimant.set(&Sign::Claim(claim)).unwrap();
+    driver.act_for(Some(id));
+    id
+}
+
+/// The first one was kept from going on for so long that it was taken for dead.
+#[test]
+fn whoever_lost_the_vm_while_sweeping_touches_nothing_of_the_successor() {
+    for at in [Step::JobSeen, Step::QmpExportsRemoved] {
+        let mut rig = shared();
+        let found = rig.found.clone();
+        let first = claim(&mut rig.driver, &found);
+        let dead = rig.order(&[("vda", None)]);
+        rig.driver.begin(&dead).unwrap();
+        let order = rig.order(&[("vda", None)]);
+        let uri = format!("qmp:{}", rig.vm.second_socket().display());
+        let second = QmpDriver::connect(&uri, Arc::new(SystemClock)).unwrap();
+        let second = Rc::new(RefCell::new(second));
+        let (successor, ordered) = (Rc::clone(&second), order.clone());
+        let mut is_over = false;
+        at_each_step(move |step| {
+            if step != at || std::mem::replace(&mut is_over, true) {
+                return;
+            }
+            let mut driver = successor.borrow_mut();
+            claim(&mut driver, &ordered.vm);
+            let mut claimant = driver.claimant(&ordered.vm).unwrap().unwrap();
+            claimant.remove(first, SignKind::Claim).unwrap();
+            driver.sweep(&ordered.vm, &[]).unwrap();
+            driver.begin(&ordered).unwrap();
+        });
+        let error = rig.driver.sweep(&found, &rig.places()).unwrap_err();
+        at_no_step();
+        assert_eq!(error.kind, ErrorKind::Busy, "{error:?}");
+        let mut second = second.borrow_mut();
+        second.check(&order.vm, order.session).unwrap();
+        let ended = second.end(&order).unwrap();
+        assert_eq!((ended.ended_job, ended.warnings), (true, vec![]));
+        // Nor does its end.
+        assert!(!rig.driver.end(&dead).unwrap().ended_job);
+    }
 }

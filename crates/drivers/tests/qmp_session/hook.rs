@@ -15,7 +15,10 @@ thread_local! {
 pub(crate) fn at_each_step(deed: impl FnMut(Step) + 'static) {
     on_step(|step| {
         DEED.with(|place| {
-            if let Some(deed) = place.borrow_mut().as_mut() {
+            // What a deed does itself passes steps, too.
+            if let Ok(mut place) = place.try_borrow_mut()
+                && let Some(deed) = place.as_mut()
+            {
                 deed(step);
             }
         });

@@ -13,6 +13,7 @@ mod foreign;
 mod gaps;
 mod hook;
 mod kills;
+#[expect(dead_code, reason = "some of it is for other tests")]
 #[path = "../reading/mod.rs"]
 mod reading;
 mod rig;

@@ -33,14 +33,6 @@ impl Rig {
         self.vm.lab()
     }
 
-    /// Another process's driver, after this one is dead: it knows nothing of its
-    /// sessions.
-    pub(crate) fn reconnect(self) -> Self {
-        let Self { driver, vm, .. } = self;
-        drop(driver);
-        Self::at(vm)
-    }
-
     /// An order that leaves a new mark on all its disks.
     pub(crate) fn order(&self, disks: &[Wanted<'_>]) -> BeginOrder {
         let session = SessionId::random();

@@ -30,6 +30,12 @@ pub(crate) fn uri(export: &Export) -> String {
 
 /// Reads a whole export into a raw file.
 pub(crate) fn read_export(export: &Export, to: &Path) -> PathBuf {
+    if let Some(exact_within) = export.exact_within {
+        let request = format!("--request-size={exact_within}");
+        let copy = tool("nbdcopy").args([&request, "--no-extents", &uri(export)]);
+        copy.arg(to).run().unwrap();
+        return to.to_path_buf();
+    }
     tool("qemu-img")
         .args(["convert", "-f", "raw", "-O", "raw", &uri(export)])
         .arg(to)

@@ -143,6 +143,16 @@ pub enum CopyError {
         exported: u64,
         planned: u64,
     },
+    #[error(
+        "cannot read disk `{disk}` in chunks of {chunk_bytes} bytes: this QEMU answers no request \
+         of more than {exact_within} rightly while the guest writes (use QEMU 9.0 or newer, or a \
+         repository with smaller chunks)"
+    )]
+    Inexact {
+        disk: String,
+        chunk_bytes: u64,
+        exact_within: u64,
+    },
     #[error("cannot account for all of disk `{disk}`: {missing} pieces were never read")]
     Incomplete { disk: String, missing: u64 },
     #[error("cannot go on: the session at the VM broke")]

@@ -72,6 +72,29 @@ impl<'a> Disk<'a> {
         }
     }
 
+    /// Returns how many bytes are asked for at once, at most; one chunk at least.
+    ///
+    /// A server whose long answers are wrong is asked for chunks, none of which
+    /// it has to put together from two places.
+    pub(super) fn request_bytes(&self) -> u64 {
+        match self.job.export.exact_within {
+            Some(_) => self.shared.chunk_size.bytes(),
+            None => REQUEST_BYTES,
+        }
+    }
+
+    fn is_exact(&self) -> Result<(), CopyError> {
+        let chunk_bytes = self.shared.chunk_size.bytes();
+        match self.job.export.exact_within {
+            Some(exact_within) if chunk_bytes > exact_within => Err(CopyError::Inexact {
+                disk: self.job.target.clone(),
+                chunk_bytes,
+                exact_within,
+            }),
+            _ => Ok(()),
+        }
+    }
+
     fn fail(&self, error: CopyError) {
         let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
         first.get_or_insert(error);
@@ -134,6 +157,9 @@ pub(super) fn run_disk(
 ) -> (u64, Result<Copied, CopyError>) {
     let failed = |size_bytes, error| (size_bytes, Err(error));
     let disk = Disk::new(shared, job, progress);
+    if let Err(error) = disk.is_exact() {
+        return failed(job.size_bytes, error);
+    }
     let ReadPlan::Dirty { context, audit, .. } = &job.read else {
         return match disk.connect(vec![ALLOCATION.to_owned()]) {
             Ok(link) => copy_all(&disk, link),
@@ -378,7 +404,7 @@ fn walk(
         };
         let map = map_window(disk, mapper, window)?;
         let mut wanted = 0_u64;
-        for run in map.runs(REQUEST_BYTES) {
+        for run in map.runs(disk.request_bytes()) {
             if !take_token(disk, tokens) {
                 return Ok(issued);
             }
@@ -470,6 +496,11 @@ fn map_window(
         }
     }
     for range in map.worth_asking() {
+        if disk.job.export.exact_within.is_some() {
+            // What it says of zeroes comes from the same two places.
+            map.may_hold_data(range);
+            continue;
+        }
         let connection = mapper.allocation(disk)?;
         if connection.export().context(ALLOCATION).is_none() {
             // A server that does not tell holes apart: everything may be data.

@@ -58,6 +58,7 @@ pub(super) const fn phase(step: Step) -> Phase {
         | Step::QmpFleeceAdded
         | Step::QmpFilterAdded
         | Step::Frozen
+        | Step::OffMarkAdded
         | Step::QmpStopNoted
         | Step::QmpStopped => Phase::Starting,
         // The first pack may be written while the last bytes are read.
@@ -66,6 +67,7 @@ pub(super) const fn phase(step: Step) -> Phase {
         | Step::QmpSnapshotAdded
         | Step::QmpMerged
         | Step::QmpExported
+        | Step::OffExported
         | Step::Started
         | Step::Begun
         | Step::PackWritten

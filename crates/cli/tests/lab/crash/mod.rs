@@ -48,7 +48,10 @@ fn row(blow: Blow, is_in_row: fn(Phase) -> bool) -> Result<String> {
 
 /// Whether the VM of the matrix can be brought to pass a step.
 fn is_passed(step: Step) -> bool {
-    !matches!(preparation(step), Preparation::Guest | Preparation::OverQmp)
+    !matches!(
+        preparation(step),
+        Preparation::Guest | Preparation::OverQmp | Preparation::Off
+    )
 }
 
 fn lives_through(blow: Blow, mut steps: Vec<Step>, mut life: Life) -> Result<String> {

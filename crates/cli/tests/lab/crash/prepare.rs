@@ -30,6 +30,8 @@ pub(super) enum Preparation {
     Guest,
     /// A VM without libvirt.
     OverQmp,
+    /// A VM that is off.
+    Off,
 }
 
 pub(super) const fn preparation(step: Step) -> Preparation {
@@ -76,6 +78,7 @@ pub(super) const fn preparation(step: Step) -> Preparation {
         | Step::QmpSwitchedBack
         | Step::QmpFilterRemoved
         | Step::QmpFleeceRemoved => Preparation::OverQmp,
+        Step::OffMarkAdded | Step::OffExported => Preparation::Off,
         Step::LeftoverEnded | Step::MarkTidied => Preparation::DeadSession,
         Step::Swept => Preparation::DeadStart,
         Step::MarkToldAgain => Preparation::Forgotten,
@@ -112,6 +115,7 @@ impl Life {
                 Ok(())
             }
             Preparation::Guest => anyhow::bail!("this VM has no guest"),
+            Preparation::Off => anyhow::bail!("this VM runs"),
             Preparation::OverQmp => anyhow::bail!("libvirt has this VM's monitor"),
         }
     }

@@ -8,7 +8,7 @@ use highwater_plan::{AuditView, MOUNTED_BYTES, Strata, choose_audit, mounted_pla
 use highwater_repo::{ImageReader, RepoError};
 
 use super::AuditOrder;
-use crate::backup::copy::{CopyError, REQUEST_BYTES};
+use crate::backup::copy::CopyError;
 use crate::backup::disk_copy::{BYTES_NEAR, Disk, REQUESTS_NEAR, STATE_DIRTY, read_error};
 
 /// Blocks between two looks at the clock.
@@ -92,9 +92,14 @@ impl Auditor<'_> {
             return Ok(Vec::new());
         };
         let mut head = vec![0; usize::try_from(range.len()).unwrap_or_default()];
-        self.connection
-            .read_at(0, &mut head)
-            .map_err(|source| End::Unreadable(read_error(self.disk, range, source)))?;
+        let request_bytes = self.disk.request_bytes();
+        let step = usize::try_from(request_bytes).unwrap_or(usize::MAX);
+        let pieces = head.chunks_mut(step);
+        for (offset, piece) in (0_u64..).step_by(step).zip(pieces) {
+            self.connection
+                .read_at(offset, piece)
+                .map_err(|source| End::Unreadable(read_error(self.disk, range, source)))?;
+        }
         Ok(head)
     }
 
@@ -233,7 +238,10 @@ impl Auditor<'_> {
 
     /// Reads blocks, several at a time, and compares them with the tree.
     fn compare(&mut self, chunks: &[u64]) -> Result<(), End> {
-        let runs = runs(chunks, REQUEST_BYTES / self.disk.shared.chunk_size.bytes());
+        let runs = runs(
+            chunks,
+            self.disk.request_bytes() / self.disk.shared.chunk_size.bytes(),
+        );
         let mut next = 0;
         let (mut under_way, mut bytes_under_way) = (0_usize, 0_u64);
         let mut lie = None;
