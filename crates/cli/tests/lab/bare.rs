@@ -344,7 +344,10 @@ fn a_monitor_that_somebody_holds_is_busy() -> Result<()> {
     tale.backs_up(&["full: first-backup"])?;
     let held = std::os::unix::net::UnixStream::connect(tale.vm.qmp_socket())?;
     let told = bed.fail(&tale.vm.uri(), &["backup", "kvm0"], 11)?;
-    ensure!(told.contains("another program holds this monitor"), "{told}");
+    ensure!(
+        told.contains("another program holds this monitor"),
+        "{told}"
+    );
     drop(held);
     tale.backs_up(&["incremental"])?;
     tale.ends_well()

@@ -48,7 +48,9 @@ fn openers_of(images: impl Iterator<Item = PathBuf>) -> Vec<String> {
     let all = || -> Vec<String> { images.iter().flat_map(|image| openers(image)).collect() };
     let patience = std::time::Duration::from_secs(2);
     // Who is still there then is told of.
-    drop(wait_until("nobody has it", patience, || Ok(all().is_empty())));
+    drop(wait_until("nobody has it", patience, || {
+        Ok(all().is_empty())
+    }));
     all()
 }
 
