@@ -345,8 +345,12 @@ fn of_backup(error: &BackupError) -> Advice {
             };
             Advice::code(BUSY).state(NO_POINT).hint(hint)
         }
-        BackupError::WrongState { vm, state } => {
+        BackupError::WrongState { vm, state, .. } => {
             let hint = match state {
+                RunState::Other if by_hand::are_images() => {
+                    "back it up over the connection of whatever runs it, or when it is off"
+                        .to_owned()
+                }
                 RunState::Off => format!(
                     "{}, or have its images read: `--offline yield`",
                     by_hand::start(vm)
@@ -399,6 +403,9 @@ fn of_backup(error: &BackupError) -> Advice {
         }
         BackupError::GuardLost { vm, source } => of_hypervisor(source)
             .state(LEFT_TO_THE_NEXT)
+            .hint(format!("run `highwater backup {vm}` again")),
+        BackupError::Lost { vm, source } => of_hypervisor(source)
+            .state(TIDIED)
             .hint(format!("run `highwater backup {vm}` again")),
         BackupError::NoExport { .. } => Advice::code(FAILED).state(TIDIED),
         BackupError::Copy { vm, source } if source.lost_session().is_some() => {
@@ -464,7 +471,7 @@ fn refusal_hint(refusal: highwater_engine::Refusal, vm: &str, disk: &str) -> Str
     use highwater_engine::Refusal;
     match refusal {
         Refusal::GraphChanged => format!(
-            "another program put a snapshot or a filter over it behind libvirt's back: let that \
+            "another program put a snapshot or a filter over it behind the hypervisor's back: let that \
              program take it away, or shut `{vm}` down, merge the snapshot if it is one, and start \
              `{vm}` again; or leave the disk out with `-x {disk}`"
         ),

@@ -34,6 +34,11 @@ pub(crate) fn connected_to(uri: &str) {
     let _ = HYPERVISOR.set(Hypervisor::of(uri));
 }
 
+/// Whether nothing runs the VM as far as this connection goes.
+pub(crate) fn are_images() -> bool {
+    Hypervisor::current() == Hypervisor::Images
+}
+
 /// How to see what the VMs are called.
 pub(crate) fn see_names() -> String {
     match Hypervisor::current() {

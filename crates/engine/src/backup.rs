@@ -33,8 +33,8 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use highwater_hypervisor::{
-    Agent, BeginOrder, Begun, DiskOrder, NewMark, Quiesce, ReadMode, RootNode, RunState, VmFacts,
-    VmRef, WhenStarted,
+    Agent, BeginOrder, Begun, DiskOrder, ErrorKind, NewMark, Quiesce, ReadMode, RootNode, RunState,
+    VmFacts, VmRef, WhenStarted,
 };
 use highwater_model::step::{Step, pass};
 use highwater_model::{Clock, MarkName, Nonce, PointId, SessionId, Timestamp};
@@ -308,6 +308,12 @@ impl Job<'_> {
         BackupError::WrongState {
             vm: self.vm.name.clone(),
             state: facts.run_state,
+            because: facts.disks.iter().find_map(|disk| match &disk.root_node {
+                RootNode::Unknown(because) if facts.run_state == RunState::Other => {
+                    Some(because.clone())
+                }
+                _ => None,
+            }),
         }
     }
 
@@ -538,9 +544,15 @@ impl Job<'_> {
         self.context
             .guard
             .committing()
-            .map_err(|source| BackupError::GuardLost {
-                vm: vm.clone(),
-                source,
+            .map_err(|source| match source.kind {
+                ErrorKind::SessionLost => BackupError::Lost {
+                    vm: vm.clone(),
+                    source,
+                },
+                _ => BackupError::GuardLost {
+                    vm: vm.clone(),
+                    source,
+                },
             })?;
         pass(Step::Committing);
         let manifest = record::manifest(&record::Parts {

@@ -101,6 +101,9 @@ pub struct Begun {
     pub disks: Vec<BegunDisk>,
     /// What the user should know (an agent that did not answer, …).
     pub warnings: Vec<String>,
+    /// Whether images are read that others may write to: what was read is right
+    /// only if [`check`](crate::Driver::check) still passes after the last byte.
+    pub reads_images: bool,
     /// Room that the scratch files may still need; `None` if all of it is theirs.
     pub reserve: Option<ScratchReserve>,
 }

@@ -12,7 +12,7 @@ use crate::advice::{self, CliError};
 use crate::args::{self, Backup, Global, JsonStyle};
 use crate::commands::{each_once, names_of_vms};
 use crate::progress::Progress;
-use crate::{doing, guard_process, json, output, settings, several, signals, times};
+use crate::{by_hand, doing, guard_process, json, output, settings, several, signals, times};
 
 /// What came of one VM.
 enum Outcome {
@@ -172,7 +172,8 @@ fn all_vms(guard: &Guard, options: &BackupOptions) -> Result<Vec<String>, CliErr
     let vms = guard.list()?.into_iter();
     let wanted = vms.filter(|(_, state)| match state {
         RunState::Off => options.offline != Offline::Refuse,
-        RunState::Other => false,
+        // An image that is in use is one that was asked for.
+        RunState::Other => by_hand::are_images(),
         RunState::Running | RunState::Paused | RunState::PausedOnError | RunState::NotResumed => {
             true
         }

@@ -440,6 +440,7 @@ fn report(
         consistency,
         taken_at,
         frozen_ms,
+        reads_images: false,
         stopped_us: None,
         mark_created_s,
         warnings,

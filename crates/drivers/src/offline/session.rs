@@ -359,6 +359,7 @@ fn begin_prepared<'a>(
         consistency: Consistency::Offline,
         taken_at,
         frozen_ms: None,
+        reads_images: true,
         stopped_us: None,
         mark_created_s: order
             .new_mark

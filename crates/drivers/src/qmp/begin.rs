@@ -121,6 +121,7 @@ impl QmpDriver {
             consistency,
             taken_at,
             frozen_ms,
+            reads_images: false,
             stopped_us: stopped.map(microseconds),
             mark_created_s: order
                 .new_mark

@@ -19,8 +19,12 @@ pub enum BackupError {
     Observe { vm: String, source: HypervisorError },
     #[error("cannot back up VM `{vm}`: {}", job_words(job.as_ref()))]
     Busy { vm: String, job: Option<JobFacts> },
-    #[error("cannot back up VM `{vm}`: it is {}", state_words(*state))]
-    WrongState { vm: String, state: RunState },
+    #[error("cannot back up VM `{vm}`: {}", because.as_deref().unwrap_or(state_words(*state)))]
+    WrongState {
+        vm: String,
+        state: RunState,
+        because: Option<String>,
+    },
     #[error("cannot back up disk `{disk}` of VM `{vm}`: no such disk")]
     NoSuchDisk {
         vm: String,
@@ -48,6 +52,8 @@ pub enum BackupError {
     Begin { vm: String, source: HypervisorError },
     #[error("cannot commit the backup of VM `{vm}` without its guard")]
     GuardLost { vm: String, source: HypervisorError },
+    #[error("cannot commit the backup of VM `{vm}`")]
+    Lost { vm: String, source: HypervisorError },
     #[error("cannot read disk `{disk}` of VM `{vm}`: the hypervisor exports nothing for it")]
     NoExport { vm: String, disk: String },
     #[error("cannot read VM `{vm}`")]
@@ -121,12 +127,14 @@ fn job_words(job: Option<&JobFacts>) -> String {
 
 const fn state_words(state: RunState) -> &'static str {
     match state {
-        RunState::Running => "running",
-        RunState::Paused => "paused",
-        RunState::PausedOnError => "paused because a write of it failed",
-        RunState::NotResumed => "loaded from a saved state or a migration, and not resumed since",
-        RunState::Off => "off",
-        RunState::Other => "neither running nor paused",
+        RunState::Running => "it is running",
+        RunState::Paused => "it is paused",
+        RunState::PausedOnError => "it is paused because a write of it failed",
+        RunState::NotResumed => {
+            "it is loaded from a saved state or a migration, and not resumed since"
+        }
+        RunState::Off => "it is off",
+        RunState::Other => "it is neither running nor paused",
     }
 }
 

@@ -2,7 +2,9 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use highwater_hypervisor::{BeginOrder, DiskFacts, MarkOrder, Redefinition, Swept, VmFacts};
+use highwater_hypervisor::{
+    BeginOrder, DiskFacts, ErrorKind, MarkOrder, Redefinition, Swept, VmFacts,
+};
 use highwater_model::step::{Step, pass};
 use highwater_model::{MarkName, PointId, RepoId, SessionId};
 use highwater_plan::{
@@ -76,9 +78,11 @@ impl Job<'_> {
 
     /// Starts a VM that is off, paused, for as long as this backup takes.
     pub(super) fn start_paused(&mut self) -> Result<(), BackupError> {
-        // First: a start that fails in the middle may have started it.
-        self.started_vm = true;
         let started = self.context.guard.start_paused(self.vm);
+        // A start that fails in the middle may have started it; one that was refused
+        // has not.
+        let is_refused = |error: &GuardError| error.kind == ErrorKind::WrongState;
+        self.started_vm = !started.as_ref().is_err_and(is_refused);
         started.map_err(|source| BackupError::Begin {
             vm: self.vm.name.clone(),
             source,

@@ -19,7 +19,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{
-    BeginOrder, Begun, Consistency, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
+    BeginOrder, Begun, Driver, Ended, ErrorKind, HypervisorError, MarkOrder, VmRef,
 };
 
 use highwater_model::step::{Step, pass, patience};
@@ -98,8 +98,8 @@ struct Host {
 
 struct Session {
     order: BeginOrder,
-    /// The VM was off: whoever starts it may write before all is read.
-    is_offline: bool,
+    /// Others may write to what is read: see [`Begun::reads_images`].
+    reads_images: bool,
     committing: bool,
     /// Since when the daemon has been away.
     away: Option<Instant>,
@@ -120,7 +120,7 @@ impl Session {
     fn new(order: BeginOrder, begun: &Begun) -> Self {
         Self {
             order,
-            is_offline: begun.consistency == Consistency::Offline,
+            reads_images: begun.reads_images,
             committing: false,
             away: None,
             broken: None,
@@ -228,13 +228,13 @@ impl Host {
                     return Err(broken.error.clone());
                 }
                 let (vm, id) = (session.order.vm.clone(), session.order.session);
-                let is_offline = session.is_offline;
+                let reads_images = session.reads_images;
                 // A successor has removed our mark, or is about to.
                 self.driver()?.still_claimed(&vm)?;
                 // All is read. An image that was written to before now may have
                 // been read in parts from before and after; QEMU holds a point of
                 // its own for a VM that runs.
-                if is_offline {
+                if reads_images {
                     self.driver()?.check(&vm, id)?;
                 }
                 if let Some(session) = &mut self.session {
@@ -322,7 +322,7 @@ impl Host {
     fn finish_session(&mut self, session: Session, outcome: Outcome) -> Ended {
         match session.broken {
             None => self.finish(&session.order, outcome),
-            Some(broken) if broken.outcome == outcome => broken.ended,
+            Some(broken) if broken.outcome == outcome || session.reads_images => broken.ended,
             // Nobody knew then; the mover does.
             Some(mut broken) => {
                 let rest = self.finish(&session.order, outcome);
@@ -429,8 +429,20 @@ impl Host {
             error: error.clone(),
         };
         let told = send(&mut self.stream, &lost);
-        let outcome = session.outcome();
-        let ended = self.finish(&session.order, outcome);
+        // Somebody starts the VM: to take the mark out now would lock its images in
+        // the very moment in which QEMU opens them.
+        let outcome = if session.reads_images {
+            Outcome::Unknown
+        } else {
+            session.outcome()
+        };
+        let mut ended = self.finish(&session.order, outcome);
+        if let (true, Some(mark)) = (session.reads_images, &session.order.new_mark) {
+            ended.warnings.push(format!(
+                "mark {} stays in the images for now; the next backup removes it",
+                mark.name
+            ));
+        }
         session.broken = Some(Broken {
             since: Instant::now(),
             error,

@@ -12,7 +12,7 @@ use crate::processes::{guard_of, mover_of, signal};
 use crate::support::Bed;
 use crate::waiting::{self, Ended};
 
-pub(super) use crate::waiting::{PATIENCE, wait_until};
+pub(super) use crate::waiting::wait_until;
 
 macro_rules! blows {
     ($($(#[$doc:meta])* $name:ident)*) => {

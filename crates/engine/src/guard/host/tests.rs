@@ -81,6 +81,7 @@ impl Driver for Scripted {
             consistency: Consistency::Crash,
             taken_at: Timestamp::from_unix_ms(0),
             frozen_ms: None,
+            reads_images: false,
             stopped_us: None,
             mark_created_s: None,
             disks: Vec::new(),
