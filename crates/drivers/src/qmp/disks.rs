@@ -105,10 +105,9 @@ fn format_of(node: &str, layout: &Layout) -> String {
 fn chain(top: &str, layout: &Layout, files: &Files) -> Vec<ChainLink> {
     let mut links = Vec::new();
     let mut next = Some(top);
-    while let Some(node) = next {
-        if links.len() >= CHAIN_MAX {
-            break;
-        }
+    // Filters count, too: they may stand in a circle.
+    for _ in 0..CHAIN_MAX {
+        let Some(node) = next else { break };
         let child = |name: &str| layout.graph.child(node, name);
         if layout.is_filter(node) {
             next = child("file");
@@ -210,4 +209,30 @@ struct WireStats {
 struct WireCounters {
     wr_bytes: u64,
     wr_operations: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::qmp::graph::Graph;
+    use crate::qmp::layout::About;
+
+    #[test]
+    fn filters_in_a_circle_are_followed_to_an_end() {
+        let nodes = json!([{"node-name": "a", "drv": "throttle", "ro": false}]);
+        let devices = json!([{"device": "vda", "qdev": "d", "inserted": {"node-name": "a"}}]);
+        let graph = json!({"nodes": [{"id": 1, "type": "block-driver", "name": "a"}],
+            "edges": [{"parent": 1, "child": 1, "name": "file"}]});
+        let graph = Graph::parse(graph).unwrap();
+        let about = |_: &str| About::default();
+        let layout = Layout::put_together(nodes, devices, graph, &about).unwrap();
+        let found = facts(
+            &layout.disks[0],
+            &layout,
+            &Files::default(),
+            &BTreeMap::new(),
+        );
+        assert_eq!(found.chain, []);
+        assert!(matches!(found.root_node, RootNode::Unknown(_)));
+    }
 }
