@@ -1,11 +1,13 @@
 //! A VM that is started while it is backed up.
 
 use std::fs;
+use std::time::Duration;
 
 use highwater_hypervisor::{Driver as _, ErrorKind, MarkOrder, RootNode, RunState, WhenStarted};
 
-use highwater_testkit::{DiskSpec, MIB};
+use highwater_testkit::{BareLab, DiskSpec, MIB, compare_images, tool, wait_until};
 
+use crate::reading::read_export;
 use crate::rig::{Rig, assert_lost, new_mark};
 
 #[test]
@@ -99,4 +101,97 @@ fn an_image_that_is_moved_away_ends_the_session() {
     assert_lost(rig.check(&order), "not as it was");
     fs::rename(rig.lab.path("elsewhere"), &image).unwrap();
     rig.end(&order);
+}
+
+#[test]
+fn whenever_a_vm_starts_while_a_session_begins_no_write_is_missed() {
+    let mut rig = Rig::new(&["vda", "vdb"]);
+    let mut began = 0;
+    for round in 0..16_u32 {
+        let order = rig.order(&[("vda", None), ("vdb", None)]);
+        let Rig {
+            driver, machine, ..
+        } = &mut rig;
+        let (begun, looked) = std::thread::scope(|scope| {
+            let (written, until_written) = std::sync::mpsc::channel::<()>();
+            let order = &order;
+            // What it begins dies with it.
+            let session = scope.spawn(move || {
+                let begun = driver.begin(order).map(drop);
+                drop(until_written.recv());
+                let looked = driver.check(&order.vm, order.session);
+                drop(driver.end(order));
+                (begun, looked)
+            });
+            std::thread::sleep(Duration::from_millis(u64::from(round) * 6));
+            // While a mark is added, the image is somebody's.
+            let start = || Ok(machine.start().is_ok());
+            wait_until("the VM starts", Duration::from_secs(20), start).unwrap();
+            let write = format!("write -P {} {}k 64k", round + 1, u64::from(round) * 64);
+            let writes = [("vda", write.clone()), ("vdb", write)];
+            machine.write_each(&writes).unwrap();
+            written.send(()).unwrap();
+            let outcome = session.join().unwrap();
+            machine.quit().unwrap();
+            outcome
+        });
+        assert!(looked.is_err(), "a session beside a VM that runs stands");
+        let mark = new_mark(&order);
+        for disk in ["vda", "vdb"] {
+            let bitmap = rig.bitmap(disk, &mark);
+            match (&begun, bitmap) {
+                (Ok(()), Some(bitmap)) => {
+                    assert!(bitmap.recording && !bitmap.inconsistent, "{bitmap:?}");
+                    assert_eq!(bitmap.dirty_bytes, 64 << 10, "round {round}, {disk}");
+                }
+                (Ok(()), None) => panic!("round {round}: the mark of {disk} is gone"),
+                (Err(_), None) => {}
+                // It ran before it could be taken off again.
+                (Err(error), Some(_)) => assert!(error.left_behind, "{error:?}"),
+            }
+        }
+        began += u32::from(begun.is_ok());
+        let vm = rig.vm();
+        rig.driver.mark(&vm, &MarkOrder::Remove(mark)).unwrap();
+    }
+    assert!(began > 0, "no session began before the VM was started");
+}
+
+/// A loop device, which ends with this.
+struct Loop(std::path::PathBuf);
+
+impl Loop {
+    fn over(file: &std::path::Path) -> Self {
+        let device = tool("losetup").args(["--find", "--show"]).arg(file).run();
+        Self(device.unwrap().trim().into())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        drop(tool("losetup").arg("-d").arg(&self.0).run());
+    }
+}
+
+#[test]
+fn where_a_write_leaves_no_trace_no_vm_starts_and_the_user_is_told() {
+    let lab = BareLab::start().unwrap();
+    let file = lab.path("device.raw");
+    fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let device = Loop::over(&file);
+    let disk = DiskSpec::existing("vda", &device.0, "raw");
+    let mut rig = Rig::at(lab, vec![disk]);
+    let mut order = rig.order(&[("vda", None)]);
+    order.new_mark = None;
+    let begun = rig.driver.begin(&order).unwrap();
+    assert!(begun.warnings[0].contains("block device"), "{begun:?}");
+    let read = read_export(&begun.exports[0], &rig.lab.path("read.raw"));
+    compare_images(&file, &read).unwrap();
+    assert!(rig.machine.start().is_err());
+    rig.check(&order).unwrap();
+    rig.end(&order);
+    rig.machine.start().unwrap();
+    let vm = rig.vm();
+    assert_eq!(rig.driver.observe(&vm).unwrap().run_state, RunState::Other);
+    rig.machine.quit().unwrap();
 }
