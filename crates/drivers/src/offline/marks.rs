@@ -6,6 +6,7 @@ use highwater_model::step::{Step, pass};
 use super::facts::OffDisk;
 use super::image::Image;
 use super::tools;
+use super::witness::Witness;
 
 /// Changes one mark. There are no records to be told about one.
 pub(crate) fn change(
@@ -51,8 +52,23 @@ fn take_off(
         let holders = chain
             .images
             .iter()
-            .filter(|image| image.bitmap(name).is_some());
-        for image in holders.filter(|image| is_meant(image)) {
+            .filter(|image| image.bitmap(name).is_some() && is_meant(image));
+        let holders: Vec<&Image> = holders.collect();
+        if holders.is_empty() {
+            continue;
+        }
+        // To change an image is to break the backup of whoever reads it: another
+        // host's, or user's, whose unfinished mark this may be.
+        let witness = Witness::open(std::iter::once(&chain));
+        if let Ok(Some(kept)) = witness.as_ref().map_or(Ok(None), Witness::keep) {
+            return Err(
+                HypervisorError::new(ErrorKind::Busy, message).because(format!(
+                    "another program keeps `{}`: another backup of it runs",
+                    kept.display()
+                )),
+            );
+        }
+        for image in holders {
             match tools::remove_bitmap(&image.path, name) {
                 Ok(_) => pass(Step::BitmapRemoved),
                 Err(error) => {
