@@ -239,14 +239,36 @@ fn called(pid: u32) -> String {
     name.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
-/// Returns the sockets that are connected to a TCP address.
+/// Returns the sockets whose connections a TCP server has accepted: those that
+/// still wait for it belong to nobody at its end.
 fn clients_of(table: &str, server: &str) -> BTreeSet<u64> {
-    let rows = table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(2);
-        let (there, state) = (fields.next()?, fields.next()?);
-        (there == server && state == "01").then(|| fields.nth(5)?.parse::<u64>().ok())?
-    });
-    rows.filter(|inode| *inode != 0).collect()
+    let rows: Vec<TcpRow<'_>> = table.lines().skip(1).filter_map(tcp_row).collect();
+    let served = rows.iter().filter(|row| row.local == server);
+    let clients: BTreeSet<&str> = served.map(|row| row.remote).collect();
+    let theirs = rows.iter().filter(|row| row.remote == server);
+    theirs
+        .filter(|row| clients.contains(row.local))
+        .map(|row| row.inode)
+        .collect()
+}
+
+struct TcpRow<'a> {
+    local: &'a str,
+    remote: &'a str,
+    inode: u64,
+}
+
+/// Reads `number: local remote state ... inode` of a connection that stands and
+/// that somebody holds.
+fn tcp_row(line: &str) -> Option<TcpRow<'_>> {
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let (local, remote, state) = (fields.next()?, fields.next()?, fields.next()?);
+    let inode = fields.nth(5)?.parse().ok()?;
+    (state == "01" && inode != 0).then_some(TcpRow {
+        local,
+        remote,
+        inode,
+    })
 }
 
 #[cfg(test)]
@@ -262,6 +284,16 @@ mod tests {
         let nameless = b"0000000079ca2481: 00000003 00000000 00000000 0001 03 8690125";
         assert_eq!(unix_row(nameless), None);
         assert_eq!(unix_row(b""), None);
+    }
+
+    #[test]
+    fn who_waits_for_a_port_does_not_hold_it() {
+        let row = |local: &str, remote: &str, inode: u64| {
+            format!(" 0: {local} {remote} 01 0:0 00:0 0 0 0 {inode} 1\n")
+        };
+        let table = ["sl\n".to_owned(), row("S", "A", 7), row("A", "S", 8)].concat();
+        let waiting = [row("S", "B", 0), row("B", "S", 9)].concat();
+        assert_eq!(clients_of(&(table + &waiting), "S"), [8].into());
     }
 
     #[test]
