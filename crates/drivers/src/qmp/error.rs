@@ -7,7 +7,10 @@ use super::line::GUARD;
 /// Why a monitor did not do what it was asked to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum QmpError {
-    /// Nobody listens, or it may not be asked.
+    /// Nobody listens there, or nothing is there.
+    #[error("{0}")]
+    Nobody(String),
+    /// It cannot be asked for another reason.
     #[error("{0}")]
     Unreachable(String),
     /// It takes connections, and does not greet: somebody else has it.
@@ -49,7 +52,9 @@ impl QmpError {
     /// Returns what callers branch on.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Unreachable(_) | Self::TimedOut(_) | Self::Closed => ErrorKind::Unreachable,
+            Self::Nobody(_) | Self::Unreachable(_) | Self::TimedOut(_) | Self::Closed => {
+                ErrorKind::Unreachable
+            }
             Self::Taken(_) => ErrorKind::Busy,
             Self::Malformed(_) => ErrorKind::Other,
             Self::Refused { desc, .. } => kind_of(desc),
@@ -83,7 +88,9 @@ pub(crate) fn explain(message: impl Into<String>, error: &QmpError) -> Hyperviso
             "end that program, or start QEMU with a second monitor \
              (`-qmp unix:/another.sock,server=on,wait=off`) for backups",
         ),
-        QmpError::Unreachable(_) => explained.hint("is QEMU running, and may this user reach it?"),
+        QmpError::Nobody(_) | QmpError::Unreachable(_) => {
+            explained.hint("is QEMU running, and may this user reach it?")
+        }
         _ => explained,
     }
 }

@@ -55,7 +55,7 @@ impl QmpDriver {
             checkpoints: Vec::new(),
             expects_records: false,
             job: jobs::running_job(&client, &layout).map_err(|error| failed(&error))?,
-            agent: agent::state(self.options.agent.as_ref()),
+            agent: agent::state(self.agent().as_ref()),
             process: process.map(|process| process.identity),
             versions: version(&client).into_iter().collect(),
         })
