@@ -100,7 +100,7 @@ fn dial(address: &Address) -> Result<Connected, HypervisorError> {
         let message = format!("cannot connect to QEMU at `{address}`");
         return Err(explain(message, &error));
     };
-    let process = process::behind(address, client.stream());
+    let process = process::behind(address, &client);
     Ok(Connected { client, process })
 }
 
