@@ -1,10 +1,11 @@
 //! A VM that is started while it is backed up.
 
 use std::fs;
+use std::time::Duration;
 
 use highwater_hypervisor::{Driver as _, ErrorKind, MarkOrder, RootNode, RunState, WhenStarted};
 
-use highwater_testkit::{DiskSpec, MIB};
+use highwater_testkit::{DiskSpec, MIB, wait_until};
 
 use crate::rig::{Rig, assert_lost, new_mark};
 
@@ -99,4 +100,58 @@ fn an_image_that_is_moved_away_ends_the_session() {
     assert_lost(rig.check(&order), "not as it was");
     fs::rename(rig.lab.path("elsewhere"), &image).unwrap();
     rig.end(&order);
+}
+
+#[test]
+fn whenever_a_vm_starts_while_a_session_begins_no_write_is_missed() {
+    let mut rig = Rig::new(&["vda", "vdb"]);
+    let mut began = 0;
+    for round in 0..16_u32 {
+        let order = rig.order(&[("vda", None), ("vdb", None)]);
+        let Rig {
+            driver, machine, ..
+        } = &mut rig;
+        let (begun, looked) = std::thread::scope(|scope| {
+            let (written, until_written) = std::sync::mpsc::channel::<()>();
+            let order = &order;
+            // What it begins dies with it.
+            let session = scope.spawn(move || {
+                let begun = driver.begin(order).map(drop);
+                drop(until_written.recv());
+                let looked = driver.check(&order.vm, order.session);
+                drop(driver.end(order));
+                (begun, looked)
+            });
+            std::thread::sleep(Duration::from_millis(u64::from(round) * 6));
+            // While a mark is added, the image is somebody's.
+            let start = || Ok(machine.start().is_ok());
+            wait_until("the VM starts", Duration::from_secs(20), start).unwrap();
+            let write = format!("write -P {} {}k 64k", round + 1, u64::from(round) * 64);
+            let writes = [("vda", write.clone()), ("vdb", write)];
+            machine.write_each(&writes).unwrap();
+            written.send(()).unwrap();
+            let outcome = session.join().unwrap();
+            machine.quit().unwrap();
+            outcome
+        });
+        assert!(looked.is_err(), "a session beside a VM that runs stands");
+        let mark = new_mark(&order);
+        for disk in ["vda", "vdb"] {
+            let bitmap = rig.bitmap(disk, &mark);
+            match (&begun, bitmap) {
+                (Ok(()), Some(bitmap)) => {
+                    assert!(bitmap.recording && !bitmap.inconsistent, "{bitmap:?}");
+                    assert_eq!(bitmap.dirty_bytes, 64 << 10, "round {round}, {disk}");
+                }
+                (Ok(()), None) => panic!("round {round}: the mark of {disk} is gone"),
+                (Err(_), None) => {}
+                // It ran before it could be taken off again.
+                (Err(error), Some(_)) => assert!(error.left_behind, "{error:?}"),
+            }
+        }
+        began += u32::from(begun.is_ok());
+        let vm = rig.vm();
+        rig.driver.mark(&vm, &MarkOrder::Remove(mark)).unwrap();
+    }
+    assert!(began > 0, "no session began before the VM was started");
 }
