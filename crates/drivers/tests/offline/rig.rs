@@ -29,7 +29,10 @@ impl Rig {
     }
 
     pub(crate) fn with(disks: Vec<DiskSpec>) -> Self {
-        let lab = BareLab::start().unwrap();
+        Self::at(BareLab::start().unwrap(), disks)
+    }
+
+    pub(crate) fn at(lab: BareLab, disks: Vec<DiskSpec>) -> Self {
         let builder = disks.into_iter().fold(lab.vm("web01"), BareBuilder::disk);
         let machine = builder.create().unwrap();
         let driver = connect(&machine);

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use highwater_hypervisor::{Driver as _, ErrorKind, MarkOrder, RootNode, RunState, WhenStarted};
 
-use highwater_testkit::{DiskSpec, MIB, wait_until};
+use highwater_testkit::{BareLab, DiskSpec, MIB, compare_images, tool, wait_until};
 
+use crate::reading::read_export;
 use crate::rig::{Rig, assert_lost, new_mark};
 
 #[test]
@@ -154,4 +155,43 @@ fn whenever_a_vm_starts_while_a_session_begins_no_write_is_missed() {
         rig.driver.mark(&vm, &MarkOrder::Remove(mark)).unwrap();
     }
     assert!(began > 0, "no session began before the VM was started");
+}
+
+/// A loop device, which ends with this.
+struct Loop(std::path::PathBuf);
+
+impl Loop {
+    fn over(file: &std::path::Path) -> Self {
+        let device = tool("losetup").args(["--find", "--show"]).arg(file).run();
+        Self(device.unwrap().trim().into())
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        drop(tool("losetup").arg("-d").arg(&self.0).run());
+    }
+}
+
+#[test]
+fn where_a_write_leaves_no_trace_no_vm_starts_and_the_user_is_told() {
+    let lab = BareLab::start().unwrap();
+    let file = lab.path("device.raw");
+    fs::write(&file, vec![7; 1 << 20]).unwrap();
+    let device = Loop::over(&file);
+    let disk = DiskSpec::existing("vda", &device.0, "raw");
+    let mut rig = Rig::at(lab, vec![disk]);
+    let mut order = rig.order(&[("vda", None)]);
+    order.new_mark = None;
+    let begun = rig.driver.begin(&order).unwrap();
+    assert!(begun.warnings[0].contains("block device"), "{begun:?}");
+    let read = read_export(&begun.exports[0], &rig.lab.path("read.raw"));
+    compare_images(&file, &read).unwrap();
+    assert!(rig.machine.start().is_err());
+    rig.check(&order).unwrap();
+    rig.end(&order);
+    rig.machine.start().unwrap();
+    let vm = rig.vm();
+    assert_eq!(rig.driver.observe(&vm).unwrap().run_state, RunState::Other);
+    rig.machine.quit().unwrap();
 }
