@@ -22,6 +22,7 @@ pub use qemu::Qemu;
 
 use crate::command::{tool, wait_until};
 use crate::disk::DiskSpec;
+use crate::guest::Guest;
 use crate::vm::{BitmapSeen, bitmaps_in_image, bitmaps_of_image, check_qemu_io};
 use crate::{guest, lab};
 
@@ -270,6 +271,12 @@ impl Drop for Running {
 }
 
 impl BareVm {
+    /// Like [`Vm::guest`](crate::Vm::guest), of a VM made with
+    /// [`BareBuilder::guest`].
+    pub fn guest(&self) -> Result<Guest> {
+        Guest::without_libvirt(self.name(), &self.lab().dir(), self.agent_socket())
+    }
+
     /// Returns its name.
     pub fn name(&self) -> &str {
         &self.inner.name

@@ -21,7 +21,6 @@ pub use assets::{Assets, assets};
 pub use latency::{Latency, LatencyWriter};
 pub use writer::{NumberedWriter, Numbering};
 
-use crate::bare::BareVm;
 use crate::command::{tool, wait_until};
 use crate::lab::Lab;
 use crate::vm::{Vm, VmBuilder};
@@ -72,17 +71,14 @@ impl Vm {
     }
 }
 
-impl BareVm {
-    /// Like [`Vm::guest`], of a VM made with
-    /// [`BareBuilder::guest`](crate::BareBuilder::guest).
-    pub fn guest(&self) -> Result<Guest> {
-        let (control, writer) = sockets(&self.lab().dir(), self.name());
-        let agent = AgentLine::Socket(self.agent_socket());
-        Guest::connect(self.name(), &control, writer, agent)
-    }
-}
-
 impl Guest {
+    /// Waits until the guest of a VM without libvirt has booted, which lives in
+    /// this directory.
+    pub(crate) fn without_libvirt(name: &str, dir: &Path, agent: PathBuf) -> Result<Self> {
+        let (control, writer) = sockets(dir, name);
+        Self::connect(name, &control, writer, AgentLine::Socket(agent))
+    }
+
     /// Waits until the guest has booted.
     fn connect(name: &str, socket: &Path, writer: PathBuf, agent: AgentLine) -> Result<Self> {
         let control = UnixStream::connect(socket)
