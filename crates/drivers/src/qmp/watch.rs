@@ -11,7 +11,8 @@ use highwater_model::SessionId;
 use super::QmpDriver;
 use super::client::Client;
 use super::error::explain;
-use super::objects::{Role, Seat, Seen, Which};
+use super::objects::{Role, Which};
+use super::seen::{Seat, Seen};
 use super::sequence::Placed;
 use crate::directories::free_bytes;
 
