@@ -146,7 +146,12 @@ impl QmpDriver {
             // The name is unguessable and used once: whatever has it was made here.
             left.extend(self.remove_new(&order.vm, &mark.name.to_string()).err());
         }
-        left.into_iter().fold(error, HypervisorError::leaving)
+        let mut error = left.into_iter().fold(error, HypervisorError::leaving);
+        if error.kind == ErrorKind::Unreachable && self.line.is_over() {
+            // Nobody has to wait until it is back.
+            error.kind = ErrorKind::WrongState;
+        }
+        error
     }
 
     fn remove_new(&mut self, vm: &VmRef, mark: &str) -> Result<(), String> {
@@ -154,7 +159,9 @@ impl QmpDriver {
             Ok(client) => client,
             // What was only in its memory is gone with it; what it had written
             // into its images by then, the next run finds.
-            Err(error) if error.kind == ErrorKind::NoSuchVm => return Ok(()),
+            Err(error) if error.kind == ErrorKind::NoSuchVm || self.line.is_over() => {
+                return Ok(());
+            }
             Err(error) => return Err(error.to_string()),
         };
         let words = |error: super::error::QmpError| error.to_string();
