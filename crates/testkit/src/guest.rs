@@ -21,6 +21,7 @@ pub use assets::{Assets, assets};
 pub use latency::{Latency, LatencyWriter};
 pub use writer::{NumberedWriter, Numbering};
 
+use crate::bare::{BareBuilder, BareVm};
 use crate::command::{tool, wait_until};
 use crate::lab::Lab;
 use crate::vm::{Vm, VmBuilder};
@@ -29,7 +30,7 @@ use crate::vm::{Vm, VmBuilder};
 const BOOT_DEADLINE: Duration = Duration::from_mins(2);
 
 /// The kernel, its initial file system twice (packed and unpacked), and some air.
-pub(crate) const MEMORY_MIB: u64 = 256;
+const MEMORY_MIB: u64 = 256;
 
 /// The agent starts together with the loop that has already answered.
 const AGENT_DEADLINE: Duration = Duration::from_secs(30);
@@ -60,6 +61,16 @@ impl VmBuilder {
     }
 }
 
+impl BareBuilder {
+    /// Boots a real guest with its agent; see [`BareVm::guest`].
+    #[must_use]
+    pub fn guest(self) -> Self {
+        self.boot(MEMORY_MIB, |lab, name, agent| {
+            arguments(&lab.dir(), name, agent)
+        })
+    }
+}
+
 impl Vm {
     /// Waits until the guest has booted and returns the way to it.
     ///
@@ -71,14 +82,17 @@ impl Vm {
     }
 }
 
-impl Guest {
-    /// Waits until the guest of a VM without libvirt has booted, which lives in
-    /// this directory.
-    pub(crate) fn without_libvirt(name: &str, dir: &Path, agent: PathBuf) -> Result<Self> {
-        let (control, writer) = sockets(dir, name);
-        Self::connect(name, &control, writer, AgentLine::Socket(agent))
+impl BareVm {
+    /// Like [`Vm::guest`], of a VM made with
+    /// [`BareBuilder::guest`](crate::BareBuilder::guest).
+    pub fn guest(&self) -> Result<Guest> {
+        let (control, writer) = sockets(&self.lab().dir(), self.name());
+        let agent = AgentLine::Socket(self.agent_socket());
+        Guest::connect(self.name(), &control, writer, agent)
     }
+}
 
+impl Guest {
     /// Waits until the guest has booted.
     fn connect(name: &str, socket: &Path, writer: PathBuf, agent: AgentLine) -> Result<Self> {
         let control = UnixStream::connect(socket)
@@ -220,7 +234,7 @@ fn xml(lab: &Lab, vm: &str) -> Result<(String, String)> {
 }
 
 /// Returns QEMU's arguments that make a VM boot the guest; the agent's socket is given.
-pub(crate) fn arguments(dir: &Path, vm: &str, agent: &Path) -> Result<Vec<String>> {
+fn arguments(dir: &Path, vm: &str, agent: &Path) -> Result<Vec<String>> {
     let Assets { kernel, initrd } = assets()?;
     let console = dir.join(format!("{vm}-console.log"));
     let mut arguments: Vec<String> = vec![
