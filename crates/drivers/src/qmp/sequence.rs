@@ -283,6 +283,14 @@ pub(super) fn switch(client: &Client, seat: &Seat, node: &str) -> Result<(), Qmp
             options.insert("file".to_owned(), json!(node));
             ("blockdev-reopen", json!({"options": [options]}))
         }
+        // Has no block to copy, as nothing but filters is in between, so it is done
+        // at once: it names what is below as backing, in the image, too. (What else
+        // would write that down writes the image's own format for that of its
+        // backing.)
+        Seat::Backing { overlay } => (
+            "block-stream",
+            json!({"job-id": format!("hw-unchain-{overlay}").replace('#', ""), "device": overlay, "base-node": node}),
+        ),
         Seat::Fixed { node: above } => {
             return Err(QmpError::Malformed(format!(
                 "node `{above}` cannot be given another child"
