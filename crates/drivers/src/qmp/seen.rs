@@ -3,6 +3,7 @@
 //! What is below a filter is asked for when it is to be taken out, never
 //! remembered: somebody may have taken a snapshot meanwhile, and the guest would
 //! be given a stale image. `query-blockstats` tells it, which every QEMU has.
+//! Images that were made on top of a filter are asked for likewise.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::client::Client;
 use super::error::QmpError;
+use super::graph::Graph;
 use super::objects::{Ours, Role, STOP_KIND, Which};
 use crate::blocks::is_filter;
 use crate::names::session_of_scratch;
@@ -27,6 +29,8 @@ pub(super) struct Seen {
     pub(super) devices: Vec<Device>,
     /// The one child that a node passes everything on to, by its name.
     pub(super) below: BTreeMap<String, String>,
+    /// What an image has as its backing, by the image's node.
+    pub(super) backing: BTreeMap<String, String>,
     pub(super) exports: Vec<ExportOf>,
     /// User-made objects: names and types.
     pub(super) objects: BTreeMap<String, String>,
@@ -89,6 +93,12 @@ pub(super) enum Seat {
         /// With what it is opened anew, without its child.
         options: Map<String, Value>,
     },
+    /// An image that was made on top of it: somebody has taken a snapshot of the
+    /// guest's device. It names our filter as what its backing is.
+    Backing {
+        /// Its name.
+        overlay: String,
+    },
     /// A node that cannot be given another child.
     Fixed {
         /// Its name.
@@ -112,6 +122,7 @@ impl Seen {
                 .into_iter()
                 .filter_map(|it| Some((it.node_name?, it.parent?.node_name?)))
                 .collect(),
+            backing: backing(client)?,
             exports: exports
                 .into_iter()
                 .map(|it| ExportOf {
@@ -181,7 +192,16 @@ impl Seen {
                 None => Seat::Fixed { node },
             });
         }
+        seats.extend(self.overlays_of(filter).map(|overlay| Seat::Backing {
+            overlay: overlay.to_owned(),
+        }));
         seats
+    }
+
+    /// Returns the images that were made on top of this node.
+    pub(super) fn overlays_of<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a str> {
+        let found = self.backing.iter().filter(move |it| it.1 == node);
+        found.map(|(overlay, _)| overlay.as_str())
     }
 
     /// Returns with what a node can be opened anew so that it is as it was; the
@@ -243,6 +263,18 @@ impl Seen {
             stops: objects(Role::Stop, STOP_KIND),
         }
     }
+}
+
+/// Returns what images have as their backing. Statistics do not show it where it
+/// is a filter; the graph does (QEMU 4.0 and later).
+fn backing(client: &Client) -> Result<BTreeMap<String, String>, QmpError> {
+    let graph = match client.run("x-debug-query-block-graph", json!({})) {
+        Ok(answer) => Graph::parse(answer)
+            .map_err(|error| QmpError::Malformed(format!("the graph of nodes: {error}")))?,
+        Err(error) if error.is_refusal() => return Ok(BTreeMap::new()),
+        Err(error) => return Err(error),
+    };
+    Ok(graph.backings())
 }
 
 /// A device with an id is told by it alone, and a bus may have the same.
@@ -438,6 +470,10 @@ mod tests {
         assert_eq!(at_root.seats_of(&cbw), [Seat::Device { path: "/d".into() }]);
         let below = seen(&nodes, &[("th", &cbw), (&snap, &cbw)], "th");
         assert!(matches!(&below.seats_of(&cbw)[..], [Seat::Below { node, .. }] if node == "th"));
+        let mut overlaid = seen(&nodes, &[(&cbw, "n")], "ov");
+        overlaid.backing = [("ov".to_owned(), cbw.clone())].into();
+        let overlay = "ov".to_owned();
+        assert_eq!(overlaid.seats_of(&cbw), [Seat::Backing { overlay }]);
         let odd = seen(&nodes, &[("odd", &cbw)], "odd");
         assert!(matches!(&odd.seats_of(&cbw)[..], [Seat::Fixed { node }] if node == "odd"));
         assert!(

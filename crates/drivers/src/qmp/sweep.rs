@@ -48,7 +48,7 @@ impl QmpDriver {
         places: &[PathBuf],
     ) -> Result<Swept, HypervisorError> {
         let client = self.client_of(vm)?;
-        let found = find(vm, places);
+        let mut found = find(vm, places);
         let mut swept = Swept::default();
         if let Some(client) = &client {
             let mut known: BTreeSet<SessionId> = found.keys().copied().collect();
@@ -64,7 +64,12 @@ impl QmpDriver {
                     .warnings
                     .push("objects of a backup were left in QEMU, and are removed".to_owned());
             }
-            swept.in_process.extend(cleared.sessions);
+            if cleared.is_left {
+                // QEMU still writes to their files.
+                found.retain(|session, _| !cleared.sessions.contains(session));
+            } else {
+                swept.in_process.extend(cleared.sessions);
+            }
             swept.warnings.extend(cleared.warnings);
         }
         // Their files last: QEMU holds them open no longer.
