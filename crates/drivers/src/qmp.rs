@@ -40,6 +40,7 @@ mod options;
 mod peers;
 mod process;
 mod secrets;
+mod seen;
 mod sequence;
 mod servers;
 mod stop;

@@ -22,8 +22,8 @@ pub use qemu::Qemu;
 
 use crate::command::{tool, wait_until};
 use crate::disk::DiskSpec;
+use crate::lab;
 use crate::vm::{BitmapSeen, bitmaps_in_image, bitmaps_of_image, check_qemu_io};
-use crate::{guest, lab};
 
 use monitor::Monitor;
 
@@ -177,12 +177,15 @@ impl BareBuilder {
         ])
     }
 
-    /// Boots a real guest with its agent; see [`BareVm::guest`].
-    #[must_use]
-    pub fn guest(mut self) -> Self {
-        self.memory_mib = guest::MEMORY_MIB;
+    /// Adds what the VM boots.
+    pub(crate) fn boot(
+        mut self,
+        memory_mib: u64,
+        arguments: impl FnOnce(&BareLab, &str, &Path) -> Result<Vec<String>>,
+    ) -> Self {
+        self.memory_mib = memory_mib;
         let agent = agent_socket(&self.lab, &self.name);
-        match guest::arguments(&self.lab.dir(), &self.name, &agent) {
+        match arguments(&self.lab, &self.name, &agent) {
             Ok(arguments) => self.args(arguments),
             Err(error) => {
                 self.problem = Some(error);

@@ -21,7 +21,7 @@ pub use assets::{Assets, assets};
 pub use latency::{Latency, LatencyWriter};
 pub use writer::{NumberedWriter, Numbering};
 
-use crate::bare::BareVm;
+use crate::bare::{BareBuilder, BareVm};
 use crate::command::{tool, wait_until};
 use crate::lab::Lab;
 use crate::vm::{Vm, VmBuilder};
@@ -30,7 +30,7 @@ use crate::vm::{Vm, VmBuilder};
 const BOOT_DEADLINE: Duration = Duration::from_mins(2);
 
 /// The kernel, its initial file system twice (packed and unpacked), and some air.
-pub(crate) const MEMORY_MIB: u64 = 256;
+const MEMORY_MIB: u64 = 256;
 
 /// The agent starts together with the loop that has already answered.
 const AGENT_DEADLINE: Duration = Duration::from_secs(30);
@@ -58,6 +58,16 @@ impl VmBuilder {
     pub fn guest(self) -> Self {
         let xml = xml(self.lab(), self.name());
         self.memory_mib(MEMORY_MIB).boot(xml)
+    }
+}
+
+impl BareBuilder {
+    /// Boots a real guest with its agent; see [`BareVm::guest`].
+    #[must_use]
+    pub fn guest(self) -> Self {
+        self.boot(MEMORY_MIB, |lab, name, agent| {
+            arguments(&lab.dir(), name, agent)
+        })
     }
 }
 
@@ -224,7 +234,7 @@ fn xml(lab: &Lab, vm: &str) -> Result<(String, String)> {
 }
 
 /// Returns QEMU's arguments that make a VM boot the guest; the agent's socket is given.
-pub(crate) fn arguments(dir: &Path, vm: &str, agent: &Path) -> Result<Vec<String>> {
+fn arguments(dir: &Path, vm: &str, agent: &Path) -> Result<Vec<String>> {
     let Assets { kernel, initrd } = assets()?;
     let console = dir.join(format!("{vm}-console.log"));
     let mut arguments: Vec<String> = vec![

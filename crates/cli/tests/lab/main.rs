@@ -16,6 +16,7 @@ mod bad_input_nbd;
 mod bad_input_places;
 mod bad_input_space;
 mod bare;
+mod bare_crash;
 mod correctness;
 mod crash;
 mod disks;

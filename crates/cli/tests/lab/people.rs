@@ -165,7 +165,8 @@ fn an_estimate_fails_where_a_backup_would() -> Result<()> {
         assert_eq!(done, code, "{said}");
     }
     vm.destroy()?;
-    assert_eq!(bed.fail(&["backup", "web01", "--estimate"])?.0, 1);
+    let off = ["backup", "web01", "--offline", "refuse", "--estimate"];
+    assert_eq!(bed.fail(&off)?.0, 1);
     Ok(())
 }
 

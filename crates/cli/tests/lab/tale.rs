@@ -158,6 +158,24 @@ impl Tale {
         Ok(report)
     }
 
+    /// Backs up; each disk must be read in a way that is right, and be as it is
+    /// now in the point.
+    pub(crate) fn backs_up_as(&mut self, is_right: impl Fn(&str) -> bool) -> Result<Value> {
+        let report = self.bed.backup(&uri(&self.vm), self.vm.name(), &[])?;
+        for disk in &self.disks {
+            ensure!(is_right(&mode(&report, disk)), "{report:#}");
+        }
+        self.keeps(&point(&report))?;
+        Ok(report)
+    }
+
+    /// Returns how many points there are.
+    pub(crate) fn points(&self) -> Result<usize> {
+        let list = ["list", self.vm.name(), "--json"];
+        let listed: Value = serde_json::from_str(&self.bed.run("image:/none", &list)?)?;
+        Ok(listed["points"].as_array().map_or(0, Vec::len))
+    }
+
     /// Remembers a point, which must hold the disks as they are.
     pub(crate) fn keeps(&mut self, point: &str) -> Result<()> {
         let moment = self.moment()?;

@@ -38,13 +38,20 @@ fn one_vm_that_fails_keeps_none_of_the_others_from_its_backup() -> Result<()> {
     );
     let list: Value = serde_json::from_str(&bed.run(&["list", "--json"])?)?;
     assert_eq!(list["points"].as_array().map(Vec::len), Some(2));
-    // All that run, and not the one that is off.
+    // Those that are off, too, unless they are to be left alone.
     bed.lab
         .vm("web04")
         .disk(DiskSpec::qcow2("vda", MIB))
         .define()?;
-    let all: Value = serde_json::from_str(&bed.run(&["backup", "--all", "--json"])?)?;
-    assert_eq!(all["results"].as_array().map(Vec::len), Some(2), "{all}");
+    for (offline, count) in [("yield", 3), ("refuse", 2)] {
+        let args = ["backup", "--all", "--json", "--offline", offline];
+        let all: Value = serde_json::from_str(&bed.run(&args)?)?;
+        assert_eq!(
+            all["results"].as_array().map(Vec::len),
+            Some(count),
+            "{all}"
+        );
+    }
     Ok(())
 }
 
@@ -93,7 +100,7 @@ fn vms_that_are_not_there_or_off_fail_with_their_own_words() -> Result<()> {
         ("nobody", "because: cannot find VM `nobody`"),
         ("web01", "error: cannot back up VM `web01`: it is off"),
     ] {
-        let (code, stderr) = bed.fail(&["backup", vm])?;
+        let (code, stderr) = bed.fail(&["backup", vm, "--offline", "refuse"])?;
         assert_eq!(code, 1, "{stderr}");
         assert!(stderr.contains(because), "{stderr}");
         assert!(

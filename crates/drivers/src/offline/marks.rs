@@ -43,7 +43,11 @@ fn take_off(
     let mut failed: Option<HypervisorError> = None;
     for disk in disks {
         let chain = disk.chain();
-        if let (Ok(_), Some(why)) = (&disk.top, &chain.unreadable) {
+        let may_hold_marks = disk
+            .format
+            .as_deref()
+            .is_none_or(|format| format == "qcow2");
+        if let (true, Ok(_), Some(why)) = (may_hold_marks, &disk.top, &chain.unreadable) {
             // It may be there, so it is not said to be gone.
             let so_far = failed.take();
             let so_far = so_far.unwrap_or_else(|| HypervisorError::new(ErrorKind::Other, message));

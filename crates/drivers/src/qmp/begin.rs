@@ -14,10 +14,12 @@ use super::QmpDriver;
 use super::client::Client;
 use super::disks::write_counters;
 use super::error::explain;
+use super::identity::state_of;
 use super::iothreads;
 use super::marks::{query_blocks, remove_bitmap};
-use super::objects::{Role, Seen};
-use super::sequence::{Marked, Placed, Sequence, cannot_begin, sync_images};
+use super::objects::Role;
+use super::seen::Seen;
+use super::sequence::{Found, Marked, Placed, Sequence, cannot_begin, has_resumed, sync_images};
 use super::stop::state;
 use super::watch::{Watch, Watched};
 use crate::directories::{SessionPaths, refuse_without_room};
@@ -89,14 +91,14 @@ impl QmpDriver {
         sync_images(disks);
         let mut warnings = Vec::new();
         let frozen = self.freeze(order, prepared.state, paths, &mut warnings)?;
-        let before = state_of(client, &order.vm)?;
+        let found = confirm_found(client, order, prepared.state)?;
         let taken_at = self.clock.now();
-        let switched = sequence.switch_all(prepared.state, &self.line);
+        let switched = sequence.switch_all(&found, &self.line);
         let (consistency, frozen_ms) =
-            frozen.settle(order, switched.is_ok(), prepared.state, &mut warnings)?;
+            frozen.settle(order, switched.is_ok(), found.state, &mut warnings)?;
         paths.note_thawed();
         let stopped = switched?;
-        let consistency = confirm_state(client, &order.vm, &before, consistency)?;
+        let consistency = confirm_state(client, &order.vm, &found, consistency)?;
         for disk in disks {
             sequence.add_snapshot(disk)?;
         }
@@ -145,7 +147,12 @@ impl QmpDriver {
             // The name is unguessable and used once: whatever has it was made here.
             left.extend(self.remove_new(&order.vm, &mark.name.to_string()).err());
         }
-        left.into_iter().fold(error, HypervisorError::leaving)
+        let mut error = left.into_iter().fold(error, HypervisorError::leaving);
+        if error.kind == ErrorKind::Unreachable && self.line.is_over() {
+            // Nobody has to wait until it is back.
+            error.kind = ErrorKind::WrongState;
+        }
+        error
     }
 
     fn remove_new(&mut self, vm: &VmRef, mark: &str) -> Result<(), String> {
@@ -153,7 +160,9 @@ impl QmpDriver {
             Ok(client) => client,
             // What was only in its memory is gone with it; what it had written
             // into its images by then, the next run finds.
-            Err(error) if error.kind == ErrorKind::NoSuchVm => return Ok(()),
+            Err(error) if error.kind == ErrorKind::NoSuchVm || self.line.is_over() => {
+                return Ok(());
+            }
             Err(error) => return Err(error.to_string()),
         };
         let words = |error: super::error::QmpError| error.to_string();
@@ -356,8 +365,30 @@ fn make_scratch(
     Ok((reserve, key))
 }
 
-fn state_of(client: &Client, vm: &VmRef) -> Result<String, HypervisorError> {
+fn word_of(client: &Client, vm: &VmRef) -> Result<String, HypervisorError> {
     state(client).map_err(|error| explain(cannot_begin(vm), &error))
+}
+
+/// Asks once more how the guest runs: seconds have gone by since it was looked
+/// at, and what was decided by that (freeze it, stop it) holds no longer if
+/// somebody let it run or stopped it meanwhile.
+fn confirm_found(
+    client: &Client,
+    order: &BeginOrder,
+    then: RunState,
+) -> Result<Found, HypervisorError> {
+    // Before the question: what comes between the two is heard later.
+    let heard = client.heard().count;
+    let word = word_of(client, &order.vm)?;
+    let state = state_of(&word);
+    if state == then {
+        return Ok(Found { state, word, heard });
+    }
+    Err(
+        HypervisorError::new(ErrorKind::WrongState, cannot_begin(&order.vm)).because(format!(
+            "somebody let the guest run or stopped it meanwhile (it is {word} now)"
+        )),
+    )
 }
 
 /// A guest that was resumed meanwhile was not paused at the point in time, or
@@ -365,13 +396,19 @@ fn state_of(client: &Client, vm: &VmRef) -> Result<String, HypervisorError> {
 fn confirm_state(
     client: &Client,
     vm: &VmRef,
-    before: &str,
+    found: &Found,
     consistency: Consistency,
 ) -> Result<Consistency, HypervisorError> {
-    if consistency == Consistency::Paused && state_of(client, vm)? != before {
-        return Ok(Consistency::Crash);
+    if consistency != Consistency::Paused {
+        return Ok(consistency);
     }
-    Ok(consistency)
+    // One that ran for a moment only has the same word again.
+    let has_run = word_of(client, vm)? != found.word || has_resumed(client, found.heard);
+    Ok(if has_run {
+        Consistency::Crash
+    } else {
+        Consistency::Paused
+    })
 }
 
 fn microseconds(time: Duration) -> u64 {

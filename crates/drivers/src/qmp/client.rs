@@ -34,7 +34,7 @@ const READ_BYTES: usize = 64 << 10;
 
 /// What may be of interest to a backup; a guest can cause others as often as it
 /// likes (its clock, its serial ports, its balloon).
-const NOTEWORTHY: [&str; 22] = [
+const NOTEWORTHY: [&str; 23] = [
     "BLOCK_EXPORT_DELETED",
     "BLOCK_IMAGE_CORRUPTED",
     "BLOCK_IO_ERROR",
@@ -57,6 +57,7 @@ const NOTEWORTHY: [&str; 22] = [
     "SHUTDOWN",
     "STOP",
     "SUSPEND",
+    "WAKEUP",
 ];
 
 /// A connection to a monitor. Clones share it; it ends with the last one.

@@ -20,7 +20,8 @@ use serde_json::json;
 use super::QmpDriver;
 use super::client::Client;
 use super::error::{QmpError, explain};
-use super::objects::{Ours, Role, Seat, Seen, Which};
+use super::objects::{Ours, Role, Which};
+use super::seen::{Seat, Seen};
 use super::sequence::switch;
 use super::servers::listening;
 use super::stop::resume_after;
@@ -31,6 +32,9 @@ use crate::names::session_of_scratch;
 /// How long exports may take to go: reads that are under way on slow storage
 /// are waited for.
 const GONE_DEADLINE: Duration = Duration::from_secs(90);
+/// How long something may be in use that nobody reads any more: a request of
+/// the guest's that is under way on slow storage is waited for.
+const BUSY_DEADLINE: Duration = Duration::from_secs(5);
 /// How long something may be refused for another reason.
 const REFUSED_DEADLINE: Duration = Duration::from_secs(2);
 const INTERVAL: Duration = Duration::from_millis(20);
@@ -42,6 +46,8 @@ pub(super) struct Cleared {
     pub(super) sessions: BTreeSet<SessionId>,
     /// Whether there was anything.
     pub(super) was_there: bool,
+    /// Whether something is still there.
+    pub(super) is_left: bool,
     /// What could not be taken out, and what else was done for the guest.
     pub(super) warnings: Vec<String>,
 }
@@ -58,6 +64,13 @@ impl QmpDriver {
             ended.ended_job = cleared.was_there;
             ended.warnings = cleared.warnings;
             ended.warnings.extend(self.thaw_after(&order.vm, &paths));
+            if cleared.is_left {
+                // QEMU still writes to its files, and whoever tries again finds
+                // it by them.
+                self.watches.remove(&order.session);
+                ended.warnings.push(not_ended(&order.vm, order.session));
+                return Ok(ended);
+            }
         } else {
             paths.note_thawed();
         }
@@ -92,8 +105,12 @@ impl QmpDriver {
             warnings: cleared.warnings,
         };
         let paths = scratch_dir.and_then(|dir| SessionPaths::of_scratch_dir(session, &dir));
-        if let Some(paths) = paths {
-            ended.warnings.extend(self.thaw_after(vm, &paths));
+        if let Some(paths) = &paths {
+            ended.warnings.extend(self.thaw_after(vm, paths));
+        }
+        if cleared.is_left {
+            ended.warnings.push(not_ended(vm, session));
+        } else if let Some(paths) = paths {
             ended.warnings.extend(paths.remove());
         }
         Ok(ended)
@@ -129,6 +146,7 @@ impl QmpDriver {
         let failed = |error: &QmpError| explain(cannot_end(vm), error);
         let mut cleared = Cleared::default();
         let since = Instant::now();
+        let mut refused_since = None;
         loop {
             let seen = Seen::read(client).map_err(|error| failed(&error))?;
             let ours = seen.ours(which);
@@ -162,16 +180,24 @@ impl QmpDriver {
             else {
                 // All done as it seems; looked at once more.
                 if since.elapsed() > patience(GONE_DEADLINE) {
+                    cleared.is_left = true;
                     break;
                 }
                 continue;
             };
-            let deadline = if worst == ErrorKind::Busy {
-                patience(GONE_DEADLINE)
-            } else {
-                REFUSED_DEADLINE
+            let (since, deadline) = match worst {
+                ErrorKind::Busy if !ours.exports.is_empty() => (since, patience(GONE_DEADLINE)),
+                ErrorKind::Busy => (
+                    *refused_since.get_or_insert_with(Instant::now),
+                    patience(BUSY_DEADLINE),
+                ),
+                _ => (
+                    *refused_since.get_or_insert_with(Instant::now),
+                    REFUSED_DEADLINE,
+                ),
             };
             if since.elapsed() > deadline {
+                cleared.is_left = true;
                 let in_vm = |(because, _)| {
                     format!(
                         "cannot tidy up after a backup in VM `{}`: {because}",
@@ -356,6 +382,14 @@ impl Pass<'_> {
         }
         Ok(())
     }
+}
+
+fn not_ended(vm: &VmRef, session: SessionId) -> String {
+    format!(
+        "session {session} is still in VM `{}`, and its files stay where they are: the next \
+         backup tries to end it again",
+        vm.name
+    )
 }
 
 pub(super) fn cannot_end(vm: &VmRef) -> String {

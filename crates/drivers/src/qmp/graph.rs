@@ -69,6 +69,15 @@ impl Graph {
         Some(&found.1)
     }
 
+    /// Returns what images have as their backing, by the image.
+    pub(super) fn backings(&self) -> BTreeMap<String, String> {
+        let of = |(name, children): (&String, &Vec<(String, String)>)| {
+            let found = children.iter().find(|(role, _)| role == "backing")?;
+            Some((name.clone(), found.1.clone()))
+        };
+        self.children.iter().filter_map(of).collect()
+    }
+
     /// Returns the nodes that stand on this one.
     pub(super) fn parents<'a>(&'a self, node: &'a str) -> impl Iterator<Item = &'a str> {
         let stands_on = move |(_, children): &(&String, &Vec<(String, String)>)| {

@@ -200,12 +200,14 @@ mod tests {
 
     #[test]
     fn a_configuration_is_a_file_and_kept_whole_or_not_at_all() {
+        use std::io::Write as _;
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config");
         let most = usize::try_from(DEFINITION_BYTES_MAX).unwrap();
-        std::fs::write(&path, "x".repeat(most)).unwrap();
+        let mut file = std::fs::File::create(&path).unwrap();
+        file.write_all(&vec![b'x'; most]).unwrap();
         assert_eq!(read_definition(&path).unwrap().len(), most);
-        std::fs::write(&path, "x".repeat(most + 1)).unwrap();
+        file.write_all(b"x").unwrap();
         let error = read_definition(&path).unwrap_err();
         assert!(error.to_string().contains("longer"), "{error}");
         let pipe = dir.path().join("pipe");

@@ -291,8 +291,8 @@ fn called(pid: u32) -> String {
 /// still wait for it belong to nobody at its end.
 fn clients_of(table: &str, server: &str) -> BTreeSet<u64> {
     let rows: Vec<TcpRow<'_>> = table.lines().skip(1).filter_map(tcp_row).collect();
-    let served = rows.iter().filter(|row| row.local == server);
-    let clients: BTreeSet<&str> = served.map(|row| row.remote).collect();
+    let accepted = rows.iter().filter(|row| row.local == server);
+    let clients: BTreeSet<&str> = accepted.map(|row| row.remote).collect();
     let theirs = rows.iter().filter(|row| row.remote == server);
     theirs
         .filter(|row| clients.contains(row.local))

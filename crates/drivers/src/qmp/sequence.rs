@@ -28,7 +28,8 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::error::{QmpError, explain};
 use super::line::Line;
-use super::objects::{Role, Seat};
+use super::objects::Role;
+use super::seen::Seat;
 use super::stop::Stopped;
 use crate::directories::SessionPaths;
 use crate::host;
@@ -62,6 +63,16 @@ pub(super) struct Marked {
     pub(super) target: String,
     pub(super) node: String,
     pub(super) persistent: bool,
+}
+
+/// How the guest ran right before its disks are switched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Found {
+    pub(super) state: RunState,
+    /// QEMU's word for it.
+    pub(super) word: String,
+    /// Events heard before it was asked for.
+    pub(super) heard: u64,
 }
 
 /// Runs the commands of one session.
@@ -173,16 +184,15 @@ impl Sequence<'_> {
     /// stopped, if it was.
     pub(super) fn switch_all(
         &self,
-        state: RunState,
+        found: &Found,
         line: &Line,
     ) -> Result<Option<Duration>, HypervisorError> {
         let is_several = self.disks.len() > 1;
-        if state != RunState::Running || !is_several {
-            let before = self.client.heard().count;
+        if found.state != RunState::Running || !is_several {
             for disk in self.disks {
                 self.switch(disk)?;
             }
-            if is_several && has_resumed(self.client, before) {
+            if is_several && has_resumed(self.client, found.heard) {
                 return Err(HypervisorError::new(
                     ErrorKind::WrongState,
                     cannot_begin(&self.order.vm),
@@ -273,6 +283,14 @@ pub(super) fn switch(client: &Client, seat: &Seat, node: &str) -> Result<(), Qmp
             options.insert("file".to_owned(), json!(node));
             ("blockdev-reopen", json!({"options": [options]}))
         }
+        // Has no block to copy, as nothing but filters is in between, so it is done
+        // at once: it names what is below as backing, in the image, too. (What else
+        // would write that down writes the image's own format for that of its
+        // backing.)
+        Seat::Backing { overlay } => (
+            "block-stream",
+            json!({"job-id": format!("hw-unchain-{overlay}").replace('#', ""), "device": overlay, "base-node": node}),
+        ),
         Seat::Fixed { node: above } => {
             return Err(QmpError::Malformed(format!(
                 "node `{above}` cannot be given another child"
@@ -282,13 +300,13 @@ pub(super) fn switch(client: &Client, seat: &Seat, node: &str) -> Result<(), Qmp
     client.run(command, arguments).map(drop)
 }
 
-/// Returns whether the guest was let run since so many events.
+/// Returns whether the guest was let run, or woke up, since so many events.
 pub(super) fn has_resumed(client: &Client, since: u64) -> bool {
     let heard = client.heard();
     heard
         .since(since)
         .iter()
-        .any(|event| event.name == "RESUME")
+        .any(|event| matches!(event.name.as_str(), "RESUME" | "WAKEUP"))
 }
 
 /// Has the host write out what QEMU has written: stopping a guest waits until

@@ -13,8 +13,9 @@ use super::QmpDriver;
 use super::client::Client;
 use super::end::cannot_end;
 use super::error::explain;
-use super::objects::{Seen, Which};
+use super::objects::Which;
 use super::process;
+use super::seen::Seen;
 use super::servers::listening;
 use crate::directories::SessionPaths;
 use crate::label::{Left, find, occupied_bytes};
@@ -50,7 +51,7 @@ impl QmpDriver {
         places: &[PathBuf],
     ) -> Result<Swept, HypervisorError> {
         let client = self.client_of(vm)?;
-        let found = find(vm, places);
+        let mut found = find(vm, places);
         let mut swept = Swept::default();
         if let Some(client) = &client {
             let mut known: BTreeSet<SessionId> = found.keys().copied().collect();
@@ -66,7 +67,12 @@ impl QmpDriver {
                     .warnings
                     .push("objects of a backup were left in QEMU, and are removed".to_owned());
             }
-            swept.in_process.extend(cleared.sessions);
+            if cleared.is_left {
+                // QEMU still writes to their files.
+                found.retain(|session, _| !cleared.sessions.contains(session));
+            } else {
+                swept.in_process.extend(cleared.sessions);
+            }
             swept.warnings.extend(cleared.warnings);
         }
         // Their files last: QEMU holds them open no longer.

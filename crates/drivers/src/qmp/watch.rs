@@ -11,7 +11,8 @@ use highwater_model::SessionId;
 use super::QmpDriver;
 use super::client::Client;
 use super::error::explain;
-use super::objects::{Role, Seat, Seen, Which};
+use super::objects::{Role, Which};
+use super::seen::{Seat, Seen};
 use super::sequence::Placed;
 use crate::directories::free_bytes;
 
@@ -49,6 +50,12 @@ impl Watched {
     /// Returns what is wrong.
     fn trouble(&self, seen: &Seen) -> Option<String> {
         let target = &self.target;
+        // Until the filter is out, the new image names it, and cannot be opened.
+        if let Some(overlay) = seen.overlays_of(&self.filter).next() {
+            return Some(format!(
+                "somebody took a snapshot of disk `{target}` (node `{overlay}`)"
+            ));
+        }
         let export = seen.exports.iter().find(|it| it.id == self.export);
         if export.is_none_or(|export| export.is_ending) {
             return Some(format!(
@@ -61,7 +68,13 @@ impl Watched {
             .any(|seat| match (seat, &self.seat) {
                 (Seat::Device { path }, Seat::Device { path: wanted }) => path == wanted,
                 (Seat::Below { node, .. }, Seat::Below { node: wanted, .. }) => node == wanted,
-                (Seat::Device { .. } | Seat::Below { .. } | Seat::Fixed { .. }, _) => false,
+                (
+                    Seat::Device { .. }
+                    | Seat::Below { .. }
+                    | Seat::Backing { .. }
+                    | Seat::Fixed { .. },
+                    _,
+                ) => false,
             });
         (!is_in_path).then(|| {
             format!("the guest's device of disk `{target}` was given another node, or removed")

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use highwater_hypervisor::{Consistency, Driver as _, ErrorKind, Quiesce};
+use highwater_hypervisor::{Consistency, Driver as _, ErrorKind, MarkOrder, Quiesce};
 use highwater_testkit::{DiskSpec, MIB, compare_images, tool, wait_until};
 
 use crate::reading::{dirty_ranges, mark_name, read_export};
@@ -235,4 +235,20 @@ fn an_exporter_ends_with_the_process_that_began_it() {
     rig.driver.begin(&next).unwrap();
     assert!(rig.driver.leftovers(&vm, &places).unwrap().is_empty());
     rig.end(&next);
+}
+
+#[test]
+fn a_mark_on_an_image_that_cannot_be_read_is_not_said_to_be_gone() {
+    let mut rig = Rig::new(&["vda", "vdb"]);
+    let mark = rig.leave_mark(&["vda", "vdb"]);
+    let (image, away) = (rig.machine.image("vdb"), rig.lab.path("away"));
+    fs::rename(&image, &away).unwrap();
+    let (vm, remove) = (rig.vm(), MarkOrder::Remove(mark.clone()));
+    let error = rig.driver.mark(&vm, &remove).unwrap_err();
+    assert!(error.because[0].contains("cannot be opened"), "{error:?}");
+    // The others go.
+    assert_eq!(rig.bitmap("vda", &mark), None);
+    fs::rename(&away, &image).unwrap();
+    rig.driver.mark(&vm, &remove).unwrap();
+    assert_eq!(rig.bitmap("vdb", &mark), None);
 }

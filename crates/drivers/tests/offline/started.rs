@@ -106,7 +106,7 @@ fn an_image_that_is_moved_away_ends_the_session() {
 #[test]
 fn whenever_a_vm_starts_while_a_session_begins_no_write_is_missed() {
     let mut rig = Rig::new(&["vda", "vdb"]);
-    let mut began = 0;
+    let mut sessions = 0;
     for round in 0..16_u32 {
         let order = rig.order(&[("vda", None), ("vdb", None)]);
         let Rig {
@@ -118,7 +118,8 @@ fn whenever_a_vm_starts_while_a_session_begins_no_write_is_missed() {
             // What it begins dies with it.
             let session = scope.spawn(move || {
                 let begun = driver.begin(order).map(drop);
-                drop(until_written.recv());
+                // Fails if the VM could not be started, which is told there.
+                let _ = until_written.recv();
                 let looked = driver.check(&order.vm, order.session);
                 drop(driver.end(order));
                 (begun, looked)
@@ -150,11 +151,11 @@ fn whenever_a_vm_starts_while_a_session_begins_no_write_is_missed() {
                 (Err(error), Some(_)) => assert!(error.left_behind, "{error:?}"),
             }
         }
-        began += u32::from(begun.is_ok());
+        sessions += u32::from(begun.is_ok());
         let vm = rig.vm();
         rig.driver.mark(&vm, &MarkOrder::Remove(mark)).unwrap();
     }
-    assert!(began > 0, "no session began before the VM was started");
+    assert!(sessions > 0, "no session began before the VM was started");
 }
 
 /// A loop device, which ends with this.

@@ -3,9 +3,11 @@
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{Consistency, Driver as _, ErrorKind};
+use highwater_model::step::Step;
 use highwater_testkit::{BareLab, BareVm, DiskSpec, MIB};
 use serde_json::json;
 
+use crate::hook::{at_each_step, at_no_step};
 use crate::reading::read_export;
 use crate::rig::Rig;
 
@@ -100,4 +102,78 @@ fn a_vm_that_waits_for_its_migration_is_refused_and_left_as_it_is() {
     assert_eq!(error.kind, ErrorKind::WrongState, "{error:?}");
     assert_eq!(rig.vm.graph().unwrap(), before);
     rig.assert_no_files();
+}
+
+/// Lets a guest that was found paused run, or run for a moment, at a step, and
+/// returns what became of the start.
+fn continued(
+    builder: highwater_testkit::BareBuilder,
+    at: Step,
+    commands: &'static [&'static str],
+) -> (Rig, Result<Consistency, ErrorKind>) {
+    let mut rig = Rig::at(builder.prelaunch().start().unwrap());
+    let before = rig.vm.graph().unwrap().without_bitmaps();
+    let names: Vec<String> = {
+        let facts = rig.driver.observe(&rig.found.clone()).unwrap();
+        facts.disks.iter().map(|disk| disk.target.clone()).collect()
+    };
+    let disks: Vec<_> = names.iter().map(|name| (name.as_str(), None)).collect();
+    let order = rig.order(&disks);
+    let monitor = rig.vm.second_socket();
+    let mut is_done = false;
+    at_each_step(move |step| {
+        if step == at && !is_done {
+            is_done = true;
+            for command in commands {
+                say(&monitor, command);
+            }
+        }
+    });
+    let begun = rig.driver.begin(&order);
+    at_no_step();
+    let outcome = match begun {
+        Ok(begun) => {
+            rig.driver.end(&order).unwrap();
+            Ok(begun.consistency)
+        }
+        Err(error) => {
+            assert!(!error.left_behind, "{error:?}");
+            Err(error.kind)
+        }
+    };
+    let after = rig.vm.graph().unwrap().without_bitmaps();
+    assert_eq!((after.nodes, after.roots), (before.nodes, before.roots));
+    rig.assert_no_files();
+    (rig, outcome)
+}
+
+/// Says one command at the VM's other monitor.
+fn say(monitor: &std::path::Path, command: &str) {
+    use std::io::{BufRead as _, BufReader, Write as _};
+    let stream = std::os::unix::net::UnixStream::connect(monitor).unwrap();
+    let mut lines = BufReader::new(&stream).lines();
+    let mut answered = || {
+        let lines = lines.by_ref();
+        lines.find(|line| line.as_ref().unwrap().contains(r#""return""#))
+    };
+    for command in ["qmp_capabilities", command] {
+        writeln!(&stream, r#"{{"execute":"{command}"}}"#).unwrap();
+        answered().unwrap().unwrap();
+    }
+}
+
+#[test]
+fn a_guest_that_runs_before_its_disks_are_switched_was_not_paused() {
+    let lab = BareLab::start().unwrap();
+    let one = || lab.vm("web01").disk(DiskSpec::qcow2("vda", SIZE));
+    for builder in [one(), two_disks(&lab)] {
+        let (rig, outcome) = continued(builder, Step::QmpFilterAdded, &["cont"]);
+        assert_eq!(outcome, Err(ErrorKind::WrongState));
+        assert_eq!(rig.vm.state().unwrap(), "running");
+    }
+    // It ran while its disks were switched, and is as it was found again.
+    let run_for_a_moment = |builder| continued(builder, Step::QmpSwitched, &["cont", "stop"]).1;
+    assert_eq!(run_for_a_moment(one()), Ok(Consistency::Crash));
+    let outcome = run_for_a_moment(two_disks(&lab));
+    assert_eq!(outcome, Err(ErrorKind::WrongState));
 }

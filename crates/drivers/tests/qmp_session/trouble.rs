@@ -137,6 +137,90 @@ fn a_snapshot_taken_meanwhile_stays_what_the_guest_writes_to() {
 }
 
 #[test]
+fn a_snapshot_of_the_guests_device_loses_the_session_and_no_image_names_our_filter() {
+    for format in ["qcow2", "raw"] {
+        let lab = BareLab::start().unwrap();
+        let attach = Attach::blockdev("virtio-blk-pci").node("disk");
+        let spec = match format {
+            "raw" => DiskSpec::raw("vda", SIZE),
+            _ => DiskSpec::qcow2("vda", SIZE),
+        };
+        let mut rig = Rig::at(lab.vm("web01").disk_as(spec, attach).start().unwrap());
+        rig.vm.write("vda", "write -P 1 0 4M").unwrap();
+        let (order, _) = begin(&mut rig);
+        let overlays = ["one", "two"].map(|name| rig.lab().path(name));
+        for overlay in &overlays {
+            let roots = rig.vm.graph().unwrap().roots;
+            let (_, root) = roots[0].split_once("-> ").unwrap();
+            let snapshot = json!({"node-name": root, "snapshot-file": overlay, "format": "qcow2",
+                "snapshot-node-name": overlay.file_name().unwrap().to_str()});
+            rig.vm.qmp("blockdev-snapshot-sync", &snapshot).unwrap();
+        }
+        rig.vm.write("vda", "write -P 9 1M 1M").unwrap();
+        let error = rig.driver.check(&order.vm, order.session).unwrap_err();
+        assert_eq!(error.kind, ErrorKind::SessionLost, "{error:?}");
+        let since = Instant::now();
+        let ended = rig.driver.end(&order).unwrap();
+        assert!(since.elapsed() < Duration::from_secs(5), "{ended:?}");
+        assert_eq!(ended.warnings, Vec::<String>::new());
+        rig.assert_no_files();
+        // The guest goes on, and its images can be opened by anybody.
+        rig.vm.write("vda", "write -P 8 2M 1M").unwrap();
+        let mut wanted = vec![1; 4 << 20];
+        wanted.resize(8 << 20, 0);
+        wanted[1 << 20..2 << 20].fill(9);
+        wanted[2 << 20..3 << 20].fill(8);
+        rig.vm.flush("vda").unwrap();
+        let about = tool("qemu-img").args(["info", "-U", "--backing-chain"]);
+        let about = about.arg(&overlays[1]).run().unwrap();
+        assert!(
+            about.contains(&format!("backing file format: {format}")),
+            "{about}"
+        );
+        assert!(!about.contains("copy-before"), "{about}");
+        let whole = rig.lab().path("whole.raw");
+        let convert = tool("qemu-img").args(["convert", "-U", "-O", "raw"]);
+        convert.arg(&overlays[1]).arg(&whole).run().unwrap();
+        assert!(std::fs::read(&whole).unwrap() == wanted);
+        // So does the next backup.
+        let target = rig.driver.observe(&order.vm).unwrap().disks[0]
+            .target
+            .clone();
+        let mut order = rig.order(&[(target.as_str(), None)]);
+        order.new_mark = None;
+        let begun = rig.driver.begin(&order).unwrap();
+        assert_reads(&rig, &begun, &wanted);
+        rig.driver.end(&order).unwrap();
+        rig.assert_no_files();
+    }
+}
+
+#[test]
+fn what_cannot_be_taken_out_is_said_and_keeps_its_files() {
+    let mut rig = one_disk();
+    let (order, _) = begin(&mut rig);
+    let fleece = rig.vm.graph().unwrap().nodes;
+    let fleece = fleece.iter().find(|it| it.starts_with("hw-fleece-"));
+    let (fleece, _) = fleece.unwrap().split_once(' ').unwrap();
+    // Somebody reads it for a purpose of their own.
+    let add = json!({"driver": "raw", "node-name": "theirs", "file": fleece});
+    rig.vm.qmp("blockdev-add", &add).unwrap();
+    let since = Instant::now();
+    let ended = rig.driver.end(&order).unwrap();
+    assert!(since.elapsed() < Duration::from_secs(30), "{ended:?}");
+    let warnings = ended.warnings.join("\n");
+    assert!(warnings.contains("is still in VM"), "{warnings}");
+    assert!(order.scratch_dir.exists());
+    let swept = rig.driver.sweep(&order.vm, &rig.places()).unwrap();
+    assert!(!swept.warnings.is_empty(), "{swept:?}");
+    assert!(order.scratch_dir.exists());
+    let del = json!({"node-name": "theirs"});
+    rig.vm.qmp("blockdev-del", &del).unwrap();
+    rig.driver.sweep(&order.vm, &rig.places()).unwrap();
+    rig.assert_no_files();
+}
+
+#[test]
 fn a_reader_that_hangs_keeps_no_session_from_its_end() {
     let mut rig = one_disk();
     let tidy = rig.vm.graph().unwrap().without_bitmaps();
