@@ -1,8 +1,8 @@
 //! What the host itself knows: the QEMU process, files, file systems.
 
 use std::fs;
-use std::io::Read as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::io::{self, Read as _};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 
 use highwater_hypervisor::ProcessIdentity;
@@ -143,11 +143,21 @@ pub(crate) fn file_identity(path: &Path) -> Option<FileIdentity> {
     })
 }
 
+/// Opens a file for reading. A pipe would keep us until somebody writes into it.
+pub(crate) fn open_without_waiting(path: &Path) -> io::Result<fs::File> {
+    let flags = rustix::fs::OFlags::NONBLOCK.bits();
+    fs::OpenOptions::new()
+        .read(true)
+        .custom_flags(i32::try_from(flags).unwrap_or_default())
+        .open(path)
+}
+
 /// Returns the version in a qcow2 file's header; `None` if it is no qcow2 or
 /// may not be read. Used for VMs that are off, where QEMU cannot be asked.
 pub(crate) fn qcow2_version(path: &Path) -> Option<u32> {
     let mut header = [0_u8; 8];
-    fs::File::open(path).ok()?.read_exact(&mut header).ok()?;
+    let mut file = open_without_waiting(path).ok()?;
+    file.read_exact(&mut header).ok()?;
     let [b'Q', b'F', b'I', 0xfb, version @ ..] = header else {
         return None;
     };

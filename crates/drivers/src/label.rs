@@ -21,6 +21,8 @@ use highwater_hypervisor::{ProcessIdentity, VmRef};
 use highwater_model::SessionId;
 use serde::{Deserialize, Serialize};
 
+use crate::host;
+
 /// A label holds three names and a process; paths have 4096 bytes at most.
 const LABEL_BYTES_MAX: u64 = 64 << 10;
 
@@ -98,6 +100,27 @@ pub(crate) fn label_name(session: SessionId) -> String {
 pub(crate) struct Left {
     pub(crate) label: Label,
     pub(crate) dirs: BTreeSet<PathBuf>,
+}
+
+impl Left {
+    /// Returns a warning if the session's QEMU still runs, and is not the one that
+    /// runs the VM now: two VMs may have one name, and one VM two doors. Then it
+    /// is no dead session of this VM, as far as anybody here can tell.
+    pub(crate) fn is_anothers(
+        &self,
+        session: SessionId,
+        now: Option<&ProcessIdentity>,
+    ) -> Option<String> {
+        let then = self.label.process.as_ref()?;
+        if Some(then) == now || !host::is_alive(then) {
+            return None;
+        }
+        Some(format!(
+            "session {session} was begun with another QEMU (process {}), which still runs: its \
+             directories stay (do two VMs have one name? give them UUIDs)",
+            then.pid
+        ))
+    }
 }
 
 /// Finds what sessions of the VM left. A place that cannot be read holds
@@ -205,6 +228,29 @@ mod tests {
         assert_eq!(found(base.path(), "web01"), [session(1)]);
         assert_eq!(found(base.path(), "web02"), [session(2)]);
         assert_eq!(found(base.path(), "web0"), []);
+    }
+
+    #[test]
+    fn a_session_whose_own_qemu_lives_is_no_dead_one_of_another() {
+        let base = tempfile::tempdir().unwrap();
+        let living = host::process(std::process::id()).unwrap();
+        let mut dead = living.clone();
+        dead.identity.start_ticks -= 1;
+        for (n, qemu) in [(1, Some(&living)), (2, Some(&dead)), (3, None)] {
+            let id = session(n).to_string();
+            let (run, scratch) = (base.path().join("run"), base.path().join("scratch"));
+            let paths = SessionPaths::of_leftover(session(n), &run.join(&id), &scratch.join(&id));
+            paths.create(&vm("web01"), qemu).unwrap();
+        }
+        let found = find(&vm("web01"), &places(base.path()));
+        let is_anothers = |n: u8, now: Option<&ProcessIdentity>| {
+            found[&session(n)].is_anothers(session(n), now).is_some()
+        };
+        assert!(is_anothers(1, None));
+        assert!(is_anothers(1, Some(&dead.identity)));
+        assert!(!is_anothers(1, Some(&living.identity)));
+        assert!(!is_anothers(2, Some(&living.identity)));
+        assert!(!is_anothers(3, Some(&living.identity)));
     }
 
     #[test]

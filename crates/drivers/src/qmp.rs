@@ -39,6 +39,7 @@ mod observe;
 mod options;
 mod peers;
 mod process;
+mod secrets;
 mod seen;
 mod sequence;
 mod servers;

@@ -5,16 +5,19 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, LeftDirectory, Swept, VmRef};
+use highwater_hypervisor::{
+    ErrorKind, HypervisorError, LeftDirectory, ProcessIdentity, Swept, VmRef,
+};
 use highwater_model::SessionId;
 
 use super::claims::other_job_runs;
 use super::connection::LibvirtDriver;
 use super::jobs::backup_job;
 use super::remains;
+use super::sys::handles::DomainHandle;
 use crate::directories::SessionPaths;
 use crate::label::{Left, find, occupied_bytes};
-use crate::offline;
+use crate::{host, offline};
 
 impl LibvirtDriver {
     pub(super) fn find_leftovers(
@@ -60,7 +63,14 @@ impl LibvirtDriver {
         if domain.is_some() && !found.is_empty() {
             self.expect_claim(vm)?;
         }
+        let here = qemu_here(vm, domain.as_ref());
         for (session, left) in found {
+            if let Some(here) = &here
+                && let Some(warning) = left.is_anothers(session, here.as_ref())
+            {
+                swept.warnings.push(warning);
+                continue;
+            }
             let paths =
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
             offline::end_stray(&paths, session);
@@ -107,6 +117,17 @@ impl LibvirtDriver {
             Err(error) => return Err(error),
         }
         Ok(found)
+    }
+}
+
+/// Returns the QEMU that runs the VM now, if it runs; `None` if nobody can tell.
+fn qemu_here(vm: &VmRef, domain: Option<&DomainHandle>) -> Option<Option<ProcessIdentity>> {
+    let process = vm.uuid.as_deref().and_then(host::qemu_process);
+    match (process, domain) {
+        (Some(process), _) => Some(Some(process.identity)),
+        (None, None) => Some(None),
+        // It may run where its process cannot be seen.
+        (None, Some(_)) => None,
     }
 }
 

@@ -18,7 +18,9 @@ pub(crate) fn leftovers(
 ) -> Vec<LeftDirectory> {
     find(vm, places)
         .into_iter()
-        .filter(|(session, _)| !sessions.has(*session))
+        .filter(|(session, left)| {
+            !sessions.has(*session) && left.is_anothers(*session, None).is_none()
+        })
         .flat_map(|(session, left)| {
             left.dirs.into_iter().map(move |dir| LeftDirectory {
                 session,
@@ -34,6 +36,11 @@ pub(crate) fn sweep(vm: &VmRef, places: &[PathBuf], sessions: &mut OfflineSessio
     let mut swept = Swept::default();
     for (session, left) in find(vm, places) {
         if sessions.has(session) {
+            continue;
+        }
+        // A VM that is off has no QEMU.
+        if let Some(warning) = left.is_anothers(session, None) {
+            swept.warnings.push(warning);
             continue;
         }
         let paths =

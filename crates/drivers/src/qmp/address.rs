@@ -52,9 +52,7 @@ impl Address {
     /// Connects. Never waits for longer than the limit: a monitor that is taken
     /// may not even take connections any more.
     pub(super) fn connect(&self, limit: Duration) -> Result<Stream, QmpError> {
-        let failed = |error: io::Error| {
-            QmpError::Unreachable(format!("cannot connect to `{self}`: {error}"))
-        };
+        let failed = |error: io::Error| unreachable(self, &error);
         match self {
             Self::Unix(path) => connect_unix(path, limit).map(Stream::Unix),
             Self::Tcp(address) => TcpStream::connect_timeout(address, limit)
@@ -64,6 +62,14 @@ impl Address {
                 })
                 .map_err(failed),
         }
+    }
+}
+
+fn unreachable(place: &dyn fmt::Display, error: &io::Error) -> QmpError {
+    let text = format!("cannot connect to `{place}`: {error}");
+    match error.kind() {
+        io::ErrorKind::ConnectionRefused | io::ErrorKind::NotFound => QmpError::Nobody(text),
+        _ => QmpError::Unreachable(text),
     }
 }
 
@@ -94,9 +100,7 @@ fn tcp(text: &str) -> Result<Address, String> {
 /// Connects to a unix socket without waiting: its queue is full when it has one
 /// waiting connection more than the one that it serves.
 fn connect_unix(path: &Path, limit: Duration) -> Result<UnixStream, QmpError> {
-    let failed = |error: io::Error| {
-        QmpError::Unreachable(format!("cannot connect to `{}`: {error}", path.display()))
-    };
+    let failed = |error: io::Error| unreachable(&path.display(), &error);
     let address = SocketAddrUnix::new(path).map_err(|error| failed(error.into()))?;
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let socket = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)

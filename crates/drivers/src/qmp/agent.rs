@@ -16,6 +16,7 @@
 //! that is asked is a number, and what comes before it is nobody's.
 
 use std::io::{Read as _, Write as _};
+use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -45,10 +46,19 @@ const FREEZE: &str = "guest-fsfreeze-freeze";
 const FREEZE_LIST: &str = "guest-fsfreeze-freeze-list";
 const THAW: &str = "guest-fsfreeze-thaw";
 
+/// Where an agent listens, and whose it is.
+#[derive(Clone)]
+pub(super) struct Door {
+    pub(super) address: Address,
+    /// Returns whether the VM is known to have ended. Not being able to connect
+    /// proves nothing: a socket may be moved, and a file table full.
+    pub(super) is_over: Arc<dyn Fn() -> bool + Send + Sync>,
+}
+
 /// Why an agent was not heard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum AgentError {
-    /// QEMU does not listen any more: it has ended, and its guest with it.
+    /// Nobody listens, and the VM is known to have ended, its guest with it.
     Gone(String),
     /// Anything else.
     Failed(String),
@@ -63,8 +73,8 @@ impl AgentError {
 }
 
 /// Tells whether there is an agent that answers.
-pub(super) fn state(address: Option<&Address>) -> Agent {
-    match address.map(Connection::open) {
+pub(super) fn state(door: Option<&Door>) -> Agent {
+    match door.map(Connection::open) {
         None => Agent::Missing,
         Some(Ok(_)) => Agent::Connected,
         Some(Err(_)) => Agent::Silent,
@@ -74,7 +84,7 @@ pub(super) fn state(address: Option<&Address>) -> Agent {
 /// A guest whose file systems are frozen. Dropping it thaws them.
 pub(super) struct Frozen {
     vm: VmRef,
-    address: Address,
+    door: Door,
     connection: Connection,
     since: Instant,
     /// `None` if somebody else froze the guest: then it stays frozen.
@@ -93,7 +103,7 @@ pub(super) enum Outcome {
 /// fails, nothing is frozen, or the error says that it may be.
 pub(super) fn freeze(
     vm: &VmRef,
-    address: Option<&Address>,
+    door: Option<&Door>,
     wish: Quiesce,
     mountpoints: &[String],
     note: &dyn Fn() -> Result<(), HypervisorError>,
@@ -101,25 +111,25 @@ pub(super) fn freeze(
     if wish == Quiesce::Off {
         return Ok(Outcome::Not(None));
     }
-    let Some(address) = address else {
+    let Some(door) = door else {
         let because = "no agent was named (`?agent=SOCKET` in the connection)".to_owned();
         return not_frozen(vm, wish, because);
     };
     // Asked first: an agent that does not answer a question is not sent a
     // command whose outcome nobody would then know.
-    let mut connection = match Connection::open(address) {
+    let mut connection = match Connection::open(door) {
         Ok(connection) => connection,
         Err(error) => return not_frozen(vm, wish, error.text()),
     };
     match connection.is_frozen() {
         Ok(true) => Ok(Outcome::Frozen(Frozen {
             vm: vm.clone(),
-            address: address.clone(),
+            door: door.clone(),
             connection,
             since: Instant::now(),
             watchdog: None,
         })),
-        Ok(false) => match freeze_now(vm, address, connection, mountpoints, note)? {
+        Ok(false) => match freeze_now(vm, door, connection, mountpoints, note)? {
             Ok(frozen) => Ok(Outcome::Frozen(frozen)),
             Err(because) => not_frozen(vm, wish, because),
         },
@@ -143,17 +153,17 @@ fn not_frozen(vm: &VmRef, wish: Quiesce, because: String) -> Result<Outcome, Hyp
 /// one, that it may be and could not be undone.
 fn freeze_now(
     vm: &VmRef,
-    address: &Address,
+    door: &Door,
     connection: Connection,
     mountpoints: &[String],
     note: &dyn Fn() -> Result<(), HypervisorError>,
 ) -> Result<Result<Frozen, String>, HypervisorError> {
-    let watchdog = Watchdog::start(vm, address, &connection)?;
+    let watchdog = Watchdog::start(vm, door, &connection)?;
     // Before the guest is: a session killed in between is known to have meant it.
     note()?;
     let mut frozen = Frozen {
         vm: vm.clone(),
-        address: address.clone(),
+        door: door.clone(),
         connection,
         since: Instant::now(),
         watchdog: Some(watchdog),
@@ -189,7 +199,7 @@ impl Frozen {
         let Some(watchdog) = self.watchdog.take() else {
             return Ok(self.since.elapsed());
         };
-        let thawed = thaw_until_sure(Some(&mut self.connection), &self.address);
+        let thawed = thaw_until_sure(Some(&mut self.connection), &self.door);
         let elapsed = self.since.elapsed();
         // Only now: until here it would have stepped in, and if it has, the
         // guest was frozen no longer than that.
@@ -224,7 +234,7 @@ struct Watchdog {
 }
 
 impl Watchdog {
-    fn start(vm: &VmRef, address: &Address, watched: &Connection) -> Result<Self, HypervisorError> {
+    fn start(vm: &VmRef, door: &Door, watched: &Connection) -> Result<Self, HypervisorError> {
         let failed = |error: std::io::Error| {
             HypervisorError::new(
                 ErrorKind::CannotFreeze,
@@ -237,7 +247,7 @@ impl Watchdog {
         };
         let (stop, stopped) = mpsc::channel();
         let watched = watched.stream.try_clone().map_err(failed)?;
-        let address = address.clone();
+        let door = door.clone();
         let thread = std::thread::Builder::new()
             .name("thaw-watchdog".to_owned())
             .spawn(move || {
@@ -248,7 +258,7 @@ impl Watchdog {
                 // The agent's socket serves one at a time.
                 watched.shut_down();
                 // The first connection's owner tries too and reports the outcome.
-                let thawed = thaw_until_sure(None, &address);
+                let thawed = thaw_until_sure(None, &door);
                 thawed.ok().map(|()| since.elapsed())
             })
             .map_err(failed)?;
@@ -264,22 +274,22 @@ impl Watchdog {
 }
 
 /// Thaws a guest that a dead session froze. Returns whether it was frozen.
-pub(super) fn thaw_after(address: &Address) -> Result<bool, String> {
-    let mut connection = Connection::open(address).map_err(AgentError::text)?;
+pub(super) fn thaw_after(door: &Door) -> Result<bool, String> {
+    let mut connection = Connection::open(door).map_err(AgentError::text)?;
     if !connection.is_frozen().map_err(AgentError::text)? {
         return Ok(false);
     }
-    thaw_until_sure(Some(&mut connection), address).map(|()| true)
+    thaw_until_sure(Some(&mut connection), door).map(|()| true)
 }
 
 /// Thaws until the agent says that nothing is frozen, or the VM is gone.
-fn thaw_until_sure(first: Option<&mut Connection>, address: &Address) -> Result<(), String> {
+fn thaw_until_sure(first: Option<&mut Connection>, door: &Door) -> Result<(), String> {
     let since = Instant::now();
     let mut tried = first.map(thaw_once);
     loop {
         let outcome = tried
             .take()
-            .unwrap_or_else(|| Connection::open(address).and_then(|mut anew| thaw_once(&mut anew)));
+            .unwrap_or_else(|| Connection::open(door).and_then(|mut anew| thaw_once(&mut anew)));
         let because = match outcome {
             // A VM that has ended is not frozen.
             Ok(()) | Err(AgentError::Gone(_)) => return Ok(()),
@@ -313,11 +323,14 @@ struct Connection {
 }
 
 impl Connection {
-    fn open(address: &Address) -> Result<Self, AgentError> {
-        let stream = address.connect(SYNC_LIMIT).map_err(|error| match error {
-            QmpError::Unreachable(text) => AgentError::Gone(text),
-            error => AgentError::Failed(error.to_string()),
-        })?;
+    fn open(door: &Door) -> Result<Self, AgentError> {
+        let stream = door
+            .address
+            .connect(SYNC_LIMIT)
+            .map_err(|error| match error {
+                QmpError::Nobody(text) if (door.is_over)() => AgentError::Gone(text),
+                error => AgentError::Failed(error.to_string()),
+            })?;
         let mut connection = Self {
             stream,
             splitter: Splitter::default(),
@@ -439,17 +452,21 @@ mod tests {
 
     /// An agent that serves one client after the other. `answer` returns what it
     /// says to a command.
-    fn agent(
-        path: &Path,
-        answer: impl Fn(&str) -> Option<String> + Send + Sync + 'static,
-    ) -> Address {
+    fn agent(path: &Path, answer: impl Fn(&str) -> Option<String> + Send + Sync + 'static) -> Door {
         let listener = UnixListener::bind(path).unwrap();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 serve(&stream, &answer);
             }
         });
-        Address::Unix(path.to_path_buf())
+        door(path, false)
+    }
+
+    fn door(path: &Path, is_over: bool) -> Door {
+        Door {
+            address: Address::Unix(path.to_path_buf()),
+            is_over: Arc::new(move || is_over),
+        }
     }
 
     fn serve(stream: &UnixStream, answer: &impl Fn(&str) -> Option<String>) {
@@ -474,8 +491,8 @@ mod tests {
         }
     }
 
-    fn freeze_it(address: &Address, wish: Quiesce) -> Result<Outcome, HypervisorError> {
-        freeze(&vm(), Some(address), wish, &[], &|| Ok(()))
+    fn freeze_it(door: &Door, wish: Quiesce) -> Result<Outcome, HypervisorError> {
+        freeze(&vm(), Some(door), wish, &[], &|| Ok(()))
     }
 
     #[test]
@@ -503,7 +520,7 @@ mod tests {
                 .unwrap();
             (&stream).write_all(b"\xff{\"return\": 5}\n").unwrap();
         });
-        assert_eq!(state(Some(&Address::Unix(path))), Agent::Silent);
+        assert_eq!(state(Some(&door(&path, false))), Agent::Silent);
         thread.join().unwrap();
     }
 
@@ -557,11 +574,48 @@ mod tests {
         };
         assert!(because.contains("agent="));
         let dir = tempfile::tempdir().unwrap();
-        let nobody = Address::Unix(dir.path().join("none"));
+        let nobody = door(&dir.path().join("none"), false);
         assert_eq!(state(Some(&nobody)), Agent::Silent);
         assert!(freeze_it(&nobody, Quiesce::Require).is_err());
-        // A VM that has ended is not frozen.
-        assert_eq!(thaw_until_sure(None, &nobody), Ok(()));
+    }
+
+    /// A guest counts as thawed when it says so, or when it is no more.
+    #[test]
+    fn only_a_vm_that_has_ended_is_not_frozen_where_no_agent_is_reached() {
+        let dir = tempfile::tempdir().unwrap();
+        let missing = dir.path().join("none");
+        let refused = dir.path().join("refused");
+        drop(UnixListener::bind(&refused).unwrap());
+        let broken = dir.path().join("loop");
+        std::os::unix::fs::symlink(&broken, &broken).unwrap();
+        for (path, is_over, is_gone) in [
+            (&missing, true, true),
+            (&refused, true, true),
+            (&missing, false, false),
+            (&refused, false, false),
+            // It may be there, and listen.
+            (&broken, true, false),
+        ] {
+            let error = Connection::open(&door(path, is_over)).err().unwrap();
+            let found = matches!(error, AgentError::Gone(_));
+            assert_eq!(found, is_gone, "{error:?}");
+        }
+        assert_eq!(thaw_until_sure(None, &door(&missing, true)), Ok(()));
+    }
+
+    #[test]
+    fn a_tcp_port_where_nobody_listens_says_nothing_about_the_guest() {
+        let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = Address::Tcp(free.local_addr().unwrap());
+        drop(free);
+        let of = |is_over: bool| Door {
+            address: address.clone(),
+            is_over: Arc::new(move || is_over),
+        };
+        let living = Connection::open(&of(false)).err().unwrap();
+        assert!(matches!(living, AgentError::Failed(_)), "{living:?}");
+        let dead = Connection::open(&of(true)).err().unwrap();
+        assert!(matches!(dead, AgentError::Gone(_)), "{dead:?}");
     }
 }
 
@@ -580,18 +634,21 @@ mod with_a_real_guest {
         let vm = lab.vm("web01").disk(files).guest().start().unwrap();
         let inside = vm.guest().unwrap();
         inside.wait_for_agent().unwrap();
-        let address = Address::Unix(vm.agent_socket());
+        let door = Door {
+            address: Address::Unix(vm.agent_socket()),
+            is_over: Arc::new(|| false),
+        };
         let name = VmRef {
             name: "web01".to_owned(),
             uuid: None,
         };
-        let freeze = || freeze(&name, Some(&address), Quiesce::Require, &[], &|| Ok(()));
+        let freeze = || freeze(&name, Some(&door), Quiesce::Require, &[], &|| Ok(()));
         let Outcome::Frozen(mut frozen) = freeze().unwrap() else {
             panic!("not frozen")
         };
         assert!(frozen.holds());
         assert!(frozen.thaw().unwrap() < FREEZE_DEADLINE);
-        assert_eq!(thaw_after(&address), Ok(false));
+        assert_eq!(thaw_after(&door), Ok(false));
 
         let Outcome::Frozen(mut frozen) = freeze().unwrap() else {
             panic!("not frozen")
@@ -612,7 +669,7 @@ mod with_a_real_guest {
             panic!("not frozen")
         };
         frozen.connection.stream.shut_down();
-        assert_eq!(thaw_after(&address), Ok(true));
-        assert_eq!(thaw_after(&address), Ok(false));
+        assert_eq!(thaw_after(&door), Ok(true));
+        assert_eq!(thaw_after(&door), Ok(false));
     }
 }

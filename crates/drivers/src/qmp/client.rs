@@ -474,6 +474,6 @@ mod tests {
             thread.join().unwrap();
         }
         let error = Client::connect(&Address::Unix(dir.path().join("none")), LIMIT).unwrap_err();
-        assert!(matches!(error, QmpError::Unreachable(_)), "{error:?}");
+        assert!(matches!(error, QmpError::Nobody(_)), "{error:?}");
     }
 }

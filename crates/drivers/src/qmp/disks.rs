@@ -14,6 +14,7 @@ use super::client::Client;
 use super::error::QmpError;
 use super::files::{Files, Location};
 use super::layout::{GuestDisk, Layout};
+use super::secrets::masked;
 use crate::blocks::answer;
 
 /// No sane chain has more images.
@@ -84,7 +85,10 @@ fn location(storage: &str, layout: &Layout, files: &Files) -> Location {
     let Some(node) = layout.nodes.get(storage) else {
         return Location::Other(String::new());
     };
-    files.location(&node.driver, &node.file)
+    match files.location(&node.driver, &node.file) {
+        Location::Other(text) => Location::Other(masked(&text)),
+        here => here,
+    }
 }
 
 fn source(node: &str, layout: &Layout, files: &Files) -> DiskSource {

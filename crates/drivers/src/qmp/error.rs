@@ -2,10 +2,15 @@
 
 use highwater_hypervisor::{ErrorKind, HypervisorError};
 
+use super::line::GUARD;
+
 /// Why a monitor did not do what it was asked to.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum QmpError {
-    /// Nobody listens, or it may not be asked.
+    /// Nobody listens there, or nothing is there.
+    #[error("{0}")]
+    Nobody(String),
+    /// It cannot be asked for another reason.
     #[error("{0}")]
     Unreachable(String),
     /// It takes connections, and does not greet: somebody else has it.
@@ -47,7 +52,9 @@ impl QmpError {
     /// Returns what callers branch on.
     pub(crate) fn kind(&self) -> ErrorKind {
         match self {
-            Self::Unreachable(_) | Self::TimedOut(_) | Self::Closed => ErrorKind::Unreachable,
+            Self::Nobody(_) | Self::Unreachable(_) | Self::TimedOut(_) | Self::Closed => {
+                ErrorKind::Unreachable
+            }
             Self::Taken(_) => ErrorKind::Busy,
             Self::Malformed(_) => ErrorKind::Other,
             Self::Refused { desc, .. } => kind_of(desc),
@@ -74,11 +81,16 @@ fn kind_of(desc: &str) -> ErrorKind {
 pub(crate) fn explain(message: impl Into<String>, error: &QmpError) -> HypervisorError {
     let explained = HypervisorError::new(error.kind(), message).because(error.to_string());
     match error {
+        // It thaws guests and frees disks: nobody must end it.
+        QmpError::Taken(holders) if holders.contains(GUARD) => explained
+            .hint("another backup of this VM runs, or is tidying up: try again when it is done"),
         QmpError::Taken(_) => explained.hint(
             "end that program, or start QEMU with a second monitor \
              (`-qmp unix:/another.sock,server=on,wait=off`) for backups",
         ),
-        QmpError::Unreachable(_) => explained.hint("is QEMU running, and may this user reach it?"),
+        QmpError::Nobody(_) | QmpError::Unreachable(_) => {
+            explained.hint("is QEMU running, and may this user reach it?")
+        }
         _ => explained,
     }
 }
@@ -86,6 +98,16 @@ pub(crate) fn explain(message: impl Into<String>, error: &QmpError) -> Hyperviso
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nobody_is_told_to_end_a_process_of_ours() {
+        let hint = |holders: &str| {
+            let error = QmpError::Taken(holders.to_owned());
+            explain("cannot connect", &error).hint.unwrap()
+        };
+        assert!(hint(": process 1 (socat)").contains("end that program"));
+        assert!(!hint(": process 1 (highwater-guard)").contains("end that"));
+    }
 
     #[test]
     fn every_error_has_the_kind_that_callers_branch_on() {

@@ -301,7 +301,11 @@ fn stray_fleeces(layout: &Layout, files: &Files) -> Vec<PathBuf> {
     if found.is_empty() {
         return found;
     }
-    // Another VM's disks may lie in the same directory.
+    // Another VM's disks may lie in the same directory. After the list was made:
+    // one that is just making its fleece has not opened it yet.
+    if !qmpbackups().is_empty() {
+        return Vec::new();
+    }
     let Some(open) = process::open_files() else {
         return Vec::new();
     };

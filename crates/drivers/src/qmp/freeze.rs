@@ -1,15 +1,19 @@
 //! Freezes the guest's file systems around the point in time, and says what
 //! that made of it.
 
+use std::sync::Arc;
+
 use highwater_hypervisor::{
     BeginOrder, Consistency, ErrorKind, HypervisorError, Quiesce, RunState, VmRef,
 };
 use highwater_model::step::{Step, pass};
 
 use super::QmpDriver;
-use super::agent::{self, Frozen, Outcome};
+use super::agent::{self, Door, Frozen, Outcome};
+use super::client::Client;
 use super::sequence::cannot_begin;
 use crate::directories::SessionPaths;
+use crate::host;
 
 /// What came of the wish to freeze. Dropping it thaws.
 pub(super) struct Freeze(Option<Frozen>);
@@ -28,7 +32,7 @@ impl QmpDriver {
         }
         let outcome = agent::freeze(
             &order.vm,
-            self.options.agent.as_ref(),
+            self.agent().as_ref(),
             order.quiesce,
             &order.freeze_mountpoints,
             &|| paths.note_freezing(),
@@ -46,12 +50,28 @@ impl QmpDriver {
         }
     }
 
+    /// Returns where the VM's agent listens, if one was named.
+    pub(super) fn agent(&self) -> Option<Door> {
+        let address = self.options.agent.clone()?;
+        let process = self.process().map(|found| found.identity);
+        let client = self.client().ok();
+        let is_over = move || match &process {
+            Some(process) => !host::is_alive(process),
+            // Nobody can tell which one it is; but its monitor ends with it.
+            None => client.as_ref().is_some_and(Client::is_closed),
+        };
+        Some(Door {
+            address,
+            is_over: Arc::new(is_over),
+        })
+    }
+
     /// Thaws a guest that a dead session left frozen. Returns a warning.
     pub(super) fn thaw_after(&self, vm: &VmRef, paths: &SessionPaths) -> Option<String> {
         if !paths.froze_guest() {
             return None;
         }
-        let because = match self.options.agent.as_ref().map(agent::thaw_after) {
+        let because = match self.agent().as_ref().map(agent::thaw_after) {
             Some(Ok(was_frozen)) => {
                 paths.note_thawed();
                 let warning = "the guest was left frozen by the session and is thawed";

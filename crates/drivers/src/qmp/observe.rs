@@ -1,7 +1,6 @@
 //! Reports everything about a VM. Changes nothing.
 
-use std::fs;
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::path::Path;
 
 use highwater_hypervisor::{
@@ -18,6 +17,7 @@ use super::files::{Files, Location};
 use super::identity::run_state;
 use super::jobs;
 use super::layout::{self, Layout};
+use super::secrets::masked;
 use super::tpm;
 use crate::host;
 
@@ -55,7 +55,7 @@ impl QmpDriver {
             checkpoints: Vec::new(),
             expects_records: false,
             job: jobs::running_job(&client, &layout).map_err(|error| failed(&error))?,
-            agent: agent::state(self.options.agent.as_ref()),
+            agent: agent::state(self.agent().as_ref()),
             process: process.map(|process| process.identity),
             versions: version(&client).into_iter().collect(),
         })
@@ -67,11 +67,8 @@ impl QmpDriver {
         let Some(path) = &self.options.config else {
             return Ok(command_line(arguments));
         };
-        let mut text = String::new();
-        let read = fs::File::open(path)
-            .and_then(|file| file.take(DEFINITION_BYTES_MAX).read_to_string(&mut text));
-        match read {
-            Ok(_) => Ok(text),
+        match read_definition(path) {
+            Ok(text) => Ok(text),
             Err(error) => Err(HypervisorError::new(
                 ErrorKind::Other,
                 format!(
@@ -83,6 +80,22 @@ impl QmpDriver {
             .because(error.to_string())),
         }
     }
+}
+
+/// Reads a file that somebody named: not a pipe, which would keep us waiting, and
+/// whole or not at all.
+fn read_definition(path: &Path) -> io::Result<String> {
+    let file = host::open_without_waiting(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::other("it is no regular file"));
+    }
+    let mut text = String::new();
+    let limit = DEFINITION_BYTES_MAX.saturating_add(1);
+    let bytes = file.take(limit).read_to_string(&mut text)?;
+    if u64::try_from(bytes).unwrap_or(u64::MAX) > DEFINITION_BYTES_MAX {
+        return Err(io::Error::other("it is longer than 1 MiB"));
+    }
+    Ok(text)
 }
 
 /// Images that another process still owns, or owns again, are told by QEMU 10;
@@ -104,8 +117,12 @@ pub(super) fn version(client: &Client) -> Option<(String, String)> {
     Some(("qemu".to_owned(), format!("{major}.{minor}.{micro}")))
 }
 
-/// Writes a command line so that a shell understands it, an option in each line.
+/// Writes a command line so that a shell understands it, an option in each line,
+/// and without its secrets.
 fn command_line(arguments: &[String]) -> String {
+    if arguments.is_empty() {
+        return "# the command line of this VM's QEMU could not be read\n".to_owned();
+    }
     let mut text = String::new();
     for (n, argument) in arguments.iter().enumerate() {
         let is_option = argument.starts_with('-') && argument.len() > 1;
@@ -114,11 +131,9 @@ fn command_line(arguments: &[String]) -> String {
             (_, true) => text.push_str(" \\\n  "),
             (_, false) => text.push(' '),
         }
-        text.push_str(&quoted(argument));
+        text.push_str(&quoted(&masked(argument)));
     }
-    if !text.is_empty() {
-        text.push('\n');
-    }
+    text.push('\n');
     text
 }
 
@@ -184,6 +199,24 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_configuration_is_a_file_and_kept_whole_or_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config");
+        let most = usize::try_from(DEFINITION_BYTES_MAX).unwrap();
+        std::fs::write(&path, "x".repeat(most)).unwrap();
+        assert_eq!(read_definition(&path).unwrap().len(), most);
+        std::fs::write(&path, "x".repeat(most + 1)).unwrap();
+        let error = read_definition(&path).unwrap_err();
+        assert!(error.to_string().contains("longer"), "{error}");
+        let pipe = dir.path().join("pipe");
+        let made = std::process::Command::new("mkfifo").arg(&pipe).status();
+        assert!(made.unwrap().success());
+        // It does not wait for somebody who writes.
+        let error = read_definition(&pipe).unwrap_err();
+        assert!(error.to_string().contains("regular"), "{error}");
+    }
+
+    #[test]
     fn a_command_line_is_kept_so_that_a_shell_understands_it() {
         let arguments = [
             "qemu",
@@ -202,6 +235,9 @@ mod tests {
         );
         assert_eq!(option_value(&arguments, "name"), Some("a b"));
         assert_eq!(option_value(&arguments, ""), None);
-        assert_eq!(command_line(&[]), "");
+        assert!(command_line(&[]).contains("could not be read"));
+        let secret = ["qemu", "-object", "secret,id=s,data=hunter2"];
+        let text = command_line(&secret.map(str::to_owned));
+        assert_eq!(text, "qemu \\\n  -object 'secret,id=s,data=***'\n");
     }
 }

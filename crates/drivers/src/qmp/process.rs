@@ -4,21 +4,28 @@
 //! passed it on; the one that counts holds the socket that our connection was
 //! accepted as. Where that cannot be seen (another network or pid namespace,
 //! another user's process), the maker counts if it is a QEMU. If nobody can
-//! tell, it is nobody.
+//! tell, it is nobody. And nobody is it who is no QEMU: a proxy between us and
+//! one is the peer of our connection, too.
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 
+use serde_json::json;
+
 use super::address::{Address, Stream};
+use super::client::Client;
 use super::peers;
 use crate::host::{self, QemuProcess};
 
 /// Finds the process that serves this connection.
-pub(super) fn behind(address: &Address, stream: &Stream) -> Option<QemuProcess> {
+pub(super) fn behind(address: &Address, client: &Client) -> Option<QemuProcess> {
+    let stream = client.stream();
+    let is_it = |pid: &u32| is_qemu(*pid) || holds_an_image(*pid, client);
+    let is_it: &dyn Fn(&u32) -> bool = &is_it;
     let pid = match (address, stream) {
         (Address::Unix(path), _) => {
             let maker = rustix::net::sockopt::socket_peercred(stream.fd())
@@ -28,19 +35,21 @@ pub(super) fn behind(address: &Address, stream: &Stream) -> Option<QemuProcess> 
                 .ok()
                 .map(|about| about.st_ino);
             let peer = ours.and_then(peers::of_unix).into_iter().collect();
-            only(processes_with(&peer)).or_else(|| behind_unix(path, maker))
+            only(processes_with(&peer))
+                .filter(is_it)
+                .or_else(|| behind_unix(path, maker, is_it))
         }
         (Address::Tcp(_), Stream::Tcp(stream)) => {
             let ours = stream.local_addr().ok()?;
             let theirs = stream.peer_addr().ok()?;
-            only(processes_with(&tcp_inodes(&theirs, &ours)))
+            only(processes_with(&tcp_inodes(&theirs, &ours))).filter(is_it)
         }
         (Address::Tcp(_), Stream::Unix(_)) => None,
     };
     host::process(pid?)
 }
 
-fn behind_unix(path: &Path, maker: Option<u32>) -> Option<u32> {
+fn behind_unix(path: &Path, maker: Option<u32>, is_it: &dyn Fn(&u32) -> bool) -> Option<u32> {
     let sockets = unix_sockets(path);
     let inodes = |is_listening: bool| -> BTreeSet<u64> {
         sockets
@@ -51,7 +60,7 @@ fn behind_unix(path: &Path, maker: Option<u32>) -> Option<u32> {
     };
     // An accepted socket bears the path that it was accepted at.
     let accepted = processes_with(&inodes(false));
-    if let Some(pid) = only(accepted.clone()) {
+    if let Some(pid) = only(accepted.clone()).filter(is_it) {
         return Some(pid);
     }
     let candidates = if accepted.is_empty() {
@@ -59,10 +68,9 @@ fn behind_unix(path: &Path, maker: Option<u32>) -> Option<u32> {
     } else {
         accepted
     };
-    match maker {
-        Some(pid) if candidates.contains(&pid) => Some(pid),
-        Some(pid) if candidates.is_empty() && is_qemu(pid) => Some(pid),
-        _ => only(candidates.into_iter().filter(|pid| is_qemu(*pid)).collect()),
+    match maker.filter(is_it) {
+        Some(pid) if candidates.is_empty() || candidates.contains(&pid) => Some(pid),
+        _ => only(candidates.into_iter().filter(is_it).collect()),
     }
 }
 
@@ -74,9 +82,36 @@ fn only(pids: BTreeSet<u32>) -> Option<u32> {
 
 fn is_qemu(pid: u32) -> bool {
     let arguments = host::arguments(pid).unwrap_or_default();
-    let program = arguments.first().map(PathBuf::from).unwrap_or_default();
-    let name = program.file_name().unwrap_or_default().to_string_lossy();
-    name.contains("qemu") || name.contains("kvm")
+    let called = arguments.first().map(PathBuf::from);
+    let program = fs::read_link(format!("/proc/{pid}/exe")).ok();
+    [called, program].into_iter().flatten().any(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.contains("qemu") || name.contains("kvm")
+    })
+}
+
+/// Returns whether a process has an image open that the QEMU behind the monitor
+/// says it has: whatever it is called, then it is that QEMU.
+fn holds_an_image(pid: u32, client: &Client) -> bool {
+    let about = |path: &Path| {
+        let about = fs::metadata(path).ok()?;
+        let kind = about.file_type();
+        (kind.is_file() || kind.is_block_device()).then(|| (about.dev(), about.ino()))
+    };
+    let listed = client.run("query-named-block-nodes", json!({"flat": true}));
+    let listed = listed.unwrap_or_default();
+    let names = listed.as_array().into_iter().flatten();
+    let images: BTreeSet<(u64, u64)> = names
+        .filter_map(|node| node.get("file")?.as_str())
+        .map(Path::new)
+        .filter(|path| path.is_absolute())
+        .filter_map(about)
+        .collect();
+    let files = fs::read_dir(format!("/proc/{pid}/fd"));
+    let files = files.into_iter().flatten().flatten();
+    files
+        .filter_map(|file| about(&file.path()))
+        .any(|file| images.contains(&file))
 }
 
 /// A unix socket of this host.
@@ -183,25 +218,38 @@ pub(super) fn listeners(path: &Path) -> BTreeSet<u32> {
 /// Returns device and inode numbers of all files that any process has open;
 /// `None` if not all of them may be seen.
 pub(super) fn open_files() -> Option<BTreeSet<(u64, u64)>> {
+    // Where processes of others are hidden they are not even listed; the first
+    // one is always there.
+    fs::read_dir("/proc/1/fd").ok()?;
     let mut open = BTreeSet::new();
     for entry in fs::read_dir("/proc").ok()?.flatten() {
         if !entry.file_name().as_bytes().iter().all(u8::is_ascii_digit) {
             continue;
         }
         match fs::read_dir(entry.path().join("fd")) {
-            Ok(files) => open.extend(
-                files
-                    .flatten()
-                    .filter_map(|file| fs::metadata(file.path()).ok())
-                    .map(|about| (about.dev(), about.ino())),
-            ),
-            // It has ended.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+            Ok(files) => {
+                for file in files {
+                    match file.and_then(|file| fs::metadata(file.path())) {
+                        Ok(about) => {
+                            open.insert((about.dev(), about.ino()));
+                        }
+                        Err(error) if has_ended(&error) => {}
+                        // In a container it may be the host's, and starts others.
+                        Err(_) if entry.file_name() == "1" && !is_qemu(1) => {}
+                        Err(_) => return None,
+                    }
+                }
+            }
+            Err(error) if has_ended(&error) => {}
             Err(_) => return None,
         }
     }
     Some(open)
+}
+
+/// Returns whether a process, or its file, is not there any more.
+fn has_ended(error: &std::io::Error) -> bool {
+    error.kind() == std::io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ESRCH)
 }
 
 /// Names who has a connection to this monitor beside us, as text that follows a
@@ -239,14 +287,36 @@ fn called(pid: u32) -> String {
     name.rsplit('/').next().unwrap_or_default().to_owned()
 }
 
-/// Returns the sockets that are connected to a TCP address.
+/// Returns the sockets whose connections a TCP server has accepted: those that
+/// still wait for it belong to nobody at its end.
 fn clients_of(table: &str, server: &str) -> BTreeSet<u64> {
-    let rows = table.lines().skip(1).filter_map(|line| {
-        let mut fields = line.split_ascii_whitespace().skip(2);
-        let (there, state) = (fields.next()?, fields.next()?);
-        (there == server && state == "01").then(|| fields.nth(5)?.parse::<u64>().ok())?
-    });
-    rows.filter(|inode| *inode != 0).collect()
+    let rows: Vec<TcpRow<'_>> = table.lines().skip(1).filter_map(tcp_row).collect();
+    let served = rows.iter().filter(|row| row.local == server);
+    let clients: BTreeSet<&str> = served.map(|row| row.remote).collect();
+    let theirs = rows.iter().filter(|row| row.remote == server);
+    theirs
+        .filter(|row| clients.contains(row.local))
+        .map(|row| row.inode)
+        .collect()
+}
+
+struct TcpRow<'a> {
+    local: &'a str,
+    remote: &'a str,
+    inode: u64,
+}
+
+/// Reads `number: local remote state ... inode` of a connection that stands and
+/// that somebody holds.
+fn tcp_row(line: &str) -> Option<TcpRow<'_>> {
+    let mut fields = line.split_ascii_whitespace().skip(1);
+    let (local, remote, state) = (fields.next()?, fields.next()?, fields.next()?);
+    let inode = fields.nth(5)?.parse().ok()?;
+    (state == "01" && inode != 0).then_some(TcpRow {
+        local,
+        remote,
+        inode,
+    })
 }
 
 #[cfg(test)]
@@ -262,6 +332,16 @@ mod tests {
         let nameless = b"0000000079ca2481: 00000003 00000000 00000000 0001 03 8690125";
         assert_eq!(unix_row(nameless), None);
         assert_eq!(unix_row(b""), None);
+    }
+
+    #[test]
+    fn who_waits_for_a_port_does_not_hold_it() {
+        let row = |local: &str, remote: &str, inode: u64| {
+            format!(" 0: {local} {remote} 01 0:0 00:0 0 0 0 {inode} 1\n")
+        };
+        let table = ["sl\n".to_owned(), row("S", "A", 7), row("A", "S", 8)].concat();
+        let waiting = [row("S", "B", 0), row("B", "S", 9)].concat();
+        assert_eq!(clients_of(&(table + &waiting), "S"), [8].into());
     }
 
     #[test]

@@ -16,7 +16,6 @@
 //! is missed. The filter knows no bitmap: with one, a cluster that is first
 //! written after the bitmap was made could not be read at the point.
 
-use std::fs::File;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -33,6 +32,7 @@ use super::objects::Role;
 use super::seen::Seat;
 use super::stop::Stopped;
 use crate::directories::SessionPaths;
+use crate::host;
 use crate::names::export_name;
 
 /// How long the filter waits for a copy before it gives the point in time up,
@@ -314,7 +314,7 @@ pub(super) fn has_resumed(client: &Client, since: u64) -> bool {
 /// Whatever cannot be done here is done then.
 pub(super) fn sync_images(disks: &[Placed]) {
     for image in disks.iter().filter_map(|disk| disk.image.as_ref()) {
-        drop(File::open(image).and_then(|file| file.sync_data()));
+        drop(host::open_without_waiting(image).and_then(|file| file.sync_data()));
     }
 }
 

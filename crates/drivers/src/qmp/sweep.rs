@@ -3,7 +3,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{ErrorKind, HypervisorError, LeftDirectory, Swept, VmRef};
 use highwater_model::SessionId;
@@ -13,6 +14,7 @@ use super::client::Client;
 use super::end::cannot_end;
 use super::error::explain;
 use super::objects::Which;
+use super::process;
 use super::seen::Seen;
 use super::servers::listening;
 use crate::directories::SessionPaths;
@@ -32,6 +34,7 @@ impl QmpDriver {
                 found.remove(&session);
             }
         }
+        found.retain(|session, left| self.is_anothers(*session, left).is_none());
         let directories = found.into_iter().flat_map(|(session, left)| {
             left.dirs.into_iter().map(move |dir| LeftDirectory {
                 session,
@@ -84,7 +87,18 @@ impl QmpDriver {
         found: BTreeMap<SessionId, Left>,
         swept: &mut Swept,
     ) {
+        let open = process::open_files();
         for (session, left) in found {
+            if let Some(warning) = self.is_anothers(session, &left) {
+                swept.warnings.push(warning);
+                continue;
+            }
+            if open.as_ref().is_some_and(|open| is_in_use(&left, open)) {
+                swept.warnings.push(format!(
+                    "the scratch files of session {session} are still open: its directories stay"
+                ));
+                continue;
+            }
             let paths =
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
             if runs && !self.is_another_qemu(&paths) {
@@ -110,6 +124,13 @@ impl QmpDriver {
         }
     }
 
+    /// Returns a warning if the session belongs to another QEMU that lives. If
+    /// nobody can tell which one is here, it is taken for the session's.
+    fn is_anothers(&self, session: SessionId, left: &Left) -> Option<String> {
+        let now = self.process()?.identity;
+        left.is_anothers(session, Some(&now))
+    }
+
     /// Returns whether the VM is run by another QEMU than the session's. If
     /// nobody can tell it counts as the same: a guest that stays frozen is the
     /// worse mistake.
@@ -119,4 +140,18 @@ impl QmpDriver {
         };
         now.identity != then
     }
+}
+
+/// Returns whether a file in the session's directories is open anywhere: whoever
+/// has it open is not dead, or has not been ended.
+fn is_in_use(left: &Left, open: &BTreeSet<(u64, u64)>) -> bool {
+    let entries = left.dirs.iter().filter_map(|dir| fs::read_dir(dir).ok());
+    entries.flatten().flatten().any(|entry| {
+        let name = entry.file_name();
+        let is_scratch = Path::new(&name)
+            .extension()
+            .is_some_and(|it| it == "scratch");
+        let about = fs::symlink_metadata(entry.path());
+        is_scratch && about.is_ok_and(|about| open.contains(&(about.dev(), about.ino())))
+    })
 }

@@ -1,5 +1,13 @@
 //! Which VM is behind a monitor, and what if it is somebody else's, or gone.
 
+use std::io::Read as _;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
 use highwater_hypervisor::{Driver as _, ErrorKind, RunState};
 use highwater_testkit::{BareLab, DiskSpec, MIB};
 
@@ -85,4 +93,53 @@ fn another_vm_at_the_same_socket_is_not_taken_for_the_one_that_was_there() {
     other.uuid = Some(UUID.replace('6', "7"));
     let error = own.observe(&other).unwrap_err();
     assert_eq!(error.kind, ErrorKind::NoSuchVm);
+}
+
+/// A guard that tidies up after a backup that was killed needs a moment.
+#[test]
+fn a_guard_of_ours_is_waited_for_until_it_lets_go_of_the_monitor() {
+    let lab = BareLab::start().unwrap();
+    let vm = lab.vm("web01").prelaunch().start().unwrap();
+    let mut monitor = UnixStream::connect(vm.qmp_socket()).unwrap();
+    // Greeted: it is served, and not only waiting.
+    assert_ne!(monitor.read(&mut [0; 4096]).unwrap(), 0);
+    let mut guard = Command::new("sleep")
+        .arg0("/usr/bin/highwater-guard")
+        .arg("10")
+        .stdin(OwnedFd::from(monitor))
+        .spawn()
+        .unwrap();
+    let since = Instant::now();
+    let connected = connect(&vm.uri());
+    guard.wait().unwrap();
+    assert!(connected.is_ok(), "{connected:?}");
+    assert!(since.elapsed() > Duration::from_secs(8), "nobody held it");
+}
+
+/// Its peer's command line would be kept as the VM's, and its end be taken for
+/// the VM's.
+#[test]
+fn a_proxy_before_the_monitor_is_not_taken_for_the_vm() {
+    let lab = BareLab::start().unwrap();
+    let disk = DiskSpec::qcow2("vda", 16 * MIB);
+    let vm = lab.vm("web01").disk(disk).prelaunch().start().unwrap();
+    let door = lab.path("proxy.sock");
+    let listener = UnixListener::bind(&door).unwrap();
+    let monitor = vm.qmp_socket();
+    std::thread::spawn(move || {
+        let (near, _) = listener.accept().unwrap();
+        let far = UnixStream::connect(monitor).unwrap();
+        let (mut from, mut to) = (near.try_clone().unwrap(), far.try_clone().unwrap());
+        std::thread::spawn(move || {
+            let _ended = std::io::copy(&mut from, &mut to);
+            let _gone = to.shutdown(Shutdown::Both);
+        });
+        let _ended = std::io::copy(&mut &far, &mut &near);
+        let _gone = near.shutdown(Shutdown::Both);
+    });
+    let facts = observe(&mut connect(&uri_of(&door)).unwrap());
+    assert_eq!(facts.process, None);
+    let kept = &facts.definition;
+    assert!(kept.contains("could not be read"), "{kept}");
+    assert_eq!(facts.disks.len(), 1);
 }

@@ -2,9 +2,12 @@
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use highwater_drivers::qmp::QmpDriver;
 use highwater_hypervisor::{BeginOrder, Begun, Driver as _, ErrorKind, ExportAddress, MarkOrder};
+use highwater_model::SystemClock;
 use highwater_testkit::{Attach, BareLab, DiskSpec, MIB, tool};
 use serde_json::json;
 
@@ -353,5 +356,32 @@ fn an_encrypted_disk_has_an_encrypted_scratch_file() {
     assert!(scratch.len() > 64 << 10 && !shows(secret.as_bytes()));
     rig.driver.end(&order).unwrap();
     assert_eq!(rig.vm.graph().unwrap().without_bitmaps(), tidy);
+    rig.assert_no_files();
+}
+
+/// QEMU needs neither a UUID nor a name of its own.
+#[test]
+fn a_session_at_another_vm_of_the_same_name_is_left_alone() {
+    let mut rig = one_disk();
+    let (order, _) = begin(&mut rig);
+    let mut other = rig.lab().vm("other").nameless().prelaunch();
+    other = other.disk(DiskSpec::qcow2("vda", SIZE));
+    let other = other.start().unwrap();
+    let uri = format!("{}?name=web01", other.uri());
+    let mut driver = QmpDriver::connect(&uri, Arc::new(SystemClock)).unwrap();
+    let twin = driver.find("web01").unwrap();
+    assert_eq!(twin, rig.found, "nothing tells one from the other");
+    let places = rig.places();
+    assert_eq!(driver.leftovers(&twin, &places).unwrap(), []);
+    let swept = driver.sweep(&twin, &places).unwrap();
+    assert_eq!(swept.sessions, []);
+    assert!(
+        swept.warnings[0].contains("another QEMU"),
+        "{:?}",
+        swept.warnings
+    );
+    assert!(order.scratch_dir.is_dir() && order.socket_dir.is_dir());
+    rig.driver.check(&order.vm, order.session).unwrap();
+    rig.driver.end(&order).unwrap();
     rig.assert_no_files();
 }
