@@ -9,6 +9,7 @@
 
 mod blocks;
 mod directories;
+mod fence;
 mod host;
 mod label;
 pub mod libvirt;

@@ -9,8 +9,8 @@
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    ACT_MAX, CLAIM_GONE, Claim, Claimant, Claimer, ErrorKind, HypervisorError, RunState, Sign,
-    SignKind, Signs, Stance, VmRef,
+    Claim, Claimant, Claimer, ErrorKind, HypervisorError, RunState, Sign, SignKind, Signs, Stance,
+    VmRef,
 };
 use highwater_model::{ClaimId, Timestamp};
 use roxmltree::Node;
@@ -21,7 +21,7 @@ use super::error::explain;
 use super::jobs::run_state;
 use super::sys::handles::{ConnectionHandle, DomainHandle, Which};
 use super::xml::{child, document};
-use crate::sys::Deadline;
+use crate::fence::{self, Board};
 
 /// Names nothing that could be looked up: `.invalid` never resolves.
 const NAMESPACES: &str = "https://highwater.invalid/";
@@ -100,7 +100,13 @@ impl LibvirtDriver {
         match self.domain(vm) {
             // Nobody's, until it is started.
             Ok(domain) if run_state(vm, &domain)? == RunState::Off => Ok(()),
-            Ok(domain) => expect(vm, &domain, claim),
+            Ok(domain) => fence::expect(
+                &AtDomain {
+                    vm,
+                    domain: &domain,
+                },
+                claim,
+            ),
             Err(error) if error.kind == ErrorKind::NoSuchVm => Ok(()),
             Err(error) => Err(error),
         }
@@ -116,51 +122,38 @@ pub(super) fn other_job_runs(domain: &DomainHandle) -> bool {
     stats.is_ok_and(|stats| matches!(stats.kind, 1 | 2) && stats.operation != BACKUP)
 }
 
-/// Does something that would hit whatever job the VM has, though it is meant for
-/// one: only while the claim stands, and not later than [`ACT_MAX`] after that was
-/// seen. Whoever comes next sees the sign, and waits for that time. Without a
-/// claim nobody else is there.
+/// [Acts](fence::act) at a domain.
 pub(super) fn act<T>(
     vm: &VmRef,
     domain: &DomainHandle,
     claim: Option<ClaimId>,
     act: impl FnOnce() -> Result<T, HypervisorError>,
 ) -> Result<T, HypervisorError> {
-    let Some(claim) = claim else {
-        return act();
-    };
-    set(vm, domain, &Sign::Acting(claim))?;
-    let done = within_deadline(vm, domain, claim, act);
-    // One that stays keeps the next backup waiting for a while, no more.
-    drop(remove(vm, domain, claim, SignKind::Acting));
-    done
+    fence::act(&AtDomain { vm, domain }, claim, act)
 }
 
-fn within_deadline<T>(
-    vm: &VmRef,
-    domain: &DomainHandle,
-    claim: ClaimId,
-    act: impl FnOnce() -> Result<T, HypervisorError>,
-) -> Result<T, HypervisorError> {
-    // Before the look: the time counts from it.
-    let _deadline = Deadline::after(ACT_MAX).map_err(|source| {
-        let message = format!("cannot set a deadline for ending a job of VM `{}`", vm.name);
-        HypervisorError::new(ErrorKind::Other, message).because(source.to_string())
-    })?;
-    expect(vm, domain, claim)?;
-    act()
+/// The signs at a domain.
+struct AtDomain<'a> {
+    vm: &'a VmRef,
+    domain: &'a DomainHandle,
 }
 
-/// Fails if the claim is not there.
-fn expect(vm: &VmRef, domain: &DomainHandle, claim: ClaimId) -> Result<(), HypervisorError> {
-    if signs(vm, domain)?.claim(claim).is_some() {
-        return Ok(());
+impl Board for AtDomain<'_> {
+    fn vm(&self) -> &VmRef {
+        self.vm
     }
-    Err(HypervisorError::new(
-        ErrorKind::Busy,
-        format!("cannot go on with VM `{}`", vm.name),
-    )
-    .because(CLAIM_GONE))
+
+    fn signs(&self) -> Result<Signs, HypervisorError> {
+        signs(self.vm, self.domain)
+    }
+
+    fn set(&self, sign: &Sign) -> Result<(), HypervisorError> {
+        set(self.vm, self.domain, sign)
+    }
+
+    fn remove(&self, id: ClaimId, kind: SignKind) -> Result<(), HypervisorError> {
+        remove(self.vm, self.domain, id, kind)
+    }
 }
 
 fn signs(vm: &VmRef, domain: &DomainHandle) -> Result<Signs, HypervisorError> {

@@ -15,8 +15,7 @@
 use std::sync::Arc;
 
 use highwater_hypervisor::{
-    ACT_MAX, CLAIM_GONE, Claim, Claimant, Claimer, ErrorKind, HypervisorError, RunState, Sign,
-    SignKind, Signs, Stance, VmRef,
+    Claim, Claimant, Claimer, HypervisorError, RunState, Sign, SignKind, Signs, Stance, VmRef,
 };
 use highwater_model::{ClaimId, Timestamp};
 use serde_json::{Value, json};
@@ -26,7 +25,7 @@ use super::client::Client;
 use super::error::{QmpError, explain};
 use super::identity::run_state;
 use super::line::Line;
-use crate::sys::Deadline;
+use crate::fence::{self, Board};
 
 /// The kind of object that a sign is.
 const KIND: &str = "authz-simple";
@@ -85,55 +84,48 @@ impl QmpDriver {
             return Ok(());
         };
         let client = self.expect_vm(vm)?;
-        expect(vm, &client, claim)
+        fence::expect(
+            &InQemu {
+                vm,
+                client: &client,
+            },
+            claim,
+        )
     }
 
-    /// Does something that would hit whatever session the VM has, though it is
-    /// meant for one: only while the claim stands, and not later than
-    /// [`ACT_MAX`] after that was seen. Whoever comes next sees the sign, and
-    /// waits for that time. Without a claim nobody else is there.
+    /// [Acts](fence::act) at this VM.
     pub(super) fn act<T>(
         &self,
         vm: &VmRef,
         client: &Client,
         act: impl FnOnce() -> Result<T, HypervisorError>,
     ) -> Result<T, HypervisorError> {
-        let Some(claim) = self.claim else {
-            return act();
-        };
-        set(vm, client, &Sign::Acting(claim))?;
-        let done = within_deadline(vm, client, claim, act);
-        // One that stays keeps the next backup waiting for a while, no more.
-        drop(remove(vm, client, claim, SignKind::Acting));
-        done
+        fence::act(&InQemu { vm, client }, self.claim, act)
     }
 }
 
-fn within_deadline<T>(
-    vm: &VmRef,
-    client: &Client,
-    claim: ClaimId,
-    act: impl FnOnce() -> Result<T, HypervisorError>,
-) -> Result<T, HypervisorError> {
-    // Before the look: the time counts from it.
-    let _deadline = Deadline::after(ACT_MAX).map_err(|source| {
-        let message = format!("cannot set a deadline for ending a job of VM `{}`", vm.name);
-        HypervisorError::new(ErrorKind::Other, message).because(source.to_string())
-    })?;
-    expect(vm, client, claim)?;
-    act()
+/// The signs in a QEMU.
+struct InQemu<'a> {
+    vm: &'a VmRef,
+    client: &'a Client,
 }
 
-/// Fails if the claim is not there.
-fn expect(vm: &VmRef, client: &Client, claim: ClaimId) -> Result<(), HypervisorError> {
-    if signs(vm, client)?.claim(claim).is_some() {
-        return Ok(());
+impl Board for InQemu<'_> {
+    fn vm(&self) -> &VmRef {
+        self.vm
     }
-    Err(HypervisorError::new(
-        ErrorKind::Busy,
-        format!("cannot go on with VM `{}`", vm.name),
-    )
-    .because(CLAIM_GONE))
+
+    fn signs(&self) -> Result<Signs, HypervisorError> {
+        signs(self.vm, self.client)
+    }
+
+    fn set(&self, sign: &Sign) -> Result<(), HypervisorError> {
+        set(self.vm, self.client, sign)
+    }
+
+    fn remove(&self, id: ClaimId, kind: SignKind) -> Result<(), HypervisorError> {
+        remove(self.vm, self.client, id, kind)
+    }
 }
 
 fn signs(vm: &VmRef, client: &Client) -> Result<Signs, HypervisorError> {
