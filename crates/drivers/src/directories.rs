@@ -232,6 +232,21 @@ impl SessionPaths {
         self.made_by_us(&self.socket_dir).exists()
     }
 
+    /// Gives the room of the scratch files back, and leaves everything else.
+    pub(crate) fn free_scratch(&self) {
+        if !self.made_by_us(&self.scratch_dir).exists() {
+            return;
+        }
+        let own = format!("hw-{}-", self.session);
+        for entry in fs::read_dir(&self.scratch_dir).into_iter().flatten() {
+            let Ok(entry) = entry else { continue };
+            if entry.file_name().to_string_lossy().starts_with(&own) {
+                // What stays is seen, and said, when the directory is removed.
+                drop(fs::remove_file(entry.path()));
+            }
+        }
+    }
+
     /// Removes what the session left, and the directories. What cannot be
     /// removed is returned as warnings; what is not there is no error.
     ///

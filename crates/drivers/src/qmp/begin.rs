@@ -66,6 +66,9 @@ impl QmpDriver {
         qemu: Option<&User>,
     ) -> Result<Begun, HypervisorError> {
         let disks = &prepared.disks;
+        if prepared.state == RunState::PausedOnError {
+            paths.note_stopped_before()?;
+        }
         let (reserve, key) = make_scratch(disks, paths, qemu)?;
         pass(Step::ScratchMade);
         let sequence = Sequence {
@@ -116,6 +119,7 @@ impl QmpDriver {
                 .map(|disk| Watched::new(order.session, disk))
                 .collect(),
             reserve: reserve.clone(),
+            was_stopped_before: prepared.state == RunState::PausedOnError,
         };
         self.watches.insert(order.session, watch);
         let mut begun = Begun {

@@ -63,6 +63,11 @@ impl QmpDriver {
             let cleared = self.clear(&order.vm, &client, &which, &known)?;
             ended.ended_job = cleared.was_there;
             ended.warnings = cleared.warnings;
+            if cleared.was_there || paths.exist() {
+                // Before it is thawed: a guest that stands does not answer.
+                let resumed = self.resume_after_error(&order.vm, &client, &paths)?;
+                ended.warnings.extend(resumed);
+            }
             ended.warnings.extend(self.thaw_after(&order.vm, &paths));
             if cleared.is_left {
                 // QEMU still writes to its files, and whoever tries again finds
@@ -106,6 +111,8 @@ impl QmpDriver {
         };
         let paths = scratch_dir.and_then(|dir| SessionPaths::of_scratch_dir(session, &dir));
         if let Some(paths) = &paths {
+            let resumed = self.resume_after_error(vm, &client, paths)?;
+            ended.warnings.extend(resumed);
             ended.warnings.extend(self.thaw_after(vm, paths));
         }
         if cleared.is_left {

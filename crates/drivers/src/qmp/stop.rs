@@ -18,12 +18,14 @@ use highwater_model::SessionId;
 use highwater_model::step::{Step, pass, patience};
 use serde_json::json;
 
+use super::QmpDriver;
 use super::client::Client;
 use super::error::{QmpError, explain};
 use super::identity::status;
 use super::line::Line;
 use super::objects::{Role, STOP_KIND};
 use super::sequence::has_resumed;
+use crate::directories::SessionPaths;
 
 /// A guest is not kept stopped for longer than this to switch one more disk.
 const STOP_MAX: Duration = Duration::from_secs(2);
@@ -32,6 +34,8 @@ const RESUME_DEADLINE: Duration = Duration::from_mins(1);
 const RESUME_INTERVAL: Duration = Duration::from_millis(100);
 /// QEMU's word for a guest that `stop` has stopped.
 const STOPPED: &str = "paused";
+/// QEMU's word for a guest that a failed write has stopped.
+pub(super) const STOPPED_BY_ERROR: &str = "io-error";
 
 /// A guest that is stopped. Dropping it lets it run.
 pub(super) struct Stopped<'a> {
@@ -196,6 +200,39 @@ pub(super) fn resume_after(client: &Client, notes: &[String]) -> Result<bool, Qm
         client.run("object-del", json!({"id": note}))?;
     }
     Ok(is_stopped)
+}
+
+impl QmpDriver {
+    /// Lets a guest run that a failed write has stopped while the VM had this
+    /// session: its fleece may have taken the room. Gives that back first.
+    /// Returns a warning.
+    pub(super) fn resume_after_error(
+        &self,
+        vm: &VmRef,
+        client: &Client,
+        paths: &SessionPaths,
+    ) -> Result<Option<String>, HypervisorError> {
+        if paths.was_stopped_before() {
+            return Ok(None);
+        }
+        let message = || format!("cannot see how VM `{}` runs", vm.name);
+        let found = state(client).map_err(|error| explain(message(), &error))?;
+        if found != STOPPED_BY_ERROR {
+            return Ok(None);
+        }
+        paths.free_scratch();
+        let resumed = self.act(vm, client, || Ok(client.run("cont", json!({}))))?;
+        Ok(Some(match resumed {
+            Ok(_) => {
+                "the guest was stopped by an I/O error during the session and runs again".to_owned()
+            }
+            Err(error) => format!(
+                "the guest of VM `{}` was stopped by an I/O error during the session and cannot \
+                 be let run: {error}; run `cont` at QEMU's monitor",
+                vm.name
+            ),
+        }))
+    }
 }
 
 /// Returns QEMU's word for how the guest runs.

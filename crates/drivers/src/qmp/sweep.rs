@@ -76,17 +76,17 @@ impl QmpDriver {
             swept.warnings.extend(cleared.warnings);
         }
         // Their files last: QEMU holds them open no longer.
-        self.remove_directories(vm, client.is_some(), found, &mut swept);
+        self.remove_directories(vm, client.as_ref(), found, &mut swept)?;
         Ok(swept)
     }
 
     fn remove_directories(
         &mut self,
         vm: &VmRef,
-        runs: bool,
+        client: Option<&Client>,
         found: BTreeMap<SessionId, Left>,
         swept: &mut Swept,
-    ) {
+    ) -> Result<(), HypervisorError> {
         let open = process::open_files();
         for (session, left) in found {
             if let Some(warning) = self.is_anothers(session, &left) {
@@ -101,7 +101,10 @@ impl QmpDriver {
             }
             let paths =
                 SessionPaths::of_leftover(session, &left.label.socket_dir, &left.label.scratch_dir);
-            if runs && !self.is_another_qemu(&paths) {
+            let same = client.filter(|_| !self.is_another_qemu(&paths));
+            if let Some(client) = same {
+                let resumed = self.resume_after_error(vm, client, &paths)?;
+                swept.warnings.extend(resumed);
                 swept.warnings.extend(self.thaw_after(vm, &paths));
             } else {
                 paths.note_thawed();
@@ -113,6 +116,7 @@ impl QmpDriver {
                 swept.sessions.push(session);
             }
         }
+        Ok(())
     }
 
     /// Returns the connection; none if the VM is gone, or another one is there.

@@ -14,6 +14,7 @@ use super::error::explain;
 use super::objects::{Role, Which};
 use super::seen::{Seat, Seen};
 use super::sequence::Placed;
+use super::stop::{STOPPED_BY_ERROR, state};
 use crate::directories::free_bytes;
 
 /// What is watched for one session.
@@ -26,6 +27,8 @@ pub(super) struct Watch {
     pub(super) heard: u64,
     pub(super) disks: Vec<Watched>,
     pub(super) reserve: ScratchReserve,
+    /// Whether an I/O error had stopped the guest before the session began.
+    pub(super) was_stopped_before: bool,
 }
 
 /// What must stay as it is for one disk.
@@ -103,6 +106,9 @@ impl QmpDriver {
         let looked = client.heard_count();
         let seen = Seen::read(&client)
             .map_err(|error| explain(format!("cannot look after VM `{}`", vm.name), &error))?;
+        let stopped = state(&client)
+            .map_err(|error| explain(format!("cannot look after VM `{}`", vm.name), &error))?
+            == STOPPED_BY_ERROR;
         let Some(watch) = self.watches.get_mut(&session) else {
             // Somebody else's, who may know more: it stands if it is there.
             let is_there = seen.ours(&Which::All).sessions.contains(&session);
@@ -119,6 +125,11 @@ impl QmpDriver {
         watch.client = client;
         if let Some(trouble) = watch.disks.iter().find_map(|disk| disk.trouble(&seen)) {
             return Err(lost(&trouble));
+        }
+        // It shall not wait until everything is copied: the fleece may have taken
+        // the room that it needs.
+        if stopped && !watch.was_stopped_before {
+            return Err(lost("QEMU stopped the guest: a write failed"));
         }
         let free = free_bytes(&watch.reserve.dir)?;
         if free < watch.reserve.bytes {
