@@ -36,7 +36,7 @@ use highwater_hypervisor::{
 use highwater_model::{ClaimId, Clock, SessionId};
 use serde_json::json;
 
-pub(crate) use facts::OffDisk;
+pub(crate) use facts::{OffDisk, Stated, StatedImage};
 pub(crate) use marks::change as change_mark;
 pub(crate) use session::{OfflineSessions, end_stray};
 pub(crate) use sweep::{leftovers, sweep};
@@ -192,6 +192,7 @@ fn off_disk(target: String, path: PathBuf, format: Option<String>) -> OffDisk {
         format,
         write_errors: WriteErrorPolicy::Pause,
         encrypted: false,
+        stated: None,
     }
 }
 

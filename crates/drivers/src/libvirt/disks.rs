@@ -93,7 +93,7 @@ pub(crate) fn facts(
     })
 }
 
-fn local_path(source: &SourceXml, queries: &impl DiskQueries) -> Option<PathBuf> {
+pub(super) fn local_path(source: &SourceXml, queries: &impl DiskQueries) -> Option<PathBuf> {
     match source {
         SourceXml::File(path) | SourceXml::Block(path) => Some(path.clone()),
         SourceXml::Volume { pool, volume } => queries.volume_path(pool, volume),

@@ -49,8 +49,12 @@ pub(crate) struct DiskXml {
     pub(crate) mirrored: bool,
     /// The image, or one below it, is encrypted at rest.
     pub(crate) encrypted: bool,
+    /// Part of an image is the disk, or a backing file of it (`<slices>`).
+    pub(crate) sliced: bool,
     /// The image and its backing files, topmost first; empty without a medium.
     pub(crate) chain: Vec<LinkXml>,
+    /// The definition says that the last of them has no backing file.
+    pub(crate) ends: bool,
 }
 
 /// One image of a disk.
@@ -184,6 +188,7 @@ fn agent(channel: Node<'_, '_>) -> Option<Agent> {
 /// libvirt never writes one.
 fn disk(devices: Option<Node<'_, '_>>, node: Node<'_, '_>) -> Option<DiskXml> {
     let driver = child(node, "driver");
+    let (chain, ends) = chain(node);
     Some(DiskXml {
         target: child(node, "target")?.attribute("dev")?.to_owned(),
         device: node.attribute("device").unwrap_or("disk").to_owned(),
@@ -206,12 +211,16 @@ fn disk(devices: Option<Node<'_, '_>>, node: Node<'_, '_>) -> Option<DiskXml> {
         encrypted: node
             .descendants()
             .any(|inner| inner.has_tag_name("encryption")),
-        chain: chain(node),
+        sliced: node.descendants().any(|inner| inner.has_tag_name("slices")),
+        chain,
+        ends,
     })
 }
 
-fn chain(disk: Node<'_, '_>) -> Vec<LinkXml> {
+/// Returns the images, and whether the last one is said to have no backing file.
+fn chain(disk: Node<'_, '_>) -> (Vec<LinkXml>, bool) {
     let mut links = Vec::new();
+    let mut ends = false;
     let top_format = child(disk, "driver").and_then(|driver| driver.attribute("type"));
     links.extend(link(disk, top_format));
     let mut above = disk;
@@ -222,12 +231,13 @@ fn chain(disk: Node<'_, '_>) -> Vec<LinkXml> {
         let format = child(backing, "format").and_then(|format| format.attribute("type"));
         // The last <backingStore/> is empty: it only says that the chain ends.
         let Some(found) = link(backing, format) else {
+            ends = true;
             break;
         };
         links.push(found);
         above = backing;
     }
-    links
+    (links, ends)
 }
 
 fn link(holder: Node<'_, '_>, format: Option<&str>) -> Option<LinkXml> {
@@ -375,6 +385,27 @@ mod tests {
         assert_eq!(disk("sda").device, "cdrom");
         assert_eq!(disk("vdc").write_errors, WriteErrorPolicy::Report);
         assert!(disk("vdm").encrypted && !disk("vda").encrypted);
+    }
+
+    #[test]
+    fn what_a_definition_says_of_slices_and_of_the_end_of_a_chain_is_read() {
+        let disk = |inner: &str| {
+            let text = format!(
+                "<domain><devices><disk type='file'><target dev='vda'/>{inner}</disk></devices></domain>"
+            );
+            let disk = parse(&text).unwrap().disks.remove(0);
+            (disk.chain.len(), disk.ends, disk.sliced)
+        };
+        let below = "<backingStore type='file'><format type='raw'/><source file='/b'/>";
+        assert_eq!(disk("<source file='/a'/>"), (1, false, false));
+        assert_eq!(disk("<source file='/a'/><backingStore/>"), (1, true, false));
+        let open = format!("<source file='/a'/>{below}</backingStore>");
+        assert_eq!(disk(&open), (2, false, false));
+        let ended = format!("<source file='/a'/>{below}<backingStore/></backingStore>");
+        assert_eq!(disk(&ended), (2, true, false));
+        let slice = "<source file='/a'><slices><slice type='storage' offset='512' size='512'/>\
+                     </slices></source>";
+        assert_eq!(disk(slice), (1, false, true));
     }
 
     #[test]

@@ -2,9 +2,9 @@
 
 use highwater_hypervisor::{DiskFacts, DiskSource};
 
-use super::disks::{DiskQueries, disk_source};
-use super::domain_xml::DiskXml;
-use crate::offline::OffDisk;
+use super::disks::{DiskQueries, disk_source, local_path};
+use super::domain_xml::{DiskXml, SourceXml};
+use crate::offline::{OffDisk, Stated, StatedImage};
 
 /// Reports a disk of a domain that is off.
 pub(super) fn facts(disk: &DiskXml, queries: &impl DiskQueries) -> Option<DiskFacts> {
@@ -20,6 +20,7 @@ pub(super) fn off_disk(disk: &DiskXml, queries: &impl DiskQueries) -> Option<Off
     let top = disk.chain.first()?;
     let source = disk_source(&top.source, queries)?;
     let file = match &source {
+        _ if disk.sliced => Err("it is a part of its image (`<slices>`)".to_owned()),
         DiskSource::File(path) | DiskSource::Block(path) => Ok(path.clone()),
         DiskSource::Volume { path, .. } => path
             .clone()
@@ -36,5 +37,23 @@ pub(super) fn off_disk(disk: &DiskXml, queries: &impl DiskQueries) -> Option<Off
         format: Some(top.format.clone()),
         write_errors: disk.write_errors,
         encrypted: disk.encrypted,
+        stated: Some(stated(disk, queries)),
     })
+}
+
+/// What libvirt believes before what the images say.
+fn stated(disk: &DiskXml, queries: &impl DiskQueries) -> Stated {
+    let file = |source: &SourceXml| local_path(source, queries);
+    let images = disk.chain.iter().map(|link| StatedImage {
+        file: file(&link.source),
+        format: link.format.clone(),
+        data_file: link
+            .data
+            .as_ref()
+            .map(|data| data.source.as_ref().and_then(file)),
+    });
+    Stated {
+        images: images.collect(),
+        ends: disk.ends,
+    }
 }

@@ -1,12 +1,13 @@
 //! Facts about the disks of a VM that is off.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
     DiskFacts, DiskSource, MarkSupport, NoMarks, RootNode, WriteErrorPolicy,
 };
 
 use super::image::Chain;
+use crate::host;
 
 /// A disk of a VM that is off, as its definition or its user names it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -24,6 +25,73 @@ pub(crate) struct OffDisk {
     pub(crate) write_errors: WriteErrorPolicy,
     /// Whether the definition says that it is encrypted.
     pub(crate) encrypted: bool,
+    /// What the definition says of its images.
+    pub(crate) stated: Option<Stated>,
+}
+
+/// What a definition says of a disk's images. Where it says something it is
+/// believed at the start of the VM, whatever the images themselves say.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Stated {
+    /// Topmost first; those that are left out are found from the last one.
+    pub(crate) images: Vec<StatedImage>,
+    /// Whether the last one has no backing file.
+    pub(crate) ends: bool,
+}
+
+/// What a definition says of one image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct StatedImage {
+    /// `None` if it is no file of this host.
+    pub(crate) file: Option<PathBuf>,
+    pub(crate) format: String,
+    /// The file with its data, if one is named.
+    pub(crate) data_file: Option<Option<PathBuf>>,
+}
+
+impl Stated {
+    /// Says what the images say otherwise, if they do.
+    fn contradicted(&self, chain: &Chain) -> Option<String> {
+        let differs = |image: &str| {
+            Some(format!(
+                "its definition names other backing or data files than `{image}` does"
+            ))
+        };
+        let mut above = "the image".to_owned();
+        for (place, stated) in self.images.iter().enumerate() {
+            let Some(image) = chain.images.get(place) else {
+                return differs(&above);
+            };
+            // The topmost one is where the definition says.
+            let is_same = place == 0
+                || (is_file(stated.file.as_ref(), &image.path)
+                    && stated.format == image.format_name());
+            let data_is_same = match (&stated.data_file, &image.data_file) {
+                (None, _) => true,
+                (Some(stated), Some((found, _))) => is_file(stated.as_ref(), found),
+                (Some(_), None) => false,
+            };
+            if !is_same {
+                return differs(&above);
+            }
+            above = image.path.display().to_string();
+            if !data_is_same {
+                return differs(&above);
+            }
+        }
+        if self.ends && chain.images.len() > self.images.len() {
+            return differs(&above);
+        }
+        None
+    }
+}
+
+/// Whether two names are of one file.
+fn is_file(stated: Option<&PathBuf>, found: &Path) -> bool {
+    let inode = |path: &Path| host::file_identity(path).map(|found| found.inode);
+    stated.is_some_and(|stated| {
+        stated == found || inode(stated).is_some_and(|it| inode(found) == Some(it))
+    })
 }
 
 impl OffDisk {
@@ -79,6 +147,10 @@ pub(crate) fn why_not(disk: &OffDisk, chain: &Chain) -> Option<String> {
     if let Some(why) = &chain.unreadable {
         return Some(why.clone());
     }
+    let contradicted = disk.stated.as_ref().and_then(|it| it.contradicted(chain));
+    if contradicted.is_some() {
+        return contradicted;
+    }
     // Whoever started the VM had the key; here nobody has.
     (disk.encrypted || is_encrypted(chain)).then(|| {
         "it is encrypted, and its key is used only while the VM runs; \
@@ -96,5 +168,69 @@ fn mark_support(chain: &Chain) -> MarkSupport {
         Some(Some(header)) if header.version == 2 => MarkSupport::No(NoMarks::Qcow2Version2),
         Some(Some(_)) => MarkSupport::Yes,
         Some(None) | None => MarkSupport::No(NoMarks::NotQcow2),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// Backs `above` with `below`, without a look at either.
+    fn overlay(above: &Path, below: &Path) {
+        let made = std::process::Command::new("qemu-img")
+            .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+            .args([below, above])
+            .status();
+        assert!(made.unwrap().success());
+    }
+
+    #[test]
+    fn a_disk_whose_definition_names_other_images_is_not_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["base.raw", "other.raw"] {
+            fs::write(at(name), [0; 4096]).unwrap();
+        }
+        std::os::unix::fs::symlink(at("base.raw"), at("link")).unwrap();
+        overlay(&at("top.qcow2"), &at("base.raw"));
+        let image = |name: &str, format: &str| StatedImage {
+            file: Some(at(name)),
+            format: format.to_owned(),
+            data_file: None,
+        };
+        let refused = |below: Option<StatedImage>, ends| {
+            let images = std::iter::once(image("top.qcow2", "qcow2")).chain(below);
+            let disk = OffDisk {
+                target: "vda".to_owned(),
+                serial: None,
+                device: None,
+                device_known: true,
+                source: DiskSource::File(at("top.qcow2")),
+                top: Ok(at("top.qcow2")),
+                format: Some("qcow2".to_owned()),
+                write_errors: WriteErrorPolicy::Pause,
+                encrypted: false,
+                stated: Some(Stated {
+                    images: images.collect(),
+                    ends,
+                }),
+            };
+            matches!(disk.facts().root_node, RootNode::Unknown(why) if why.contains("definition"))
+        };
+        assert!(!refused(None, false));
+        // An overlay that libvirt is told to use without what is below it.
+        assert!(refused(None, true));
+        for ends in [false, true] {
+            assert!(!refused(Some(image("base.raw", "raw")), ends));
+            assert!(!refused(Some(image("link", "raw")), ends));
+            assert!(refused(Some(image("base.raw", "qcow2")), ends));
+            assert!(refused(Some(image("other.raw", "raw")), ends));
+            assert!(refused(Some(image("nowhere", "raw")), ends));
+        }
+        let mut data = image("base.raw", "raw");
+        data.data_file = Some(Some(at("other.raw")));
+        assert!(refused(Some(data), true));
     }
 }

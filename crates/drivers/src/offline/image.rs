@@ -4,6 +4,7 @@
 //! directory of the image that has it. So a disk is the same disk whether its VM
 //! is on or off.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
@@ -21,6 +22,8 @@ const CHAIN_MAX: usize = 200;
 /// What the bitmaps of one image may take to be counted. An image of 64 TiB has
 /// 128 MiB for each of them.
 const BITMAP_BUDGET_BYTES: u64 = 2 << 30;
+/// QEMU takes such a name as one of the directory that it was started in.
+const RELATIVE: &str = "is a file of a directory that nobody knows";
 /// QEMU's view of a raw file ends at a whole sector.
 const SECTOR_BYTES: u64 = 512;
 
@@ -112,9 +115,12 @@ impl Chain {
                     self.links.push(link(data, DATA_FILE_FORMAT));
                 }
                 if let Some(backing) = &header.backing {
-                    let below = header.backing_format.clone();
-                    match resolve(&path, backing) {
-                        Ok(found) => next = Some((found, below)),
+                    let below = resolve(&path, backing).and_then(|(found, said)| {
+                        let format = same_format(backing, header.backing_format.clone(), said)?;
+                        Ok((found, format))
+                    });
+                    match below {
+                        Ok(found) => next = Some(found),
                         Err(why) => {
                             self.links.push(far_link(backing, header));
                             self.images.push(image);
@@ -211,7 +217,8 @@ fn look(path: &Path, format: Option<&str>) -> Result<(Image, u64), String> {
         None => None,
         Some(data) => {
             let name = data.name.as_deref().ok_or("does not name its data file")?;
-            let data = resolve(path, name)?;
+            let (data, said) = resolve(path, name)?;
+            same_format(name, Some("raw".to_owned()), said)?;
             let (_, is_device) =
                 open(&data).map_err(|why| format!("has a data file that {why}"))?;
             Some((data, is_device))
@@ -273,59 +280,91 @@ fn bitmap_facts(
     }
 }
 
-/// Returns the file that an image names; an error if it is none of this host.
-fn resolve(image: &Path, name: &str) -> Result<PathBuf, String> {
-    let local = match name.strip_prefix("json:") {
-        Some(json) => json_file(json),
-        None => plain_file(name),
+/// Returns the file that an image names, and its format if the name says it, too;
+/// an error if it is none of this host.
+fn resolve(image: &Path, name: &str) -> Result<(PathBuf, Option<String>), String> {
+    let refused = |why: &str| format!("`{}` needs `{name}`, which {why}", image.display());
+    if let Some(json) = name.strip_prefix("json:") {
+        return json_file(json).map_err(|why| refused(&why));
+    }
+    let (local, is_url) = match name.strip_prefix("file:") {
+        Some(local) => (local, true),
+        None => (name, false),
     };
-    let Some(local) = local else {
-        return Err(format!(
-            "`{}` needs `{name}`, which is no file of this host",
-            image.display()
-        ));
-    };
-    let below = Path::new(&local);
+    let below = Path::new(local);
+    // A colon before any slash makes a protocol of what is before it.
+    let first = local.split('/').next().unwrap_or_default();
+    if first.contains(':') || local.is_empty() {
+        return Err(refused("is no file of this host"));
+    }
     if below.is_absolute() {
-        return Ok(below.to_path_buf());
+        return Ok((below.to_path_buf(), None));
     }
-    Ok(image.parent().unwrap_or(Path::new("/")).join(below))
+    if is_url {
+        return Err(refused(RELATIVE));
+    }
+    let place = image.parent().unwrap_or(Path::new("/"));
+    Ok((place.join(below), None))
 }
 
-/// A colon before any slash makes a protocol of what is before it.
-fn plain_file(name: &str) -> Option<String> {
-    let name = name.strip_prefix("file:").unwrap_or(name);
-    let first = name.split('/').next().unwrap_or_default();
-    (!first.contains(':') && !name.is_empty()).then(|| name.to_owned())
-}
-
-/// Finds the file in a description of nodes; anything but a format over a file
-/// (slices, quorums, other protocols) is none.
-fn json_file(json: &str) -> Option<String> {
-    const DEPTH_MAX: usize = 4;
-    let value: Value = serde_json::from_str(json).ok()?;
-    let mut node = &value;
-    let dotted = |key: &str| value.get(key).and_then(Value::as_str);
-    if let (Some(path), None | Some("file" | "host_device")) =
-        (dotted("file.filename"), dotted("file.driver"))
-    {
-        return plain_file(path);
-    }
-    for _ in 0..DEPTH_MAX {
-        // A part of a file is not the file.
-        if node.get("offset").is_some() || node.get("size").is_some() {
-            return None;
+/// Returns the format that an image says of the one below it, in two places.
+fn same_format(
+    name: &str,
+    header: Option<String>,
+    said: Option<String>,
+) -> Result<Option<String>, String> {
+    match (header, said) {
+        (Some(header), Some(said)) if header != said => {
+            Err(format!("`{name}` is said to be {header}, too"))
         }
-        let driver = node.get("driver").and_then(Value::as_str);
-        match driver {
-            Some("file" | "host_device") => {
-                return plain_file(node.get("filename")?.as_str()?);
+        (header, said) => Ok(header.or(said)),
+    }
+}
+
+/// Finds the file in a description of nodes, and its format. Nothing but a format
+/// over a file is understood: with any other word it may be a part of that file, or
+/// something else altogether, and would be read wrongly in silence.
+fn json_file(json: &str) -> Result<(PathBuf, Option<String>), String> {
+    let value: Value = serde_json::from_str(json).map_err(|_| "is no JSON".to_owned())?;
+    let mut options = BTreeMap::new();
+    flatten("", &value, &mut options)?;
+    let (mut format, mut file) = (None, None);
+    for (key, value) in options {
+        match (key.as_str(), value) {
+            ("driver", "qcow2" | "raw") => format = Some(value.to_owned()),
+            ("file.driver", "file" | "host_device") => {}
+            ("file.filename", path) => file = Some(PathBuf::from(path)),
+            _ => {
+                return Err(format!(
+                    "is not a whole file of this host: `{key}` = `{value}`"
+                ));
             }
-            Some("qcow2" | "raw") | None => node = node.get("file")?,
-            Some(_) => return None,
         }
     }
-    None
+    let file = file.ok_or("is no file of this host")?;
+    if file.is_relative() {
+        return Err(RELATIVE.to_owned());
+    }
+    Ok((file, format))
+}
+
+/// Writes all values under the names that QEMU gives them: `file.filename`.
+fn flatten<'a>(
+    prefix: &str,
+    value: &'a Value,
+    options: &mut BTreeMap<String, &'a str>,
+) -> Result<(), String> {
+    const STRANGE: &str = "is not a whole file of this host";
+    match value {
+        Value::Object(members) => members.iter().try_for_each(|(name, inner)| {
+            let dot = if prefix.is_empty() { "" } else { "." };
+            flatten(&format!("{prefix}{dot}{name}"), inner, options)
+        }),
+        // Which of two counts is QEMU's to know.
+        Value::String(text) if options.insert(prefix.to_owned(), text).is_none() => Ok(()),
+        Value::String(_) => Err(format!("{STRANGE}: it says `{prefix}` twice")),
+        other => Err(format!("{STRANGE}: `{prefix}` = `{other}`")),
+    }
 }
 
 fn link(path: &Path, format: &str) -> ChainLink {
@@ -353,5 +392,59 @@ fn far_link(name: &str, above: &Qcow2Header) -> ChainLink {
         file_bytes: None,
         modified_ns: None,
         changed_ns: None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_description_of_nodes_is_a_whole_file_or_is_refused() {
+        let whole =
+            |json: &str| json_file(json).map(|(path, format)| (path, format.unwrap_or_default()));
+        let base = |format: &str| Ok((PathBuf::from("/b"), format.to_owned()));
+        for (json, expected) in [
+            (
+                r#"{"driver":"raw","file":{"driver":"file","filename":"/b"}}"#,
+                base("raw"),
+            ),
+            (
+                r#"{"driver":"qcow2","file.driver":"host_device","file.filename":"/b"}"#,
+                base("qcow2"),
+            ),
+            (r#"{"file.filename":"/b"}"#, base("")),
+        ] {
+            assert_eq!(whole(json), expected, "{json}");
+        }
+        for json in [
+            r#"{"driver":"raw","offset":1048576,"size":4096,"file.driver":"file","file.filename":"/b"}"#,
+            r#"{"driver":"raw","offset":"4096","file":{"driver":"file","filename":"/b"}}"#,
+            r#"{"driver":"quorum","file.filename":"/b"}"#,
+            r#"{"driver":"luks","file":{"driver":"file","filename":"/b"}}"#,
+            r#"{"driver":"qcow2","file":{"driver":"raw","file":{"driver":"file","filename":"/b"}}}"#,
+            r#"{"driver":"qcow2","file":{"driver":"nbd","filename":"/b"}}"#,
+            r#"{"driver":"qcow2","backing":null,"file.filename":"/b"}"#,
+            r#"{"driver":"qcow2","data-file.filename":"/c","file.filename":"/b"}"#,
+            r#"{"file.filename":"/b","file":{"filename":"/c"}}"#,
+            r#"{"driver":"raw","file.filename":"b"}"#,
+            r#"{"driver":"raw","file":"node0"}"#,
+            r#"{"driver":"raw"}"#,
+            r#"["file.filename"]"#,
+            "{",
+        ] {
+            assert!(whole(json).is_err(), "{json}: {:?}", whole(json));
+        }
+    }
+
+    #[test]
+    fn a_file_is_named_by_the_image_that_needs_it() {
+        let of = |name: &str| resolve(Path::new("/d/a.qcow2"), name).map(|found| found.0);
+        assert_eq!(of("b"), Ok("/d/b".into()));
+        assert_eq!(of("s/b:1"), Ok("/d/s/b:1".into()));
+        assert_eq!(of("file:/e/b"), Ok("/e/b".into()));
+        for strange in ["file:b", "nbd://h/x", "", "file:", "a:b"] {
+            assert!(of(strange).is_err(), "{strange}");
+        }
     }
 }

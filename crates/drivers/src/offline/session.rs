@@ -14,7 +14,7 @@
 //! since before the point, and records what the VM writes.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use highwater_hypervisor::{
     BeginOrder, Begun, BegunDisk, Consistency, Ended, ErrorKind, Export, ExportAddress,
@@ -59,6 +59,11 @@ impl OfflineSessions {
         self.live.contains_key(&session)
     }
 
+    /// Whether this process has begun none.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.live.is_empty()
+    }
+
     /// Takes the point in time of a VM with these disks. Its consistency is what
     /// the caller knows of how the VM came to be off.
     pub(crate) fn begin(
@@ -78,6 +83,7 @@ impl OfflineSessions {
         let paths = SessionPaths::of_order(order);
         let chains = || ordered.iter().map(|one| &one.chain);
         let mut witness = Witness::open(chains()).map_err(|why| other(&order.vm, why))?;
+        expect_no_device(order, &witness)?;
         keep(&order.vm, &witness)?;
         expect_no_writer(&order.vm, &witness)?;
         let mut warnings = Vec::new();
@@ -127,10 +133,12 @@ impl OfflineSessions {
     ) -> Option<Result<(), HypervisorError>> {
         let known = self.live.get_mut(&session)?;
         if known.lost.is_none()
-            && let Some(because) = known.trouble()
+            && let Some(trouble) = known.trouble()
         {
             // At once: nobody has any use for what it shows.
             known.exporter.stop();
+            // Later: to look through all processes takes its time.
+            let because = trouble.named();
             known.lost = Some(HypervisorError::session_lost(vm, session, because));
         }
         Some(known.lost.clone().map_or(Ok(()), Err))
@@ -171,23 +179,48 @@ impl OfflineSessions {
 
 impl OfflineSession {
     /// Says what is wrong, if something is.
-    fn trouble(&mut self) -> Option<String> {
-        match self.witness.look() {
-            Seen::Untouched => self.exporter.ended(),
-            Seen::Open(image) => Some(format!(
-                "the VM was started, or another program writes: `{}` is open for writing{}",
-                image.display(),
-                holders::of(&image)
-            )),
-            Seen::Written(image) => Some(format!(
-                "the VM was started meanwhile, or another program has written: `{}` is not as it was",
-                image.display()
-            )),
-            Seen::Unknown(image, why) => Some(format!(
-                "nobody can tell whether `{}` is as it was: {why}",
-                image.display()
-            )),
-        }
+    fn trouble(&mut self) -> Option<Trouble> {
+        let (because, open) = match self.witness.look() {
+            Seen::Untouched => (self.exporter.ended()?, None),
+            Seen::Open(image) => (
+                format!(
+                    "the VM was started, or another program writes: `{}` is open for writing",
+                    image.display()
+                ),
+                Some(image),
+            ),
+            Seen::Written(image) => (
+                format!(
+                    "the VM was started meanwhile, or another program has written, or its owner \
+                     or links were changed: `{}` is not as it was",
+                    image.display()
+                ),
+                None,
+            ),
+            Seen::Unknown(image, why) => (
+                format!(
+                    "nobody can tell whether `{}` is as it was: {why}",
+                    image.display()
+                ),
+                None,
+            ),
+        };
+        Some(Trouble { because, open })
+    }
+}
+
+/// What is wrong with a session.
+struct Trouble {
+    because: String,
+    /// The image that somebody has open.
+    open: Option<PathBuf>,
+}
+
+impl Trouble {
+    /// Says who it is, too, as far as that can be seen.
+    fn named(&self) -> String {
+        let holders = self.open.as_deref().map(holders::of);
+        format!("{}{}", self.because, holders.unwrap_or_default())
     }
 }
 
@@ -276,19 +309,47 @@ fn keep(vm: &VmRef, witness: &Witness) -> Result<(), HypervisorError> {
     }
 }
 
+/// A device may be in use on another host, where no lock of this one is known, and
+/// a write to it leaves no trace.
+fn expect_no_device(order: &BeginOrder, witness: &Witness) -> Result<(), HypervisorError> {
+    let (WhenStarted::Yield, Some(device)) = (order.when_started, witness.device()) else {
+        return Ok(());
+    };
+    Err(
+        HypervisorError::new(ErrorKind::WrongState, cannot_begin(&order.vm))
+            .because(format!(
+                "`{}` is a block device: whether somebody writes to it meanwhile, here or on \
+                 another host, cannot be seen",
+                device.display()
+            ))
+            .hint(
+                "use `--offline hold` if nobody else, on no host, uses the device until the backup \
+                 is done",
+            ),
+    )
+}
+
 fn expect_no_writer(vm: &VmRef, witness: &Witness) -> Result<(), HypervisorError> {
+    let in_use = |because: String| {
+        let error = HypervisorError::new(ErrorKind::WrongState, cannot_begin(vm)).because(because);
+        error.hint("back it up while it runs, over libvirt or its QMP socket (`-c qmp:SOCKET`)")
+    };
     match witness.writer() {
-        Ok(None) => Ok(()),
-        Ok(Some(image)) => Err(
-            HypervisorError::new(ErrorKind::WrongState, cannot_begin(vm))
-                .because(format!(
-                    "`{}` is in use by a running VM{}",
-                    image.display(),
-                    holders::of(image)
-                ))
-                .hint("back it up while it runs, over libvirt or its QMP socket (`-c qmp:SOCKET`)"),
-        ),
-        Err(why) => Err(other(vm, why)),
+        Ok(None) => {}
+        Ok(Some(image)) => {
+            let (name, who) = (image.display(), holders::of(image));
+            return Err(in_use(format!("`{name}` is in use by a running VM{who}")));
+        }
+        Err(why) => return Err(other(vm, why)),
+    }
+    match witness.paths().find(|path| holders::has_writer(path)) {
+        None => Ok(()),
+        Some(image) => {
+            let (name, who) = (image.display(), holders::of(image));
+            Err(in_use(format!(
+                "`{name}` is open for writing, without QEMU's locks{who}"
+            )))
+        }
     }
 }
 

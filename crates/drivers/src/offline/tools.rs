@@ -69,11 +69,14 @@ fn wait(mut child: Child) -> io::Result<Output> {
     let since = Instant::now();
     while child.try_wait()?.is_none() {
         if since.elapsed() > patience(TOOL_PATIENCE) {
-            // It may hang in the kernel, and is not waited for.
-            child.kill()?;
+            // Not killed: it may be in the middle of an image's tables.
             return Err(io::Error::new(
                 io::ErrorKind::TimedOut,
-                "it does not end: does the storage hang?",
+                format!(
+                    "process {} does not end, and is not waited for any longer: does the storage \
+                     hang?",
+                    child.id()
+                ),
             ));
         }
         std::thread::sleep(TOOL_INTERVAL);

@@ -143,9 +143,14 @@ impl Witness {
     /// what somebody else keeps.
     ///
     /// Not on network file systems, where such a lock is a byte-range lock over
-    /// the bytes that QEMU locks.
+    /// the bytes that QEMU locks, nor on block devices, where udev and others wait
+    /// for it to be free.
     pub(crate) fn keep(&self) -> Result<Option<&Path>, String> {
-        for watched in self.files.iter().filter(|it| it.is_written) {
+        for watched in self
+            .files
+            .iter()
+            .filter(|it| it.is_written && !it.is_device)
+        {
             let failed = |error: io::Error| format!("`{}`: {error}", watched.path.display());
             if network_file_system(&watched.path)
                 .map_err(failed)?
@@ -190,6 +195,17 @@ impl Witness {
                 Err(error) => Some(format!("`{path}` does not tell where it is: {error}")),
             }
         })
+    }
+
+    /// Returns a block device among the files.
+    pub(crate) fn device(&self) -> Option<&Path> {
+        let device = self.files.iter().find(|it| it.is_device)?;
+        Some(&device.path)
+    }
+
+    /// All files, as they are named.
+    pub(crate) fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|it| it.path.as_path())
     }
 
     /// Returns which image somebody has open for writing.

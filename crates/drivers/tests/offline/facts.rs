@@ -115,6 +115,31 @@ fn what_cannot_be_read_whole_is_not_read_and_says_why() {
         .unwrap();
     let far = unknown(&at("far.qcow2"), "no file of this host");
     assert_eq!(far.chain[1].place, Place::Network);
+    // A part of a file is not the file, however it is said.
+    fs::write(at("parts.raw"), vec![0; 8 << 20]).unwrap();
+    let parts = at("parts.raw");
+    let part = format!(
+        r#"json:{{"driver":"raw","offset":1048576,"size":4194304,"file.driver":"file","file.filename":"{}"}}"#,
+        parts.display()
+    );
+    let qcow2 = format!(
+        r#"json:{{"driver":"qcow2","file.driver":"file","file.filename":"{}"}}"#,
+        parts.display()
+    );
+    for (name, below, word) in [
+        ("part.qcow2", part, "`offset`"),
+        ("two.qcow2", qcow2, "is said to be raw"),
+    ] {
+        tool("qemu-img")
+            .args([
+                "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", &below,
+            ])
+            .arg(at(name))
+            .arg("4M")
+            .run()
+            .unwrap();
+        unknown(&at(name), word);
+    }
     create(&at("loop.qcow2"), "compat=1.1");
     tool("qemu-img")
         .args(["rebase", "-u", "-F", "qcow2", "-b", "loop.qcow2"])
