@@ -192,7 +192,7 @@ fn another_random_life_loses_nothing() -> Result<()> {
     live(2, 60)
 }
 
-fn number(variable: &str) -> Result<Option<u64>> {
+pub(crate) fn number(variable: &str) -> Result<Option<u64>> {
     let Ok(text) = std::env::var(variable) else {
         return Ok(None);
     };

@@ -17,6 +17,7 @@ mod bad_input_places;
 mod bad_input_space;
 mod bare;
 mod bare_crash;
+mod bare_life;
 mod correctness;
 mod crash;
 mod disks;

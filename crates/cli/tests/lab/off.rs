@@ -210,9 +210,15 @@ fn openers(file: &Path) -> Vec<u32> {
     processes.filter(opens).filter_map(pid).collect()
 }
 
-fn wait_for_reader(tale: &Tale) -> Result<()> {
+/// Waits until the backup has so many marks on the image and reads it.
+fn wait_for_reader(tale: &Tale, marks: usize) -> Result<()> {
     let image = tale.vm.image("vda");
-    wait_until(|| Ok(!openers(&image).is_empty() && tale.marks("vda")?.len() > 0))
+    // Before it there is qemu-img, which adds the mark and holds a lock for it.
+    let reads = |pid: &u32| {
+        let program = std::fs::read_link(format!("/proc/{pid}/exe"));
+        program.is_ok_and(|it| it.ends_with("qemu-storage-daemon"))
+    };
+    wait_until(|| Ok(openers(&image).iter().any(reads) && tale.marks("vda")?.len() == marks))
 }
 
 #[test]
@@ -221,7 +227,7 @@ fn a_vm_started_during_the_backup_starts_at_once_and_the_next_backup_is_right() 
     let mut tale = busy_images(&bed)?;
     let image = tale.vm.image_uri();
     let run = bed.spawn_slow(&image, &["backup", "kvm0"])?;
-    wait_for_reader(&tale)?;
+    wait_for_reader(&tale, 1)?;
     let since = Instant::now();
     tale.vm.start()?;
     let took = since.elapsed();
@@ -256,7 +262,7 @@ fn an_increment_that_a_start_breaks_off_keeps_the_old_mark() -> Result<()> {
     noise(&tale, 24)?;
     tale.vm.quit()?;
     let run = bed.spawn_slow(&tale.vm.image_uri(), &["backup", "kvm0"])?;
-    wait_until(|| Ok(tale.marks("vda")?.len() == 2))?;
+    wait_for_reader(&tale, 2)?;
     tale.vm.start()?;
     tale.writes(2)?;
     let output = run.wait_with_output()?;
@@ -273,7 +279,7 @@ fn a_vm_that_is_held_off_does_not_start_before_the_backup_is_done() -> Result<()
     let mut tale = busy_images(&bed)?;
     let hold = ["backup", "kvm0", "--offline", "hold"];
     let run = bed.spawn_slow(&tale.vm.image_uri(), &hold)?;
-    wait_for_reader(&tale)?;
+    wait_for_reader(&tale, 1)?;
     let refused = tale.vm.start().err().context("it started")?;
     ensure!(format!("{refused:#}").contains("lock"), "{refused:#}");
     let output = run.wait_with_output()?;
@@ -317,7 +323,7 @@ fn an_exporter_dies_with_us_and_keeps_no_vm_from_starting() -> Result<()> {
     for (round, offline) in ["yield", "hold"].iter().enumerate() {
         let args = ["backup", "kvm0", "--offline", offline];
         let mut run = bed.spawn_slow(&tale.vm.image_uri(), &args)?;
-        wait_for_reader(&tale)?;
+        wait_for_reader(&tale, round + 1)?;
         let (mover, guard) = (mover_of(&run)?, guard_of(&run)?);
         kill_all(&mut run, guard, mover)?;
         wait_until(|| Ok(openers(&image).is_empty()))?;
@@ -363,7 +369,7 @@ fn two_backups_of_the_same_images_do_not_meet() -> Result<()> {
     let mut tale = busy_images(&bed)?;
     let uri = tale.vm.image_uri();
     let first = bed.spawn_slow(&uri, &["backup", "kvm0"])?;
-    wait_for_reader(&tale)?;
+    wait_for_reader(&tale, 1)?;
     // Another host's or user's: it shares no lock file with the first.
     let mut other = bed.command(&uri, &["backup", "kvm0"]);
     other.env("HIGHWATER_RUNTIME_DIR", bed.lab.path("elsewhere"));

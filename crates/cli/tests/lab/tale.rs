@@ -169,9 +169,9 @@ impl Tale {
         Ok(report)
     }
 
-    /// Returns how many points there are.
+    /// Returns how many points there are in the repository.
     pub(crate) fn points(&self) -> Result<usize> {
-        let list = ["list", self.vm.name(), "--json"];
+        let list = ["list", "--json"];
         let listed: Value = serde_json::from_str(&self.bed.run("image:/none", &list)?)?;
         Ok(listed["points"].as_array().map_or(0, Vec::len))
     }
