@@ -336,7 +336,7 @@ mod tests {
 mod with_a_real_qemu {
     use std::sync::Arc;
 
-    use highwater_hypervisor::Driver as _;
+    use highwater_hypervisor::{Driver as _, ErrorKind};
     use highwater_model::SystemClock;
     use highwater_testkit::BareLab;
 
