@@ -280,8 +280,6 @@ fn claim(id: ClaimId, text: &str) -> Option<Claim> {
 
 #[cfg(test)]
 mod tests {
-    use highwater_hypervisor::ErrorKind;
-
     use super::*;
 
     fn claim_of(host: &str) -> Claim {
