@@ -50,7 +50,7 @@ pub(super) struct Cleared {
     pub(super) sessions: BTreeSet<SessionId>,
     /// Whether there was anything.
     pub(super) was_there: bool,
-    /// Whether something is still there.
+    /// Whether something is still there that holds files (a server holds none).
     pub(super) is_left: bool,
     /// What could not be taken out, and what else was done for the guest.
     pub(super) warnings: Vec<String>,
@@ -192,7 +192,7 @@ impl QmpDriver {
             else {
                 // All done as it seems; looked at once more.
                 if since.elapsed() > patience(GONE_DEADLINE) {
-                    cleared.is_left = true;
+                    cleared.is_left = !ours.is_nothing();
                     break;
                 }
                 continue;
@@ -209,7 +209,7 @@ impl QmpDriver {
                 ),
             };
             if since.elapsed() > deadline {
-                cleared.is_left = true;
+                cleared.is_left = !ours.is_nothing();
                 let in_vm = |(because, _)| {
                     format!(
                         "cannot tidy up after a backup in VM `{}`: {because}",
