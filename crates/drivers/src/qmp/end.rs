@@ -9,7 +9,8 @@
 //! it is the same whether a session ends, has failed half-way, was killed
 //! anywhere (in here, too), or is undone by somebody who never knew it.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use highwater_hypervisor::{BeginOrder, Ended, ErrorKind, HypervisorError, VmRef};
@@ -23,7 +24,7 @@ use super::error::{QmpError, explain};
 use super::objects::{Ours, Role, Which};
 use super::seen::{Seat, Seen};
 use super::sequence::switch;
-use super::servers::listening;
+use super::servers::{accepts, is_visible, listening};
 use super::stop::resume_after;
 use crate::directories::SessionPaths;
 use crate::host;
@@ -39,6 +40,9 @@ const BUSY_DEADLINE: Duration = Duration::from_secs(5);
 const REFUSED_DEADLINE: Duration = Duration::from_secs(2);
 const INTERVAL: Duration = Duration::from_millis(20);
 
+/// Sessions whose server is meant, and where each listens, if that is known.
+pub(super) type Known = BTreeMap<SessionId, Option<PathBuf>>;
+
 /// What was taken out.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct Cleared {
@@ -46,7 +50,7 @@ pub(super) struct Cleared {
     pub(super) sessions: BTreeSet<SessionId>,
     /// Whether there was anything.
     pub(super) was_there: bool,
-    /// Whether something is still there.
+    /// Whether something is still there that holds files (a server holds none).
     pub(super) is_left: bool,
     /// What could not be taken out, and what else was done for the guest.
     pub(super) warnings: Vec<String>,
@@ -59,7 +63,7 @@ impl QmpDriver {
         if let Some(client) = self.client_unless_gone(&order.vm, &paths)? {
             let targets = order.disks.iter().map(|disk| disk.target.as_str());
             let which = Which::of_session(order.session, targets);
-            let known = [order.session].into();
+            let known = [(order.session, Some(paths.socket()))].into();
             let cleared = self.clear(&order.vm, &client, &which, &known)?;
             ended.ended_job = cleared.was_there;
             ended.warnings = cleared.warnings;
@@ -104,12 +108,13 @@ impl QmpDriver {
         let mut files = fleeces.filter_map(|(_, node)| node.path());
         let scratch_dir = files.find_map(|file| Some(file.parent()?.to_path_buf()));
         let which = Which::Hashes(hashes);
-        let cleared = self.clear(vm, &client, &which, &[session].into())?;
+        let paths = scratch_dir.and_then(|dir| SessionPaths::of_scratch_dir(session, &dir));
+        let known = [(session, paths.as_ref().map(SessionPaths::socket))].into();
+        let cleared = self.clear(vm, &client, &which, &known)?;
         let mut ended = Ended {
             ended_job: cleared.was_there,
             warnings: cleared.warnings,
         };
-        let paths = scratch_dir.and_then(|dir| SessionPaths::of_scratch_dir(session, &dir));
         if let Some(paths) = &paths {
             let resumed = self.resume_after_error(vm, &client, paths)?;
             ended.warnings.extend(resumed);
@@ -148,7 +153,7 @@ impl QmpDriver {
         vm: &VmRef,
         client: &Client,
         which: &Which,
-        known: &BTreeSet<SessionId>,
+        known: &Known,
     ) -> Result<Cleared, HypervisorError> {
         let failed = |error: &QmpError| explain(cannot_end(vm), error);
         let mut cleared = Cleared::default();
@@ -187,7 +192,7 @@ impl QmpDriver {
             else {
                 // All done as it seems; looked at once more.
                 if since.elapsed() > patience(GONE_DEADLINE) {
-                    cleared.is_left = true;
+                    cleared.is_left = !ours.is_nothing();
                     break;
                 }
                 continue;
@@ -204,7 +209,7 @@ impl QmpDriver {
                 ),
             };
             if since.elapsed() > deadline {
-                cleared.is_left = true;
+                cleared.is_left = !ours.is_nothing();
                 let in_vm = |(because, _)| {
                     format!(
                         "cannot tidy up after a backup in VM `{}`: {because}",
@@ -220,11 +225,20 @@ impl QmpDriver {
     }
 
     /// Returns whose server QEMU runs, if it is one of those that are meant.
-    fn our_server(&self, ours: &Ours, known: &BTreeSet<SessionId>) -> BTreeSet<SessionId> {
-        let known: BTreeSet<SessionId> = known.union(&ours.sessions).copied().collect();
+    fn our_server(&self, ours: &Ours, known: &Known) -> BTreeSet<SessionId> {
+        let sessions = known.keys().chain(&ours.sessions);
+        let sessions: BTreeSet<SessionId> = sessions.copied().collect();
         let process = self.process().map(|found| found.identity.pid);
-        let mut found = listening(process, &known);
-        found.retain(|session| known.contains(session));
+        let mut found = listening(process, &sessions);
+        found.retain(|session| sessions.contains(session));
+        if !is_visible(process) {
+            // In a container, say: its sockets are in no table of ours.
+            let sockets = known
+                .iter()
+                .filter_map(|(id, socket)| Some((id, socket.as_ref()?)));
+            let accepting = sockets.filter(|(_, socket)| accepts(socket));
+            found.extend(accepting.map(|(session, _)| *session));
+        }
         found
     }
 }

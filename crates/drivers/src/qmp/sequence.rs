@@ -104,8 +104,9 @@ impl Sequence<'_> {
             let explained = explain(cannot_begin(&self.order.vm), &error);
             if is_taken {
                 return explained.hint(
-                    "QEMU has one NBD server, and somebody else has started it; it is ended \
-                     with `nbd-server-stop` at QEMU's monitor",
+                    "QEMU has one NBD server, and somebody else has started it, or a backup \
+                     of which no file is left; it is ended with `nbd-server-stop` at QEMU's \
+                     monitor",
                 );
             }
             explained

@@ -8,8 +8,14 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use std::time::Duration;
+
 use highwater_model::SessionId;
 
+use super::address::Address;
+
+/// How long a server may take to accept.
+const ACCEPT_LIMIT: Duration = Duration::from_secs(1);
 /// `__SO_ACCEPTCON` (linux/net.h): the socket listens.
 const LISTENS: u32 = 1 << 16;
 
@@ -31,6 +37,19 @@ pub(super) fn listening(process: Option<u32>, known: &BTreeSet<SessionId>) -> BT
     })
     .map(|(_, session)| session)
     .collect()
+}
+
+/// Returns whether it can be seen what sockets this process has.
+pub(super) fn is_visible(process: Option<u32>) -> bool {
+    process.is_some_and(|pid| sockets_of(pid).is_some())
+}
+
+/// Returns whether somebody listens on this socket. Its path is used once, and a
+/// QEMU has one server, so whoever does is the session's own; and a path leads
+/// there from any namespace that it can be seen from.
+pub(super) fn accepts(socket: &Path) -> bool {
+    let address = Address::Unix(socket.to_path_buf());
+    address.connect(ACCEPT_LIMIT).is_ok()
 }
 
 /// Reads a row of the kernel's table: number, flags and path of a socket.
@@ -87,6 +106,17 @@ mod tests {
             assert!(!listening(Some(parent), &nobody).contains(&one));
         }
         assert!(!listening(me, &nobody).contains(&one));
+    }
+
+    #[test]
+    fn a_socket_accepts_until_its_listener_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        assert!(!accepts(&path));
+        let listener = UnixListener::bind(&path).unwrap();
+        assert!(accepts(&path));
+        drop(listener);
+        assert!(!accepts(&path));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use highwater_model::SessionId;
 
 use super::QmpDriver;
 use super::client::Client;
-use super::end::cannot_end;
+use super::end::{Known, cannot_end};
 use super::error::explain;
 use super::objects::Which;
 use super::process;
@@ -54,10 +54,21 @@ impl QmpDriver {
         let mut found = find(vm, places);
         let mut swept = Swept::default();
         if let Some(client) = &client {
-            let mut known: BTreeSet<SessionId> = found.keys().copied().collect();
+            let sessions: BTreeSet<SessionId> = found.keys().copied().collect();
+            let mut known: Known = found
+                .iter()
+                .map(|(session, left)| {
+                    let label = &left.label;
+                    let paths =
+                        SessionPaths::of_leftover(*session, &label.socket_dir, &label.scratch_dir);
+                    (*session, Some(paths.socket()))
+                })
+                .collect();
             let seen = Seen::read(client).map_err(|error| explain(cannot_end(vm), &error))?;
             let process = self.process().map(|found| found.identity.pid);
-            known.extend(listening(process, &known));
+            for session in listening(process, &sessions) {
+                known.entry(session).or_default();
+            }
             let listed = Which::Hashes(seen.ours(&Which::All).hashes());
             // After the list was made: what a successor has made is not in it.
             self.expect_claim(vm)?;

@@ -9,6 +9,7 @@
     reason = "what a helper of a test cannot do fails the test, with the error and the line"
 )]
 
+mod elsewhere;
 mod errors;
 mod foreign;
 mod gaps;
