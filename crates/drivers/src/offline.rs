@@ -39,7 +39,7 @@ use serde_json::json;
 pub(crate) use facts::{OffDisk, Stated, StatedImage};
 pub(crate) use marks::change as change_mark;
 pub(crate) use session::{OfflineSessions, end_stray};
-pub(crate) use sweep::{leftovers, sweep};
+pub(crate) use sweep::{is_kept, leftovers, sweep};
 
 use crate::uri::{self, Uri};
 use witness::Witness;
@@ -103,9 +103,13 @@ impl ImageDriver {
             }
             disks.push(off_disk(target, path, format.clone()));
         }
-        let first = disks.first().and_then(|disk| disk.top.as_deref().ok());
-        let name = parsed.params.get(uri::NAME).cloned();
-        let name = name.or_else(|| first.and_then(stem_of_any));
+        // An image's own name does not do: two VMs with a `disk.qcow2` each would be
+        // one, and share their points.
+        let name = parsed.params.get(uri::NAME).filter(|it| !it.is_empty());
+        let name = name.cloned().ok_or_else(|| {
+            wrong("images do not tell what their VM is called".to_owned())
+                .hint("say it with `--name NAME`, or in the connection: `image:PATH?name=NAME`")
+        })?;
         let uuid = parsed
             .params
             .get("uuid")
@@ -113,9 +117,7 @@ impl ImageDriver {
         let is_none = |uuid: &String| uuid.chars().all(|letter| matches!(letter, '0' | '-'));
         Ok(Self {
             vm: VmRef {
-                name: name
-                    .filter(|name| !name.is_empty())
-                    .ok_or_else(|| wrong("the VM has no name".to_owned()))?,
+                name,
                 uuid: uuid.filter(|uuid| !is_none(uuid)),
             },
             disks,
@@ -134,6 +136,12 @@ impl ImageDriver {
             image.display(),
             holders::of(&image)
         ))
+    }
+
+    /// Whether directories of this VM may be those of a session that lives: one that
+    /// reads the images keeps them, and one of the running VM is not known here.
+    fn another_may_live(&self) -> bool {
+        is_kept(&self.disks, &self.sessions) || self.in_use().is_some()
     }
 
     fn run_state(&self) -> RunState {
@@ -204,12 +212,9 @@ fn absolute(path: &str) -> Result<PathBuf, String> {
     std::path::absolute(path).map_err(|error| format!("`{path}`: {error}"))
 }
 
-fn stem_of_any(path: &Path) -> Option<String> {
-    Some(path.file_stem()?.to_str()?.to_owned())
-}
-
 fn stem(path: &Path) -> Option<String> {
-    stem_of_any(path).filter(|stem| is_target(stem))
+    let stem = path.file_stem()?.to_str()?.to_owned();
+    is_target(&stem).then_some(stem)
 }
 
 fn nameless(path: &Path) -> String {
@@ -317,10 +322,16 @@ impl Driver for ImageDriver {
         vm: &VmRef,
         places: &[PathBuf],
     ) -> Result<Vec<LeftDirectory>, HypervisorError> {
+        if self.another_may_live() {
+            return Ok(Vec::new());
+        }
         Ok(leftovers(vm, places, &self.sessions))
     }
 
     fn sweep(&mut self, vm: &VmRef, places: &[PathBuf]) -> Result<Swept, HypervisorError> {
+        if self.another_may_live() {
+            return Ok(Swept::default());
+        }
         Ok(sweep(vm, places, &mut self.sessions))
     }
 
@@ -347,11 +358,11 @@ mod tests {
 
     #[test]
     fn disks_are_called_as_the_user_says_or_as_their_images_are() {
-        let driver = connect("image:/d/web01.qcow2,data=/d/x%2Cy.img?uuid=AB").unwrap();
+        let driver = connect("image:/d/web01.qcow2,data=/d/x%2Cy.img?uuid=AB&name=w").unwrap();
         let targets: Vec<_> = driver.disks.iter().map(|disk| &disk.target).collect();
         assert_eq!(targets, ["web01", "data"]);
         assert_eq!(driver.disks[1].top, Ok(PathBuf::from("/d/x,y.img")));
-        assert_eq!(driver.vm.name, "web01");
+        assert_eq!(driver.vm.name, "w");
         assert_eq!(driver.vm.uuid.as_deref(), Some("ab"));
         let named = connect("image:/d/a.qcow2?name=web02&uuid=00-00").unwrap();
         assert_eq!((named.vm.name.as_str(), named.vm.uuid), ("web02", None));
@@ -360,15 +371,23 @@ mod tests {
     #[test]
     fn images_that_cannot_be_told_apart_are_refused() {
         for uri in [
-            "image:/a/x.qcow2,/b/x.qcow2",
-            "image:v=/a,v=/b",
-            "image:a b=/a",
-            "image:/d/%C3%A4.qcow2",
-            "image:vda=",
-            "image:/a?format=vmdk",
-            "image:/a?agent=/b",
+            "image:/a/x.qcow2,/b/x.qcow2?name=w",
+            "image:v=/a,v=/b?name=w",
+            "image:a b=/a?name=w",
+            "image:/d/%C3%A4.qcow2?name=w",
+            "image:vda=?name=w",
+            "image:/a?name=w&format=vmdk",
+            "image:/a?name=w&agent=/b",
         ] {
             assert!(connect(uri).is_err(), "{uri}");
+        }
+    }
+
+    #[test]
+    fn images_without_a_name_of_their_vm_are_refused_with_a_hint() {
+        for uri in ["image:/d/virtual.qcow2", "image:/d/virtual.qcow2?name="] {
+            let error = connect(uri).unwrap_err();
+            assert!(error.hint.unwrap().contains("--name"), "{uri}");
         }
     }
 }

@@ -91,6 +91,9 @@ pub enum Qcow2Error {
     /// Some field says what no image of QEMU's says.
     #[error("cannot understand the image: {0}")]
     Malformed(&'static str),
+    /// More would have to be read than the caller allows.
+    #[error("its bitmaps are too large to be counted")]
+    TooMuch,
     /// It needs a version or feature that is not known here.
     #[error("cannot understand the image: it needs {0}")]
     Unknown(String),

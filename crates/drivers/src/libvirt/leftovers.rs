@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 
-use highwater_hypervisor::{ErrorKind, HypervisorError, LeftDirectory, Swept, VmRef};
+use highwater_hypervisor::{ErrorKind, HypervisorError, LeftDirectory, RunState, Swept, VmRef};
 use highwater_model::SessionId;
 
 use super::claims::other_job_runs;
 use super::connection::LibvirtDriver;
-use super::jobs::backup_job;
+use super::jobs::{backup_job, run_state};
 use super::remains;
 use crate::directories::SessionPaths;
 use crate::label::{Left, find, occupied_bytes};
@@ -110,6 +110,12 @@ impl LibvirtDriver {
             Ok(domain) => {
                 let running = backup_job(vm, &domain)?.and_then(|job| job.session);
                 found.retain(|session, _| Some(*session) != running);
+                // A session that reads images has no job that would tell of it.
+                if run_state(vm, &domain)? == RunState::Off
+                    && offline::is_kept(&self.off_disks(vm, &domain)?, &self.offline)
+                {
+                    found.clear();
+                }
             }
             Err(error) if error.kind == ErrorKind::NoSuchVm => {}
             Err(error) => return Err(error),

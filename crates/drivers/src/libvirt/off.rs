@@ -8,6 +8,7 @@
 use highwater_hypervisor::{
     BeginOrder, Begun, Consistency, ErrorKind, HypervisorError, MarkOrder, RunState, VmRef,
 };
+use highwater_model::Nonce;
 use highwater_model::step::{Step, pass};
 
 use super::connection::LibvirtDriver;
@@ -26,7 +27,7 @@ const METADATA_ONLY: u32 = 1 << 1;
 
 impl LibvirtDriver {
     /// The disks of a domain that is off, as far as they can be backed up.
-    fn off_disks(
+    pub(super) fn off_disks(
         &self,
         vm: &VmRef,
         domain: &DomainHandle,
@@ -113,9 +114,20 @@ impl LibvirtDriver {
                 .because("it is saved, and a start would use its saved state up")
                 .hint("back it up without `--start-paused`"));
         }
-        started::sign(&domain).map_err(|error| failed(&error))?;
+        // Another run's sign is not ours to take away.
+        let run = Nonce::random().to_string();
+        started::sign(&domain, &run).map_err(|error| failed(&error))?;
         let began = domain.start_paused();
         let unsigned = started::unsign_definition(&domain);
+        if began
+            .as_ref()
+            .is_err_and(|error| error.code == code::OPERATION_INVALID)
+        {
+            // Somebody else was faster, and has got the sign with the definition.
+            if started::is_signed_by(&domain, &run).map_err(|error| failed(&error))? {
+                started::unsign_running(&domain).map_err(|error| failed(&error))?;
+            }
+        }
         began.map_err(|error| failed(&error))?;
         unsigned.map_err(|error| failed(&error))
     }
@@ -174,6 +186,7 @@ fn delete_record(domain: &DomainHandle, name: &str) -> Result<(), CallError> {
 
 /// The sign at a domain that was started by us.
 mod started {
+    use roxmltree::Node;
     use serde::Deserialize;
 
     use super::super::claims::{PREFIX, STARTED};
@@ -189,8 +202,9 @@ mod started {
         status: String,
     }
 
-    pub(super) fn sign(domain: &DomainHandle) -> Result<(), CallError> {
-        domain.set_metadata(Some("<started/>"), PREFIX, STARTED, Which::Definition)
+    pub(super) fn sign(domain: &DomainHandle, run: &str) -> Result<(), CallError> {
+        let sign = format!("<started run='{run}'/>");
+        domain.set_metadata(Some(&sign), PREFIX, STARTED, Which::Definition)
     }
 
     pub(super) fn unsign_definition(domain: &DomainHandle) -> Result<(), CallError> {
@@ -210,11 +224,21 @@ mod started {
         Ok(holds_sign(&domain.xml(0)?))
     }
 
+    pub(super) fn is_signed_by(domain: &DomainHandle, run: &str) -> Result<bool, CallError> {
+        Ok(holds(&domain.xml(0)?, |sign| {
+            sign.attribute("run") == Some(run)
+        }))
+    }
+
     fn holds_sign(xml: &str) -> bool {
+        holds(xml, |_| true)
+    }
+
+    fn holds(xml: &str, is_meant: impl Fn(Node<'_, '_>) -> bool) -> bool {
         document(xml, "domain").is_ok_and(|document| {
             child(document.root_element(), "metadata").is_some_and(|metadata| {
                 let mut elements = metadata.children();
-                elements.any(|it| it.tag_name().namespace() == Some(STARTED))
+                elements.any(|it| it.tag_name().namespace() == Some(STARTED) && is_meant(it))
             })
         })
     }

@@ -6,10 +6,13 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
+use std::io::ErrorKind;
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 
-use highwater_formats::{BitmapState, ImageEncryption, Qcow2Header, Qcow2Reader, StoredBitmap};
+use highwater_formats::{
+    BitmapState, ImageEncryption, Qcow2Error, Qcow2Header, Qcow2Reader, ReadAt, StoredBitmap,
+};
 use highwater_hypervisor::{BitmapFacts, ChainLink, Place};
 use highwater_model::DATA_FILE_FORMAT;
 use rustix::fs::OFlags;
@@ -76,6 +79,30 @@ impl Chain {
     /// The image that the guest writes to.
     pub(crate) fn top(&self) -> Option<&Image> {
         self.images.first()
+    }
+
+    /// Whether this is what it was, but for the new mark in the topmost image and
+    /// what adding it does to that file.
+    pub(crate) fn is_still(&self, then: &Self, new_mark: &str) -> bool {
+        let link = |place: usize, link: &ChainLink| {
+            let is_top = place == 0;
+            let (name, format) = (link.name.clone(), link.format.clone());
+            // Its owner may change with the start of another VM over it.
+            let content = (link.file_bytes, link.modified_ns);
+            (name, format, link.inode, (!is_top).then_some(content))
+        };
+        let links = |chain: &Self| -> Vec<_> {
+            let links = chain.links.iter().enumerate();
+            links.map(|(place, it)| link(place, it)).collect()
+        };
+        let images = |chain: &Self| -> Vec<Image> {
+            let images = chain.images.iter().cloned();
+            images.map(|image| image.without(new_mark)).collect()
+        };
+        self.unreadable == then.unreadable
+            && self.size_bytes == then.size_bytes
+            && links(self) == links(then)
+            && images(self) == images(then)
     }
 
     fn add(&mut self, top: &Path, format: Option<&str>) -> Result<(), String> {
@@ -158,6 +185,16 @@ impl Image {
             .is_some_and(|header| header.encryption != ImageEncryption::None)
     }
 
+    /// Returns what it is without that bitmap, and without what is written along
+    /// with one.
+    fn without(mut self, mark: &str) -> Self {
+        self.bitmaps.retain(|bitmap| bitmap.name != mark);
+        if let Format::Qcow2(header) = &mut self.format {
+            header.forget_bitmaps();
+        }
+        self
+    }
+
     /// Returns the bitmap of this name that is stored in it.
     pub(crate) fn bitmap(&self, name: &str) -> Option<&BitmapFacts> {
         self.bitmaps.iter().find(|bitmap| bitmap.name == name)
@@ -212,7 +249,7 @@ fn look(path: &Path, format: Option<&str>) -> Result<(Image, u64), String> {
     let bitmaps = stored
         .into_iter()
         .map(|bitmap| bitmap_facts(path, &reader, &bitmap, &mut budget))
-        .collect();
+        .collect::<Result<_, _>>()?;
     let data_file = match &header.data_file {
         None => None,
         Some(data) => {
@@ -250,24 +287,30 @@ fn raw(path: &Path, mut file: &File, is_device: bool) -> Result<(Image, u64), St
     Ok((image, sectors.saturating_mul(SECTOR_BYTES)))
 }
 
-fn words(error: &highwater_formats::Qcow2Error) -> String {
+fn words(error: &Qcow2Error) -> String {
     let cause = std::error::Error::source(error).map_or_else(String::new, |it| format!(": {it}"));
     format!("is not understood: {error}{cause}")
 }
 
 fn bitmap_facts(
     path: &Path,
-    reader: &Qcow2Reader<&File>,
+    reader: &Qcow2Reader<impl ReadAt>,
     bitmap: &StoredBitmap,
     budget: &mut u64,
-) -> BitmapFacts {
-    // One that was not closed has no content that means anything; one that cannot
-    // be read is worth as little.
+) -> Result<BitmapFacts, String> {
     let dirty_bytes = match bitmap.state {
+        // One that was not closed has no content that means anything.
         BitmapState::InUse => None,
-        BitmapState::Recording | BitmapState::Disabled => reader.count_dirty(bitmap, budget).ok(),
+        BitmapState::Recording | BitmapState::Disabled => {
+            match reader.count_dirty(bitmap, budget) {
+                Ok(bytes) => Some(bytes),
+                // Not the bitmap's fault: a good mark would be given up for it.
+                Err(error) if may_pass(&error) => return Err(words(&error)),
+                Err(_) => None,
+            }
+        }
     };
-    BitmapFacts {
+    Ok(BitmapFacts {
         name: bitmap.name.clone(),
         node: path.to_string_lossy().into_owned(),
         granularity: bitmap.granularity(),
@@ -277,6 +320,16 @@ fn bitmap_facts(
         busy: false,
         inconsistent: dirty_bytes.is_none(),
         dirty_bytes: dirty_bytes.unwrap_or_default(),
+    })
+}
+
+/// Whether another look may succeed.
+fn may_pass(error: &Qcow2Error) -> bool {
+    match error {
+        // The file ends where a table should be.
+        Qcow2Error::Read(error) => error.kind() != ErrorKind::UnexpectedEof,
+        Qcow2Error::TooMuch => true,
+        Qcow2Error::Malformed(_) | Qcow2Error::Unknown(_) => false,
     }
 }
 
@@ -446,5 +499,76 @@ mod tests {
         for strange in ["file:b", "nbd://h/x", "", "file:", "a:b"] {
             assert!(of(strange).is_err(), "{strange}");
         }
+    }
+
+    #[test]
+    fn a_chain_is_as_it_was_but_for_the_new_mark() {
+        let dir = tempfile::tempdir().unwrap();
+        let (top, base) = (dir.path().join("top.qcow2"), dir.path().join("base.raw"));
+        let run = |args: &[&str]| {
+            let done = std::process::Command::new("qemu-img").args(args).status();
+            assert!(done.unwrap().success(), "{args:?}");
+        };
+        let (top_name, base_name) = (top.to_str().unwrap(), base.to_str().unwrap());
+        std::fs::write(&base, [0; 4096]).unwrap();
+        run(&[
+            "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base_name, top_name,
+        ]);
+        let look = || Chain::discover(&top, Some("qcow2"));
+        let then = look();
+        run(&["bitmap", "--add", top_name, "new"]);
+        assert!(look().is_still(&then, "new"));
+        assert!(!look().is_still(&then, "other"));
+        let then = look();
+        run(&["bitmap", "--disable", top_name, "new"]);
+        assert!(!look().is_still(&then, "other"));
+        let then = look();
+        std::fs::write(&base, [0; 8192]).unwrap();
+        assert!(!look().is_still(&then, ""));
+        let then = look();
+        run(&["rebase", "-u", "-b", "", top_name]);
+        assert!(!look().is_still(&then, ""));
+    }
+
+    /// An image that cannot be read from some place on.
+    struct Fails<'a>(&'a File, u64);
+
+    impl ReadAt for Fails<'_> {
+        fn read_at(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<()> {
+            if offset >= self.1 {
+                return Err(std::io::Error::other("the storage fails"));
+            }
+            self.0.read_at(offset, buf)
+        }
+
+        fn read_up_to(&self, offset: u64, buf: &mut [u8]) -> std::io::Result<usize> {
+            self.0.read_up_to(offset, buf)
+        }
+    }
+
+    #[test]
+    fn a_bitmap_that_cannot_be_read_now_is_not_called_broken() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.qcow2");
+        for args in [["create", "-qfqcow2"].as_slice(), &["bitmap", "--add"]] {
+            let mut tool = std::process::Command::new("qemu-img");
+            let last = if args[0] == "create" { "4M" } else { "mark" };
+            assert!(
+                tool.args(args)
+                    .arg(&path)
+                    .arg(last)
+                    .status()
+                    .unwrap()
+                    .success()
+            );
+        }
+        let file = File::open(&path).unwrap();
+        let reader = Qcow2Reader::open(&file).unwrap().unwrap();
+        let bitmap = reader.bitmaps().unwrap().remove(0);
+        let facts = bitmap_facts(&path, &reader, &bitmap, &mut 4096).unwrap();
+        assert!(facts.recording && !facts.inconsistent);
+        let fails = Qcow2Reader::open(Fails(&file, 65536)).unwrap().unwrap();
+        assert!(bitmap_facts(&path, &fails, &bitmap, &mut 4096).is_err());
+        assert!(bitmap_facts(&path, &reader, &bitmap, &mut 0).is_err());
     }
 }

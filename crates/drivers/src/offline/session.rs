@@ -21,7 +21,7 @@ use highwater_hypervisor::{
     HypervisorError, NewMark, Quiesce, ReadMode, VmRef, WhenStarted,
 };
 use highwater_model::step::{Step, pass};
-use highwater_model::{Clock, SessionId};
+use highwater_model::{Clock, MarkName, SessionId};
 
 use super::exporter::{self, Exporter, Shown};
 use super::facts::{OffDisk, why_not};
@@ -47,6 +47,7 @@ struct OfflineSession {
 /// What an order is about.
 struct Ordered<'a> {
     target: &'a str,
+    disk: &'a OffDisk,
     chain: Chain,
     since: Option<String>,
     export: String,
@@ -114,7 +115,15 @@ impl OfflineSessions {
             Err(error) => return Err(undo(order, &paths, &marked, error)),
         };
         begun.consistency = consistency;
-        begun.warnings = warnings;
+        if let Some(crashed) = ordered.iter().find(|one| has_crashed(&one.chain)) {
+            begun.consistency = Consistency::Crash;
+            warnings.push(format!(
+                "the VM was not shut down in order, by what the image of disk `{}` says: its disks \
+                 are as after a power cut",
+                crashed.target
+            ));
+        }
+        begun.warnings.extend(warnings);
         let session = OfflineSession {
             exporter,
             witness,
@@ -234,7 +243,7 @@ fn other(vm: &VmRef, because: impl Into<String>) -> HypervisorError {
 
 fn match_disks<'a>(
     order: &'a BeginOrder,
-    disks: &[OffDisk],
+    disks: &'a [OffDisk],
 ) -> Result<Vec<Ordered<'a>>, HypervisorError> {
     let refused = |kind, because: String| {
         HypervisorError::new(kind, cannot_begin(&order.vm)).because(because)
@@ -278,6 +287,7 @@ fn match_disks<'a>(
         }
         ordered.push(Ordered {
             target,
+            disk,
             chain,
             since,
             export: crate::names::export_name(order.session, target),
@@ -364,8 +374,9 @@ fn begin_prepared<'a>(
     marked: &mut Vec<&'a Path>,
     clock: &dyn Clock,
 ) -> Result<(Exporter, Begun), HypervisorError> {
+    let mut warnings = Vec::new();
     if let Some(mark) = &order.new_mark {
-        add_marks(mark, ordered, marked)?;
+        warnings = add_marks(mark, ordered, witness, marked)?;
     }
     if when_started == WhenStarted::Hold {
         // Not earlier: it would keep QEMU's tool from adding the mark.
@@ -375,10 +386,15 @@ fn begin_prepared<'a>(
     // Not later than the point: what a clock says of it must not lie ahead.
     let taken_at = clock.now();
     stamped?;
+    let chains = ordered
+        .iter()
+        .map(|one| look_again(order, one))
+        .collect::<Result<Vec<_>, _>>()?;
     let shown: Vec<Shown<'_>> = ordered
         .iter()
-        .map(|one| Shown {
-            chain: &one.chain,
+        .zip(&chains)
+        .map(|(one, chain)| Shown {
+            chain,
             export: &one.export,
             since: one.since.as_deref(),
         })
@@ -387,11 +403,12 @@ fn begin_prepared<'a>(
     let exporter =
         Exporter::start(&socket, order.session, &shown).map_err(|error| under(&order.vm, error))?;
     pass(Step::OffExported);
-    // It may have read while somebody wrote.
     let begun_disks = ordered
         .iter()
-        .map(|one| begun_disk(order, one))
+        .zip(&chains)
+        .map(|(one, chain)| begun_disk(order, one, chain, marked))
         .collect::<Result<Vec<_>, _>>()?;
+    // All that was read since the stamp may have been read while somebody wrote.
     match witness.look() {
         Seen::Untouched => {}
         Seen::Open(image) | Seen::Written(image) => {
@@ -427,44 +444,89 @@ fn begin_prepared<'a>(
             .as_ref()
             .map(|_| taken_at.unix_ms().div_euclid(1000)),
         disks: begun_disks,
-        warnings: Vec::new(),
+        warnings,
         reserve: None,
     };
     Ok((exporter, begun))
 }
 
+/// Whether the QEMU that had the image open last did not close it. Of the bitmaps
+/// only our marks tell: another program may leave a broken one there for ever.
+fn has_crashed(chain: &Chain) -> bool {
+    chain.top().is_some_and(|top| {
+        let is_mark = |name: &str| name.parse::<MarkName>().is_ok();
+        let mut bitmaps = top.bitmaps.iter();
+        top.header().is_some_and(|header| header.is_dirty)
+            || bitmaps.any(|it| it.inconsistent && is_mark(&it.name))
+    })
+}
+
+/// Adds the new mark, and says which disks do not get it.
 fn add_marks<'a>(
     mark: &NewMark,
     ordered: &'a [Ordered<'_>],
+    witness: &Witness,
     marked: &mut Vec<&'a Path>,
-) -> Result<(), HypervisorError> {
+) -> Result<Vec<String>, HypervisorError> {
     let name = mark.name.to_string();
+    let mut warnings = Vec::new();
     for one in ordered.iter().filter(|one| one.marked) {
         let Some(top) = one.chain.top() else { continue };
         // Before it is tried: a tool that is killed may have done it.
         marked.push(&top.path);
-        tools::add_bitmap(&top.path, &name)?;
-        pass(Step::OffMarkAdded);
+        match tools::add_bitmap(&top.path, &name) {
+            Ok(()) => pass(Step::OffMarkAdded),
+            // Nobody writes, but somebody has nobody write, for as long as it runs.
+            Err(error) if error.kind == ErrorKind::Busy && witness.writer() == Ok(None) => {
+                marked.pop();
+                warnings.push(format!(
+                    "disk `{}` gets no new mark: `{}` is in use below the disk of another VM{}",
+                    one.target,
+                    top.path.display(),
+                    holders::of(&top.path)
+                ));
+            }
+            Err(error) => return Err(error),
+        }
     }
-    Ok(())
+    Ok(warnings)
+}
+
+/// Looks at a disk's images once more, now that each write to them is seen: what was
+/// seen before the stamp may have been changed before it.
+fn look_again(order: &BeginOrder, one: &Ordered<'_>) -> Result<Chain, HypervisorError> {
+    let now = one.disk.chain();
+    let mark = order.new_mark.as_ref().map(|mark| mark.name.to_string());
+    if now.is_still(&one.chain, mark.as_deref().unwrap_or_default()) {
+        return Ok(now);
+    }
+    Err(
+        HypervisorError::new(ErrorKind::WrongState, cannot_begin(&order.vm)).because(format!(
+            "the images of disk `{}` were changed while its backup began",
+            one.target
+        )),
+    )
 }
 
 /// Makes sure that the new bitmap is there, and records.
-fn begun_disk(order: &BeginOrder, one: &Ordered<'_>) -> Result<BegunDisk, HypervisorError> {
+fn begun_disk(
+    order: &BeginOrder,
+    one: &Ordered<'_>,
+    now: &Chain,
+    marked: &[&Path],
+) -> Result<BegunDisk, HypervisorError> {
     let mut begun = BegunDisk {
         target: one.target.to_owned(),
         granularity: None,
         counters: None,
     };
-    let (Some(mark), Some(top)) = (
-        order.new_mark.as_ref().filter(|_| one.marked),
-        one.chain.top(),
-    ) else {
+    let (Some(mark), Some(top)) = (&order.new_mark, now.top()) else {
         return Ok(begun);
     };
-    let now = Chain::discover(&top.path, Some(top.format_name()));
-    let bitmap = now.top().and_then(|top| top.bitmap(&mark.name.to_string()));
-    match bitmap {
+    if !one.marked || !marked.contains(&top.path.as_path()) {
+        return Ok(begun);
+    }
+    match top.bitmap(&mark.name.to_string()) {
         Some(bitmap) if bitmap.recording && !bitmap.inconsistent => {
             begun.granularity = Some(bitmap.granularity);
             Ok(begun)

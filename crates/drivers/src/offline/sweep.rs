@@ -6,9 +6,25 @@ use std::path::PathBuf;
 
 use highwater_hypervisor::{LeftDirectory, Swept, VmRef};
 
+use super::facts::OffDisk;
 use super::session::OfflineSessions;
+use super::witness::Witness;
 use crate::directories::SessionPaths;
 use crate::label::{find, occupied_bytes};
+
+/// Whether another process keeps an image: it reads or marks it, and its
+/// directories are no leftovers.
+pub(crate) fn is_kept(disks: &[OffDisk], sessions: &OfflineSessions) -> bool {
+    // What this process has begun, it keeps itself.
+    if !sessions.is_empty() {
+        return false;
+    }
+    // One by one: one that cannot be read does not hide another.
+    disks.iter().any(|disk| {
+        let witness = Witness::open(std::iter::once(&disk.chain()));
+        witness.is_ok_and(|witness| matches!(witness.keep(), Ok(Some(_))))
+    })
+}
 
 /// Lists the directories of sessions that this process has not begun.
 pub(crate) fn leftovers(

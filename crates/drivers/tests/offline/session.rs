@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use highwater_hypervisor::{Consistency, Driver as _, ErrorKind, MarkOrder, Quiesce};
+use highwater_hypervisor::{Consistency, Driver as _, ErrorKind, MarkOrder, Quiesce, RunState};
 use highwater_testkit::{DiskSpec, MIB, compare_images, tool, wait_until};
 
 use crate::reading::{dirty_ranges, mark_name, read_export};
@@ -251,4 +251,67 @@ fn a_mark_on_an_image_that_cannot_be_read_is_not_said_to_be_gone() {
     fs::rename(&away, &image).unwrap();
     rig.driver.mark(&vm, &remove).unwrap();
     assert_eq!(rig.bitmap("vdb", &mark), None);
+}
+
+#[test]
+fn directories_of_a_session_that_lives_are_no_leftovers() {
+    let mut rig = Rig::new(&["vda"]);
+    let order = rig.order(&[("vda", None)]);
+    rig.driver.begin(&order).unwrap();
+    let vm = rig.vm();
+    let places = [rig.lab.path("run"), rig.lab.path("scratch")];
+    let mut stranger = rig.stranger();
+    assert!(stranger.leftovers(&vm, &places).unwrap().is_empty());
+    let swept = stranger.sweep(&vm, &places).unwrap();
+    assert!(swept.sessions.is_empty(), "{swept:?}");
+    rig.check(&order).unwrap();
+    assert!(order.socket_dir.exists() && order.scratch_dir.exists());
+    rig.end(&order);
+}
+
+#[test]
+fn a_template_that_running_vms_are_based_on_is_read_without_a_new_mark() {
+    let mut rig = Rig::new(&["vda", "vdb"]);
+    let mark = rig.leave_mark(&["vda", "vdb"]);
+    let (template, clone) = (rig.machine.image("vda"), rig.lab.path("clone.qcow2"));
+    tool("qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+        .args([&template, &clone])
+        .run()
+        .unwrap();
+    let disk = DiskSpec::existing("vda", &clone, "qcow2");
+    let other = rig.lab.vm("clone01").disk(disk).create().unwrap();
+    other.start().unwrap();
+    let order = rig.order(&[("vda", Some(&mark)), ("vdb", Some(&mark))]);
+    let begun = rig.driver.begin(&order).unwrap();
+    assert_eq!(begun.disks[0].granularity, None, "{begun:?}");
+    assert!(begun.disks[1].granularity.is_some(), "{begun:?}");
+    assert!(begun.warnings[0].contains("no new mark"), "{begun:?}");
+    assert_eq!(dirty_ranges(&begun.exports[0]), []);
+    rig.check(&order).unwrap();
+    rig.end(&order);
+    assert_eq!(rig.bitmap("vda", &new_mark(&order)), None);
+    assert!(rig.bitmap("vda", &mark).unwrap().recording);
+    other.quit().unwrap();
+}
+
+#[test]
+fn a_vm_whose_qemu_died_has_disks_as_after_a_power_cut() {
+    let mut rig = Rig::new(&["vda"]);
+    rig.leave_mark(&["vda"]);
+    rig.machine.start().unwrap();
+    rig.machine.write("vda", "write -P 9 2M 64k").unwrap();
+    let process = rig.machine.pid().unwrap();
+    tool("kill")
+        .args(["-9", &process.to_string()])
+        .run()
+        .unwrap();
+    let vm = rig.vm();
+    // Its threads end one by one.
+    let ended = || Ok(rig.driver.observe(&vm).unwrap().run_state == RunState::Off);
+    wait_until("QEMU ends", Duration::from_secs(10), ended).unwrap();
+    let order = rig.order(&[("vda", None)]);
+    let begun = rig.driver.begin(&order).unwrap();
+    assert_eq!(begun.consistency, Consistency::Crash, "{begun:?}");
+    rig.end(&order);
 }

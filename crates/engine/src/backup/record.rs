@@ -61,7 +61,7 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
                 read_bytes: outcome.read_bytes,
                 stored_bytes: outcome.stored_bytes,
                 audited_blocks: outcome.audited.blocks,
-                marked: disk.takes_mark(job.options.level),
+                marked: disk.takes_mark(job.options.level) && got_mark(session, disk),
                 evidence: evidence(parts, disk, outcome),
             })
         })
@@ -113,6 +113,12 @@ pub(super) fn manifest(parts: &Parts<'_>) -> Manifest {
         duration_ms: u64::try_from(parts.elapsed.as_millis()).unwrap_or(u64::MAX),
         prune_epoch: 0,
     }
+}
+
+/// Whether the disk got the new mark: an image that others read cannot take one.
+fn got_mark(session: &Begin, disk: &PlannedDisk) -> bool {
+    let mut begun = session.begun.disks.iter();
+    begun.any(|it| it.target == disk.facts.target && it.granularity.is_some())
 }
 
 /// The length of a raw file that is no multiple of QEMU's sector. Any other

@@ -168,9 +168,7 @@ fn ones(bytes: &[u8], bits: u64) -> u64 {
 
 fn spend(budget_bytes: &mut u64, bytes: usize) -> Result<(), Qcow2Error> {
     let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
-    *budget_bytes = budget_bytes
-        .checked_sub(bytes)
-        .ok_or(Qcow2Error::Malformed("its bitmaps are too large"))?;
+    *budget_bytes = budget_bytes.checked_sub(bytes).ok_or(Qcow2Error::TooMuch)?;
     Ok(())
 }
 

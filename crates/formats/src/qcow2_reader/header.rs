@@ -95,6 +95,13 @@ struct Extensions {
 }
 
 impl Qcow2Header {
+    /// Forgets where the bitmaps are, and whether the image has to be repaired: what
+    /// changes when QEMU adds one.
+    pub const fn forget_bitmaps(&mut self) {
+        self.bitmaps = None;
+        self.is_dirty = false;
+    }
+
     /// Returns the size of a cluster, bytes.
     pub const fn cluster_bytes(&self) -> u64 {
         1 << self.cluster_bits
