@@ -91,7 +91,7 @@ fn a_foreign_backup_job_is_named_and_left_alone() -> Result<()> {
         "<domainbackup mode='pull'><server transport='unix' socket='{}'/></domainbackup>",
         socket.display()
     );
-    std::fs::write(&xml, text)?;
+    fs::write(&xml, text)?;
     bed.lab
         .virsh(&["backup-begin", "web01", xml.to_str().context("text")?])?;
     let document = finds(&bed, &vm, &["hand: foreign-job"])?;
