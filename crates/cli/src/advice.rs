@@ -10,7 +10,8 @@ use highwater_hypervisor::{ErrorKind, HypervisorError, JobFacts, RunState};
 use highwater_store::{StoreError, StoreErrorKind};
 
 use crate::by_hand;
-use crate::cut_short::{CutShort, LEFT_TO_THE_NEXT, NO_POINT, TIDIED, UNKNOWN_POINT};
+use crate::cut_short::{CutShort, LEFT_TO_THE_NEXT, NO_POINT, TIDIED, TIDIED_BUT, UNKNOWN_POINT};
+use crate::doing;
 
 pub(crate) const DONE: u8 = 0;
 pub(crate) const FAILED: u8 = 1;
@@ -213,7 +214,13 @@ pub(crate) fn advise(error: &CliError) -> Advice {
             code: if cut.is_asked() { INTERRUPTED } else { FAILED },
         },
         CliError::Init(error) => of_init(error),
-        CliError::Backup(error) => of_backup(error),
+        CliError::Backup(error) => {
+            let mut advice = of_backup(error);
+            if advice.state.as_deref() == Some(TIDIED) && doing::has_warned() {
+                advice = advice.state(TIDIED_BUT);
+            }
+            advice
+        }
         CliError::Restore(error) => of_restore(error),
         CliError::Repo(error) => of_repo(error),
         CliError::Store(error) => of_store(error),

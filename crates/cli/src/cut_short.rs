@@ -12,6 +12,8 @@ pub(crate) const LEFT_TO_THE_NEXT: &str =
     "no restore point was added; the next backup tidies what is left at the VM";
 pub(crate) const TIDIED: &str =
     "no restore point was added; earlier ones are untouched; the session at the VM was ended";
+pub(crate) const TIDIED_BUT: &str = "no restore point was added; earlier ones are untouched; the \
+     session at the VM was ended but for what the warnings tell";
 pub(crate) const UNKNOWN_POINT: &str =
     "the restore point may or may not exist; both marks were kept";
 

@@ -1,6 +1,7 @@
 //! How far the backup under way is, for whoever has to say so when it is cut
 //! short: the thread that knows may hang.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use highwater_engine::Event;
@@ -51,8 +52,21 @@ impl Doing {
     }
 }
 
+/// Whether warnings tell of the end of the session.
+static HAS_WARNED: AtomicBool = AtomicBool::new(false);
+
+/// Returns whether warnings tell how the last backup's session was ended.
+pub(crate) fn has_warned() -> bool {
+    HAS_WARNED.load(Ordering::Relaxed)
+}
+
 /// Notes what happens.
 pub(crate) fn note(event: &Event<'_>) {
+    match event {
+        Event::Started { .. } => HAS_WARNED.store(false, Ordering::Relaxed),
+        Event::EndedWithWarnings => HAS_WARNED.store(true, Ordering::Relaxed),
+        _ => {}
+    }
     let mut now = NOW.lock().unwrap_or_else(PoisonError::into_inner);
     let before = std::mem::replace(&mut *now, Doing::Other);
     *now = before.after(event);

@@ -119,7 +119,7 @@ impl EventLines {
                 dirty_bytes: *dirty_bytes,
             },
             Event::Skipped { disk, reason } => Told::Skipped { disk, reason },
-            Event::Beginning | Event::Committing => return,
+            Event::Beginning | Event::EndedWithWarnings | Event::Committing => return,
             Event::Begun {
                 consistency,
                 frozen_ms,

@@ -213,7 +213,10 @@ impl Observer for Progress {
                 ..
             } => self.planned(disk, mode, *sentence, *dirty_bytes, *size_bytes),
             Event::Skipped { disk, reason } => self.say(&format!("  {disk}  left out: {reason}")),
-            Event::Beginning | Event::Committing | Event::Committed { .. } => {}
+            Event::Beginning
+            | Event::EndedWithWarnings
+            | Event::Committing
+            | Event::Committed { .. } => {}
             Event::Begun {
                 consistency,
                 frozen_ms,

@@ -67,6 +67,9 @@ pub enum Event<'a> {
         /// What was done for it; `None` if it failed.
         done: Option<DiskDone>,
     },
+    /// Ending the session at the VM was not all plain: warnings say what was
+    /// left, or done.
+    EndedWithWarnings,
     /// Everything is stored; the manifest is about to be written.
     Committing,
     /// The restore point exists.

@@ -15,6 +15,7 @@ use highwater_repo::{Manifest, MarkRecord};
 
 use super::observe::{History, PlannedDisk, bitmap_view, record_view};
 use super::{BackupError, Begin, Job};
+use crate::Event;
 use crate::guard::{GuardError, Outcome, one_line};
 
 /// What is to be done about marks before a plan is made.
@@ -238,6 +239,13 @@ impl Job<'_> {
                 ],
             },
         };
+        self.warn_of_the_end(warnings);
+    }
+
+    fn warn_of_the_end(&mut self, warnings: Vec<String>) {
+        if !warnings.is_empty() {
+            self.context.observer.event(&Event::EndedWithWarnings);
+        }
         for warning in warnings {
             self.warn(warning);
         }
@@ -256,7 +264,7 @@ impl Job<'_> {
             Some(Settler::Another) => self.settle_with_another_guard(order, Outcome::Failed),
         };
         match settled {
-            Ok(warnings) => warnings.into_iter().for_each(|warning| self.warn(warning)),
+            Ok(warnings) => self.warn_of_the_end(warnings),
             Err(error) => self.warn(format!(
                 "cannot look after what the start call left at the VM: {}; the next backup of \
                  this VM repairs it",
