@@ -184,7 +184,8 @@ fn mark_support(chain: &Chain) -> MarkSupport {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::File;
+    use std::io::Write as _;
 
     use super::*;
 
@@ -202,7 +203,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         for name in ["base.raw", "other.raw"] {
-            fs::write(at(name), [0; 4096]).unwrap();
+            File::create(at(name))
+                .unwrap()
+                .write_all(&[0; 4096])
+                .unwrap();
         }
         std::os::unix::fs::symlink(at("base.raw"), at("link")).unwrap();
         overlay(&at("top.qcow2"), &at("base.raw"));
