@@ -36,7 +36,7 @@ use highwater_hypervisor::{
 use highwater_model::{ClaimId, Clock, SessionId};
 use serde_json::json;
 
-pub(crate) use facts::{OffDisk, Stated, StatedImage};
+pub(crate) use facts::{OffDisk, Stated, StatedData, StatedImage};
 pub(crate) use marks::change as change_mark;
 pub(crate) use session::{OfflineSessions, end_stray};
 pub(crate) use sweep::{is_kept, leftovers, sweep};

@@ -4,7 +4,7 @@ use highwater_hypervisor::{DiskFacts, DiskSource};
 
 use super::disks::{DiskQueries, disk_source, local_path};
 use super::domain_xml::{DiskXml, SourceXml};
-use crate::offline::{OffDisk, Stated, StatedImage};
+use crate::offline::{OffDisk, Stated, StatedData, StatedImage};
 
 /// Reports a disk of a domain that is off.
 pub(super) fn facts(disk: &DiskXml, queries: &impl DiskQueries) -> Option<DiskFacts> {
@@ -47,10 +47,14 @@ fn stated(disk: &DiskXml, queries: &impl DiskQueries) -> Stated {
     let images = disk.chain.iter().map(|link| StatedImage {
         file: file(&link.source),
         format: link.format.clone(),
-        data_file: link
-            .data
-            .as_ref()
-            .map(|data| data.source.as_ref().and_then(file)),
+        data_file: match &link.data {
+            None => StatedData::Unsaid,
+            Some(data) => data
+                .source
+                .as_ref()
+                .and_then(file)
+                .map_or(StatedData::Elsewhere, StatedData::File),
+        },
     });
     Stated {
         images: images.collect(),

@@ -46,7 +46,18 @@ pub(crate) struct StatedImage {
     pub(crate) file: Option<PathBuf>,
     pub(crate) format: String,
     /// The file with its data, if one is named.
-    pub(crate) data_file: Option<Option<PathBuf>>,
+    pub(crate) data_file: StatedData,
+}
+
+/// What a definition says of an image's data file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum StatedData {
+    /// Nothing: the image says it.
+    Unsaid,
+    /// It is this one.
+    File(PathBuf),
+    /// It is none of this host.
+    Elsewhere,
 }
 
 impl Stated {
@@ -67,9 +78,9 @@ impl Stated {
                 || (is_file(stated.file.as_ref(), &image.path)
                     && stated.format == image.format_name());
             let data_is_same = match (&stated.data_file, &image.data_file) {
-                (None, _) => true,
-                (Some(stated), Some((found, _))) => is_file(stated.as_ref(), found),
-                (Some(_), None) => false,
+                (StatedData::Unsaid, _) => true,
+                (StatedData::File(stated), Some((found, _))) => is_file(Some(stated), found),
+                (StatedData::File(_), None) | (StatedData::Elsewhere, _) => false,
             };
             if !is_same {
                 return differs(&above);
@@ -173,7 +184,8 @@ fn mark_support(chain: &Chain) -> MarkSupport {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::fs::File;
+    use std::io::Write as _;
 
     use super::*;
 
@@ -191,14 +203,17 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         for name in ["base.raw", "other.raw"] {
-            fs::write(at(name), [0; 4096]).unwrap();
+            File::create(at(name))
+                .unwrap()
+                .write_all(&[0; 4096])
+                .unwrap();
         }
         std::os::unix::fs::symlink(at("base.raw"), at("link")).unwrap();
         overlay(&at("top.qcow2"), &at("base.raw"));
         let image = |name: &str, format: &str| StatedImage {
             file: Some(at(name)),
             format: format.to_owned(),
-            data_file: None,
+            data_file: StatedData::Unsaid,
         };
         let refused = |below: Option<StatedImage>, ends| {
             let images = std::iter::once(image("top.qcow2", "qcow2")).chain(below);
@@ -230,7 +245,7 @@ mod tests {
             assert!(refused(Some(image("nowhere", "raw")), ends));
         }
         let mut data = image("base.raw", "raw");
-        data.data_file = Some(Some(at("other.raw")));
+        data.data_file = StatedData::File(at("other.raw"));
         assert!(refused(Some(data), true));
     }
 }

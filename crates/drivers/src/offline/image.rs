@@ -450,6 +450,8 @@ fn far_link(name: &str, above: &Qcow2Header) -> ChainLink {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use super::*;
 
     #[test]
@@ -510,7 +512,7 @@ mod tests {
             assert!(done.unwrap().success(), "{args:?}");
         };
         let (top_name, base_name) = (top.to_str().unwrap(), base.to_str().unwrap());
-        std::fs::write(&base, [0; 4096]).unwrap();
+        File::create(&base).unwrap().write_all(&[0; 4096]).unwrap();
         run(&[
             "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base_name, top_name,
         ]);
@@ -523,7 +525,7 @@ mod tests {
         run(&["bitmap", "--disable", top_name, "new"]);
         assert!(!look().is_still(&then, "other"));
         let then = look();
-        std::fs::write(&base, [0; 8192]).unwrap();
+        File::create(&base).unwrap().write_all(&[0; 8192]).unwrap();
         assert!(!look().is_still(&then, ""));
         let then = look();
         run(&["rebase", "-u", "-b", "", top_name]);
