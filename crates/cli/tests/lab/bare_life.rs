@@ -13,6 +13,7 @@ use highwater_testkit::{Attach, DiskSpec, Graph, KIB, MIB, Qemu, Workload};
 
 use crate::life::number;
 use crate::tale::{BareBed, Tale};
+use crate::waiting::Ended;
 use draw::Operation;
 
 const DISKS: [&str; 3] = ["vda", "vdb", "vdc"];
@@ -66,6 +67,8 @@ struct Life {
     is_littered: bool,
     /// So that each bitmap of others has a name of its own.
     bitmaps: u64,
+    /// The last run of which somebody died; others may still be on their way.
+    last: Option<Ended>,
     log: Vec<String>,
 }
 
@@ -105,6 +108,7 @@ impl Life {
             is_paused: false,
             is_littered: false,
             bitmaps: 0,
+            last: None,
             log: vec![format!("sizes {sizes:?}, clusters of {cluster}")],
         })
     }
@@ -198,6 +202,16 @@ fn a_random_life_without_libvirt_loses_nothing() -> Result<()> {
 #[test]
 fn a_random_life_with_qemu_7_2_loses_nothing() -> Result<()> {
     live(2, 25, Qemu::V7_2)
+}
+
+/// Found by a life: QEMU dies while nobody knows whether there will be a point, and
+/// the session is ended once more when that is known.
+#[test]
+fn a_dead_qemu_is_not_waited_for() -> Result<()> {
+    let began = Instant::now();
+    live(16, 2, Qemu::System)?;
+    ensure!(began.elapsed() < Duration::from_secs(40));
+    Ok(())
 }
 
 /// Of one seed, or of one after the other for some time (`make soak`).

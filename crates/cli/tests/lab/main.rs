@@ -18,6 +18,7 @@ mod bad_input_space;
 mod bare;
 mod bare_crash;
 mod bare_life;
+mod bare_rows;
 mod correctness;
 mod crash;
 mod disks;

@@ -140,6 +140,8 @@ impl QmpDriver {
             Err(error) if error.kind == ErrorKind::NoSuchVm => Ok(None),
             Err(error) => match paths.process() {
                 Some(process) if !host::is_alive(&process) => Ok(None),
+                // Ended before, with its files: a second end learns whether there is a point.
+                None if self.line.is_over() => Ok(None),
                 // It lives, or nobody knows: it may still hold everything.
                 Some(_) | None => Err(error),
             },

@@ -160,10 +160,13 @@ impl Life {
         }
         // What an earlier one has left stopped, this one need not have come to.
         let was_littered = std::mem::replace(&mut self.is_littered, true);
+        let said = ended.said.clone();
+        // A guard that still waits has to see that it may go on.
+        self.last = Some(ended);
         if is_on && death != Death::All && !was_littered {
             let due = if self.is_paused { "paused" } else { "running" };
             let goes_on = || Ok(self.tale.vm.state()? == due);
-            wait_until(goes_on).with_context(|| ended.said.clone())?;
+            wait_until(goes_on).context(said)?;
         }
         Ok(())
     }
