@@ -37,12 +37,12 @@ fn an_unknown_vm_or_disk_and_a_vm_that_is_off_are_named() -> Result<()> {
         )?;
     }
     scene.refused(
-        &["backup", "web02"],
+        &["backup", "web02", "--offline", "refuse"],
         1,
         &[
             "error: cannot back up VM `web02`: it is off",
             "state: no restore point was added; earlier ones are untouched",
-            "hint: only running or paused VMs can be backed up: `virsh start web02`",
+            "hint: start it (`virsh start web02`), or have its images read: `--offline yield`",
         ],
     )?;
     scene.unharmed()
