@@ -53,15 +53,6 @@ impl Life {
         };
         let words: Vec<&str> = options.iter().map(String::as_str).collect();
         let disks = selected(options, &self.model.attached());
-        if self.model.power == Power::Off {
-            ensure!(
-                ended.code == Some(1) && ended.stderr.contains("it is off"),
-                "{:?}: {}",
-                ended.code,
-                ended.stderr
-            );
-            return self.added_nothing(repository);
-        }
         let level = words.iter().position(|it| *it == "-l");
         let level = level.map_or("auto", |place| words[place + 1]);
         let may_refuse = matches!(level, "incremental" | "differential")
@@ -74,7 +65,9 @@ impl Life {
             let content = self.model.content(&disks);
             let unbroken = self.model.repositories[repository].unbroken.clone();
             self.succeeded(repository, &ended, content, level)?;
-            self.check_tidy(repository)?;
+            if self.model.power != Power::Off {
+                self.check_tidy(repository)?;
+            }
             let report: Value = serde_json::from_str(&ended.stdout)?;
             for disk in disks.iter().filter(|it| unbroken.contains(*it)) {
                 let due = match level {
