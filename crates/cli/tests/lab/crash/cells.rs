@@ -135,6 +135,8 @@ pub(super) enum Next {
     Incremental,
     /// QEMU took its bitmaps with it.
     Rescan,
+    /// The same, unless the struck run has found the VM off, and read its images.
+    RescanUnlessOff,
 }
 
 impl Next {
@@ -145,6 +147,7 @@ impl Next {
                 mode,
                 "rescan: bitmap-missing" | "rescan: bitmap-inconsistent"
             ),
+            Self::RescanUnlessOff => Self::Incremental.allows(mode) || Self::Rescan.allows(mode),
         }
     }
 }
@@ -165,6 +168,7 @@ pub(super) const fn expected(cell: Cell) -> Expected {
         point,
         is_tidy: is_tidy(cell),
         next: match cell.blow {
+            Blow::KillQemu if takes_the_point_later(cell.step) => Next::RescanUnlessOff,
             Blow::KillQemu => Next::Rescan,
             // No death of ours, nor of libvirtd, nor of the store is worth a
             // rescan: the old mark has gone on, or the new one counts.
@@ -203,7 +207,8 @@ const fn outcome(cell: Cell) -> (End, Point) {
             Phase::Committing | Phase::Committed | Phase::Done => DONE,
         },
         Blow::KillQemu => match phase {
-            Phase::Looking | Phase::Starting => FAILED,
+            // A VM that is found off is backed up from its images.
+            Phase::Looking | Phase::Starting => FAILED_OR_DONE,
             // What was read before is right.
             Phase::Running | Phase::Read => FAILED_OR_DONE,
             Phase::Committing | Phase::Committed | Phase::Done => DONE,
