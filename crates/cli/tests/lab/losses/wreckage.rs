@@ -205,7 +205,7 @@ fn a_snapshot_left_behind_libvirts_back_is_refused_and_costs_no_write_once_it_is
     for words in [
         "error: cannot back up disk `vda` of VM `web01`: its image chain was changed behind",
         "state: no restore point was added; earlier ones are untouched",
-        "hint: another program put a snapshot or a filter over it behind libvirt's back",
+        "hint: another program put a snapshot or a filter over it behind the hypervisor's back",
     ] {
         ensure!(told.contains(words), "{told}");
     }
