@@ -234,8 +234,10 @@ impl Host {
                 // All is read. An image that was written to before now may have
                 // been read in parts from before and after; QEMU holds a point of
                 // its own for a VM that runs.
-                if reads_images {
-                    self.driver()?.check(&vm, id)?;
+                if reads_images && let Err(error) = self.driver()?.check(&vm, id) {
+                    // As at any other time; the reply tells the mover, too.
+                    drop(self.end_broken(error.clone()));
+                    return Err(error);
                 }
                 if let Some(session) = &mut self.session {
                     session.committing = true;

@@ -20,6 +20,8 @@ struct Script {
     /// What is wrong with the session, and so with the hypervisor.
     trouble: Mutex<Option<ErrorKind>>,
     is_alarmed: AtomicBool,
+    /// Whether its sessions read images that others may write to.
+    reads_images: bool,
 }
 
 impl Script {
@@ -81,7 +83,7 @@ impl Driver for Scripted {
             consistency: Consistency::Crash,
             taken_at: Timestamp::from_unix_ms(0),
             frozen_ms: None,
-            reads_images: false,
+            reads_images: self.0.reads_images,
             stopped_us: None,
             mark_created_s: None,
             disks: Vec::new(),
@@ -177,6 +179,42 @@ fn a_broken_session_is_ended_before_the_mover_says_anything() {
     drop(guard);
     serving.join().unwrap();
     assert_eq!(script.asked(), ["find", "begin", "end", "mark"], "once");
+}
+
+/// A VM that is started between the last look at its images and the manifest
+/// spoils what was read; and to take the mark out then would keep it from starting.
+#[test]
+fn a_session_that_reads_images_is_looked_at_before_its_commit_and_leaves_its_mark_if_lost() {
+    for is_heard_of_first in [false, true] {
+        let script = Arc::new(Script {
+            reads_images: true,
+            ..Script::default()
+        });
+        let (guard, serving) = with_session(&script);
+        script.set(Some(ErrorKind::SessionLost));
+        if is_heard_of_first {
+            script.wait_for("end");
+        }
+        let refused = guard.committing().unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::SessionLost, "{refused:?}");
+        let ended = guard.finish(Outcome::Failed).unwrap();
+        assert!(
+            ended.warnings[0].contains("stays in the images"),
+            "{ended:?}"
+        );
+        drop(guard);
+        serving.join().unwrap();
+        assert_eq!(script.asked(), ["find", "begin", "end"]);
+    }
+    // One that nobody has spoilt commits, and takes its mark along if it does not.
+    let script = Arc::new(Script {
+        reads_images: true,
+        ..Script::default()
+    });
+    let (guard, _serving) = with_session(&script);
+    guard.committing().unwrap();
+    guard.finish(Outcome::Failed).unwrap();
+    assert_eq!(script.asked(), ["find", "begin", "end", "mark"]);
 }
 
 /// The mover lives and beats, and yet does nothing about a session it was
