@@ -25,7 +25,7 @@ const FILTERS: [&str; 7] = [
 ];
 
 /// No sane stack of filters is higher.
-const FILTERS_MAX: usize = 32;
+pub(crate) const FILTERS_MAX: usize = 32;
 
 /// The queries, as sent.
 pub(crate) const QUERY_NODES: &str =
@@ -395,27 +395,30 @@ struct WireInserted {
     node_name: Option<String>,
 }
 
+/// The answer to [`QUERY_GRAPH`].
 #[derive(Deserialize)]
-struct WireGraph {
-    nodes: Vec<WireGraphNode>,
-    edges: Vec<WireGraphEdge>,
+pub(crate) struct WireGraph {
+    pub(crate) nodes: Vec<WireGraphNode>,
+    pub(crate) edges: Vec<WireGraphEdge>,
 }
 
+/// Something in the graph: a node, a job, a guest's device.
 #[derive(Deserialize)]
-struct WireGraphNode {
-    id: u64,
+pub(crate) struct WireGraphNode {
+    pub(crate) id: u64,
     #[serde(default, rename = "type")]
-    kind: String,
+    pub(crate) kind: String,
     #[serde(default)]
-    name: String,
+    pub(crate) name: String,
 }
 
+/// What stands on what, and as what.
 #[derive(Deserialize)]
-struct WireGraphEdge {
-    parent: u64,
-    child: u64,
+pub(crate) struct WireGraphEdge {
+    pub(crate) parent: u64,
+    pub(crate) child: u64,
     #[serde(default)]
-    name: String,
+    pub(crate) name: String,
 }
 
 impl WireNode {

@@ -36,6 +36,26 @@ pub enum Stance {
     Yields,
 }
 
+impl Stance {
+    /// Returns the word that a sign says it with.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Stands => "stands",
+            Self::Yields => "yields",
+        }
+    }
+
+    /// Returns what a sign says. A word of a later version is in the way,
+    /// whatever it means.
+    pub fn from_word(word: &str) -> Self {
+        if word == Self::Yields.word() {
+            Self::Yields
+        } else {
+            Self::Stands
+        }
+    }
+}
+
 /// A process that claims a VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Claimer {
@@ -97,6 +117,23 @@ pub enum SignKind {
     Beat,
     /// [`Sign::Acting`].
     Acting,
+}
+
+impl SignKind {
+    /// Returns the word that names it at a VM.
+    pub const fn word(self) -> &'static str {
+        match self {
+            Self::Claim => "claim",
+            Self::Beat => "beat",
+            Self::Acting => "acting",
+        }
+    }
+
+    /// Returns the kind that a word names.
+    pub fn from_word(word: &str) -> Option<Self> {
+        let mut all = [Self::Claim, Self::Beat, Self::Acting].into_iter();
+        all.find(|kind| kind.word() == word)
+    }
 }
 
 /// Reads, sets up and removes signs at one VM, over a connection of its own:

@@ -194,26 +194,15 @@ fn remove(
         })
 }
 
-const fn word(kind: SignKind) -> &'static str {
-    match kind {
-        SignKind::Claim => "claim",
-        SignKind::Beat => "beat",
-        SignKind::Acting => "acting",
-    }
-}
-
 fn namespace(id: ClaimId, kind: SignKind) -> String {
-    format!("{NAMESPACES}{}/{id}", word(kind))
+    format!("{NAMESPACES}{}/{id}", kind.word())
 }
 
 fn element(sign: &Sign) -> String {
     match sign {
         Sign::Claim(claim) => {
             let by = &claim.claimer;
-            let stance = match claim.stance {
-                Stance::Stands => "stands",
-                Stance::Yields => "yields",
-            };
+            let stance = claim.stance.word();
             let optional =
                 |number: Option<u64>| number.map_or_else(String::new, |it| it.to_string());
             format!(
@@ -267,9 +256,8 @@ fn sign_of(element: Node<'_, '_>) -> Option<(SignKind, ClaimId)> {
         .namespace()?
         .strip_prefix(NAMESPACES)?
         .split_once('/')?;
-    let kinds = [SignKind::Claim, SignKind::Beat, SignKind::Acting];
-    let kind = kinds.into_iter().find(|known| word(*known) == kind)?;
-    (name.name() == word(kind)).then_some(())?;
+    let kind = SignKind::from_word(kind)?;
+    (name.name() == kind.word()).then_some(())?;
     Some((kind, id.parse().ok()?))
 }
 
@@ -281,11 +269,7 @@ fn claim(id: ClaimId, element: Node<'_, '_>) -> Option<Claim> {
     let number = |name: &str| text(name)?.parse::<u64>().ok();
     Some(Claim {
         id,
-        // A word of a later version is in the way, whatever it means.
-        stance: match text("stance")?.as_str() {
-            "yields" => Stance::Yields,
-            _ => Stance::Stands,
-        },
+        stance: Stance::from_word(&text("stance")?),
         claimer: Claimer {
             host: text("host")?,
             boot_id: text("boot")?,

@@ -200,16 +200,8 @@ fn remove(vm: &VmRef, client: &Client, id: ClaimId, kind: SignKind) -> Result<()
     Ok(())
 }
 
-const fn word(kind: SignKind) -> &'static str {
-    match kind {
-        SignKind::Claim => "claim",
-        SignKind::Beat => "beat",
-        SignKind::Acting => "acting",
-    }
-}
-
 fn name(id: ClaimId, kind: SignKind) -> String {
-    format!("hw-{}-{id}", word(kind))
+    format!("hw-{}-{id}", kind.word())
 }
 
 /// Returns the signs in a list of objects.
@@ -227,8 +219,7 @@ fn signs_among(listed: &Value) -> impl Iterator<Item = (SignKind, ClaimId)> {
 
 fn sign_of(text: &str) -> Option<(SignKind, ClaimId)> {
     let (kind, id) = text.strip_prefix("hw-")?.split_once('-')?;
-    let kinds = [SignKind::Claim, SignKind::Beat, SignKind::Acting];
-    let kind = kinds.into_iter().find(|known| word(*known) == kind)?;
+    let kind = SignKind::from_word(kind)?;
     let id: ClaimId = id.parse().ok()?;
     // Only the exact spelling is one of ours.
     (name(id, kind) == text).then_some((kind, id))
@@ -237,10 +228,7 @@ fn sign_of(text: &str) -> Option<(SignKind, ClaimId)> {
 /// Writes a claim; later versions may read it, so the words are fixed here.
 fn spelt(claim: &Claim) -> String {
     let by = &claim.claimer;
-    let stance = match claim.stance {
-        Stance::Stands => "stands",
-        Stance::Yields => "yields",
-    };
+    let stance = claim.stance.word();
     json!({
         "stance": stance,
         "host": by.host,
@@ -262,11 +250,7 @@ fn claim(id: ClaimId, text: &str) -> Option<Claim> {
     let number = |key: &str| fields.get(key)?.as_u64();
     Some(Claim {
         id,
-        // A word of a later version is in the way, whatever it means.
-        stance: match text("stance")?.as_str() {
-            "yields" => Stance::Yields,
-            _ => Stance::Stands,
-        },
+        stance: Stance::from_word(&text("stance")?),
         claimer: Claimer {
             host: text("host")?,
             boot_id: text("boot")?,

@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use serde::Deserialize;
 use serde_json::Value;
 
-use crate::blocks::{ReplyError, answer};
+use crate::blocks::{ReplyError, WireGraph, WireGraphNode, answer};
 
 /// No sane stack of nodes is higher.
 const DEPTH_MAX: usize = 512;
@@ -26,7 +26,7 @@ pub(super) struct Graph {
 impl Graph {
     pub(super) fn parse(value: Value) -> Result<Self, ReplyError> {
         let wire: WireGraph = answer(value)?;
-        let named: BTreeMap<u64, WireNode> =
+        let named: BTreeMap<u64, WireGraphNode> =
             wire.nodes.into_iter().map(|node| (node.id, node)).collect();
         let mut graph = Self {
             is_whole: true,
@@ -103,29 +103,6 @@ impl Graph {
         }
         found
     }
-}
-
-#[derive(Deserialize)]
-struct WireGraph {
-    nodes: Vec<WireNode>,
-    edges: Vec<WireEdge>,
-}
-
-#[derive(Deserialize)]
-struct WireNode {
-    id: u64,
-    #[serde(default, rename = "type")]
-    kind: String,
-    #[serde(default)]
-    name: String,
-}
-
-#[derive(Deserialize)]
-struct WireEdge {
-    parent: u64,
-    child: u64,
-    #[serde(default)]
-    name: String,
 }
 
 #[derive(Deserialize)]

@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::error::QmpError;
 use super::graph::Graph;
-use crate::blocks::{Blocks, ReplyError, answer, is_filter};
+use crate::blocks::{Blocks, FILTERS_MAX, ReplyError, answer, is_filter};
 
 /// Drivers of nodes that are an image, or where one is kept. Below anything else
 /// that is no filter may be another thing than what the guest sees (`quorum`,
@@ -57,8 +57,6 @@ const IMAGES: [&str; 35] = [
     "vmdk",
     "vpc",
 ];
-/// No sane stack of filters is higher.
-const FILTERS_MAX: usize = 32;
 /// Devices that are asked about.
 const DEVICES_MAX: usize = 1024;
 /// A file name has 255 bytes, and a target is part of one.

@@ -16,11 +16,8 @@ use super::client::Client;
 use super::error::QmpError;
 use super::graph::Graph;
 use super::objects::{Ours, Role, STOP_KIND, Which};
-use crate::blocks::is_filter;
+use crate::blocks::{FILTERS_MAX, is_filter};
 use crate::names::session_of_scratch;
-
-/// No sane stack of filters is higher.
-const FILTERS_MAX: usize = 32;
 
 /// What QEMU says about its block layer, as far as a session is concerned.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
